@@ -1,0 +1,80 @@
+// Parameters of the attention kernels, shared by every backend (no torch headers), and the CPU kernels' entry points.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+namespace fastattn {
+
+// A (batch, heads, seqlen, head_dim) operand: strides in elements, last dim contiguous.
+struct AttentionTensor {
+  void* data = nullptr;
+  int64_t stride_batch = 0, stride_head = 0, stride_row = 0;
+};
+
+// Broadcastable to (batch, heads, seqlen_q, seqlen_k): a stride is 0 where the mask broadcasts. data == nullptr: no mask.
+// kBool masks hold 1 = attend, 0 = not; kFloat32 (kFloat64 for fp64 inputs), kBFloat16, kFloat16 masks are added.
+struct AttentionMask {
+  const void* data = nullptr;
+  DType dtype = DType::kBool;
+  int64_t stride_batch = 0, stride_head = 0, stride_q = 0, stride_k = 0;
+};
+
+constexpr int64_t kUnlimited = int64_t{1} << 40;
+
+struct AttentionParams {
+  DType dtype = DType::kFloat32;
+  int64_t batch = 0, heads = 0, heads_kv = 0, seqlen_q = 0, seqlen_k = 0;
+  int64_t head_dim = 0, head_dim_v = 0;
+
+  AttentionTensor q, k, v, out;
+  // (batch, heads, seqlen_q) contiguous; double if dtype is kFloat64, else float. Natural log, before dropout.
+  void* lse = nullptr;
+
+  double scale = 1.0;
+  // Scores become softcap * tanh(scale * q.k / softcap); 0 = off.
+  double softcap = 0.0;
+  // Query row i stands at key i + diagonal, and sees keys [i + diagonal - window_left, i + diagonal + window_right].
+  // Causal attention is window_right = 0; kUnlimited = no limit.
+  int64_t diagonal = 0;
+  int64_t window_left = kUnlimited, window_right = kUnlimited;
+  // Adds -slope * |i + diagonal - j|. Slope of (b, h) at alibi_slopes[b * stride_alibi_batch + h].
+  const float* alibi_slopes = nullptr;
+  int64_t stride_alibi_batch = 0;
+  // (heads,): one more logit a row, without a value.
+  const float* sinks = nullptr;
+  AttentionMask mask;
+
+  double dropout_p = 0.0;
+  // (seed, offset), read by the kernel; see common/philox.h.
+  const int64_t* rng_state = nullptr;
+};
+
+struct AttentionBwdParams : AttentionParams {
+  AttentionTensor dout;
+  // Layout of lse; nullptr = 0.
+  const void* dlse = nullptr;
+  // dk, dv have heads_kv heads: the sum over each group of query heads.
+  AttentionTensor dq, dk, dv;
+  // Gradient of a floating mask, in the mask's own broadcast shape (a stride is 0 where it broadcast), accumulated in
+  // float (double for fp64 inputs). nullptr = not wanted.
+  void* dmask = nullptr;
+  int64_t stride_dmask_batch = 0, stride_dmask_head = 0, stride_dmask_q = 0, stride_dmask_k = 0;
+  // (heads,) float (double for fp64 inputs). nullptr = not wanted.
+  void* dsinks = nullptr;
+};
+
+struct AttentionWeightsParams : AttentionParams {
+  // Probabilities after dropout, (batch, heads, seqlen_q, seqlen_k) or, with average_heads, (batch, seqlen_q, seqlen_k),
+  // contiguous, of the inputs' dtype.
+  void* weights = nullptr;
+  bool average_heads = false;
+};
+
+FASTATTN_DECLARE_CPU_KERNEL(void, attention_fwd_cpu, (const AttentionParams& p))
+FASTATTN_DECLARE_CPU_KERNEL(void, attention_bwd_cpu, (const AttentionBwdParams& p))
+FASTATTN_DECLARE_CPU_KERNEL(void, attention_weights_cpu, (const AttentionWeightsParams& p))
+
+}  // namespace fastattn

@@ -1,0 +1,62 @@
+// Every op of fastattn, on one page. The public Python functions in fastattn/ops check what arguments mean and choose a
+// backend; these ops take checked arguments, and their implementations (<op>/<op>.cpp) check what memory safety needs.
+// "Autograd" and the device implementations are registered in <op>/<op>.cpp, fake kernels in fastattn/ops/<op>_compiled.py.
+#include <torch/library.h>
+
+TORCH_LIBRARY(fastattn, m) {
+  // --- attention ---
+  // query (batch, heads, seqlen_q, head_dim), key (batch, heads_kv, seqlen_k, head_dim), value (batch, heads_kv, seqlen_k,
+  // head_dim_v); any strides, last dim contiguous. attn_mask broadcastable to (batch, heads, seqlen_q, seqlen_k), bool
+  // (true = attend) or floating; alibi_slopes (heads,) or (batch, heads) fp32; sinks (heads,).
+  // rng_state (2,) int64 = (seed, offset), given iff dropout_p > 0. window_left, window_right: -1 = unlimited.
+  // Returns out (batch, heads, seqlen_q, head_dim_v) and lse (batch, heads, seqlen_q), fp32 (fp64 for fp64 inputs).
+  m.def(
+      "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, "
+      "Tensor? rng_state, float dropout_p, bool is_causal, float scale, SymInt window_left, SymInt window_right, "
+      "bool bottom_right, float softcap) -> (Tensor out, Tensor lse)");
+  // dlse may be absent (= 0). dmask and dsinks have no elements unless need_dmask, need_dsinks.
+  m.def(
+      "attention_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+      "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_state, float dropout_p, bool is_causal, "
+      "float scale, SymInt window_left, SymInt window_right, bool bottom_right, float softcap, bool need_dmask, "
+      "bool need_dsinks) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)");
+  // exp(score - lse) after dropout: (batch, heads, seqlen_q, seqlen_k), or its mean over heads (batch, seqlen_q, seqlen_k).
+  m.def(
+      "attention_weights(Tensor query, Tensor key, Tensor lse, Tensor? attn_mask, Tensor? alibi_slopes, "
+      "Tensor? rng_state, float dropout_p, bool is_causal, float scale, SymInt window_left, SymInt window_right, "
+      "bool bottom_right, float softcap, bool average_heads) -> Tensor");
+
+  // --- layer_norm ---
+  // Normalises the last dimension of (..., N); rows at any stride, last dim contiguous. rms = no mean, no bias.
+  // mean (absent for rms: no elements) and rstd are (...), fp32 (fp64 for fp64 inputs).
+  m.def(
+      "layer_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, bool rms) -> "
+      "(Tensor out, Tensor mean, Tensor rstd)");
+  // dweight and dbias have no elements where there is no weight, bias, or they need no gradient.
+  m.def(
+      "layer_norm_backward(Tensor dout, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, bool rms, "
+      "bool need_dweight, bool need_dbias, ScalarType? bias_dtype) -> (Tensor dinput, Tensor dweight, Tensor dbias)");
+  // new_residual = residual + dropout(input); out = norm(new_residual).
+  m.def(
+      "add_layer_norm(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, Tensor? rng_state, float dropout_p, "
+      "float eps, bool rms) -> (Tensor out, Tensor new_residual, Tensor mean, Tensor rstd)");
+  m.def(
+      "add_layer_norm_backward(Tensor dout, Tensor? dnew_residual, Tensor new_residual, Tensor mean, Tensor rstd, "
+      "Tensor? weight, Tensor? rng_state, float dropout_p, bool rms, bool need_dweight, bool need_dbias, "
+      "ScalarType? bias_dtype, ScalarType input_dtype) -> (Tensor dinput, Tensor dresidual, Tensor dweight, Tensor dbias)");
+
+  // --- int8_matmul ---
+  // (..., K) -> q (..., K) int8 and scale (...) fp32; input ~ q * scale.
+  m.def("quantize_int8(Tensor input) -> (Tensor q, Tensor scale)");
+  // a (M, K) int8, b (N, K) int8, a_scale (M,), b_scale (N,), bias (N,): act((a @ b.T) * a_scale[:, None] * b_scale + bias).
+  m.def(
+      "int8_matmul(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, str activation, "
+      "ScalarType out_dtype) -> Tensor");
+  // weight (N, K) int8, weight_scale (N,); input (..., K) floating, quantised per row inside. Result in input's dtype.
+  m.def("int8_linear(Tensor input, Tensor weight, Tensor weight_scale, Tensor? bias, str activation) -> Tensor");
+  // The layout that the CPU's matrix loop reads: made once for a weight that is used again.
+  m.def("int8_pack_weight(Tensor weight) -> Tensor");
+  m.def(
+      "int8_linear_packed(Tensor input, Tensor packed_weight, Tensor weight, Tensor weight_scale, Tensor? bias, "
+      "str activation) -> Tensor");
+}

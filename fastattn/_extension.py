@@ -1,0 +1,22 @@
+"""Loads the compiled extension, or keeps the reason why there is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import torch  # noqa: F401  (loads the libraries, OpenMP among them, that the extension links to)
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        from fastattn import _C
+    except ImportError as error:
+        report = Path(__file__).with_name("_build_report.json")
+        reason = json.loads(report.read_text())["reason"] if report.exists() else None
+        return None, f"the compiled extension is missing: {reason or error}"
+    return _C, None
+
+
+extension, missing_reason = _load()
