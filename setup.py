@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -110,8 +111,8 @@ def write_ninja_file(build_dir: Path, output: Path, torch, sanitize: bool) -> No
 class NinjaBuild(build_ext):
     """setuptools' build_ext with ninja underneath; ``--sanitize`` adds AddressSanitizer and UBSan."""
 
-    user_options = [*build_ext.user_options, ("sanitize", None, "instrument with AddressSanitizer and UBSan")]
-    boolean_options = [*build_ext.boolean_options, "sanitize"]
+    user_options: ClassVar = [*build_ext.user_options, ("sanitize", None, "instrument with ASan and UBSan")]
+    boolean_options: ClassVar = [*build_ext.boolean_options, "sanitize"]
 
     def initialize_options(self) -> None:
         super().initialize_options()

@@ -25,7 +25,8 @@ std::vector<std::string> usable_isas() {
 void set_cpu_isa(const std::string& name) {
   for (Isa isa : kAllIsas) {
     if (name != isa_name(isa)) continue;
-    if (!isa_is_usable(isa)) throw std::invalid_argument("set_cpu_isa: this machine cannot run the build '" + name + "'.");
+    if (!isa_is_usable(isa))
+      throw std::invalid_argument("set_cpu_isa: this machine cannot run the build '" + name + "'.");
     set_active_isa(isa);
     return;
   }
@@ -42,9 +43,11 @@ std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Build facts and CPU capability of the fastattn extension.";
   m.def("build_info", &fastattn::build_info, "Versions that the extension was compiled with and against.");
-  m.def("usable_cpu_isas", &fastattn::usable_isas, "Builds of the CPU kernels that this machine can run, slowest first.");
-  m.def("active_cpu_isa", [] { return std::string(fastattn::isa_name(fastattn::active_isa())); },
-        "The build of the CPU kernels in use: 'portable', 'avx2' or 'avx512'.");
+  m.def("usable_cpu_isas", &fastattn::usable_isas,
+        "Builds of the CPU kernels that this machine can run, slowest first.");
+  m.def(
+      "active_cpu_isa", [] { return std::string(fastattn::isa_name(fastattn::active_isa())); },
+      "The build of the CPU kernels in use: 'portable', 'avx2' or 'avx512'.");
   m.def("set_cpu_isa", &fastattn::set_cpu_isa, pybind11::arg("name"),
         "Switches the whole process to one build of the CPU kernels (for tests and comparisons).");
 }

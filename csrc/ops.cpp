@@ -1,13 +1,14 @@
 // Every op of fastattn, on one page. The public Python functions in fastattn/ops check what arguments mean and choose a
 // backend; these ops take checked arguments, and their implementations (<op>/<op>.cpp) check what memory safety needs.
-// "Autograd" and the device implementations are registered in <op>/<op>.cpp, fake kernels in fastattn/ops/<op>_compiled.py.
+// "Autograd" and the device implementations are registered in <op>/<op>.cpp, fake kernels in
+// fastattn/ops/<op>_compiled.py.
 #include <torch/library.h>
 
 TORCH_LIBRARY(fastattn, m) {
   // --- attention ---
-  // query (batch, heads, seqlen_q, head_dim), key (batch, heads_kv, seqlen_k, head_dim), value (batch, heads_kv, seqlen_k,
-  // head_dim_v); any strides, last dim contiguous. attn_mask broadcastable to (batch, heads, seqlen_q, seqlen_k), bool
-  // (true = attend) or floating; alibi_slopes (heads,) or (batch, heads) fp32; sinks (heads,).
+  // query (batch, heads, seqlen_q, head_dim), key (batch, heads_kv, seqlen_k, head_dim), value (batch, heads_kv,
+  // seqlen_k, head_dim_v); any strides, last dim contiguous. attn_mask broadcastable to (batch, heads, seqlen_q,
+  // seqlen_k), bool (true = attend) or floating; alibi_slopes (heads,) or (batch, heads) fp32; sinks (heads,).
   // rng_state (2,) int64 = (seed, offset), given iff dropout_p > 0. window_left, window_right: -1 = unlimited.
   // Returns out (batch, heads, seqlen_q, head_dim_v) and lse (batch, heads, seqlen_q), fp32 (fp64 for fp64 inputs).
   m.def(
@@ -20,7 +21,8 @@ TORCH_LIBRARY(fastattn, m) {
       "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_state, float dropout_p, bool is_causal, "
       "float scale, SymInt window_left, SymInt window_right, bool bottom_right, float softcap, bool need_dmask, "
       "bool need_dsinks) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)");
-  // exp(score - lse) after dropout: (batch, heads, seqlen_q, seqlen_k), or its mean over heads (batch, seqlen_q, seqlen_k).
+  // exp(score - lse) after dropout: (batch, heads, seqlen_q, seqlen_k), or its mean over heads (batch, seqlen_q,
+  // seqlen_k).
   m.def(
       "attention_weights(Tensor query, Tensor key, Tensor lse, Tensor? attn_mask, Tensor? alibi_slopes, "
       "Tensor? rng_state, float dropout_p, bool is_causal, float scale, SymInt window_left, SymInt window_right, "
@@ -43,12 +45,14 @@ TORCH_LIBRARY(fastattn, m) {
   m.def(
       "add_layer_norm_backward(Tensor dout, Tensor? dnew_residual, Tensor new_residual, Tensor mean, Tensor rstd, "
       "Tensor? weight, Tensor? rng_state, float dropout_p, bool rms, bool need_dweight, bool need_dbias, "
-      "ScalarType? bias_dtype, ScalarType input_dtype) -> (Tensor dinput, Tensor dresidual, Tensor dweight, Tensor dbias)");
+      "ScalarType? bias_dtype, ScalarType input_dtype) -> (Tensor dinput, Tensor dresidual, Tensor dweight, Tensor "
+      "dbias)");
 
   // --- int8_matmul ---
   // (..., K) -> q (..., K) int8 and scale (...) fp32; input ~ q * scale.
   m.def("quantize_int8(Tensor input) -> (Tensor q, Tensor scale)");
-  // a (M, K) int8, b (N, K) int8, a_scale (M,), b_scale (N,), bias (N,): act((a @ b.T) * a_scale[:, None] * b_scale + bias).
+  // a (M, K) int8, b (N, K) int8, a_scale (M,), b_scale (N,), bias (N,): act((a @ b.T) * a_scale[:, None] * b_scale +
+  // bias).
   m.def(
       "int8_matmul(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, str activation, "
       "ScalarType out_dtype) -> Tensor");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -11,12 +12,12 @@ import torch  # noqa: F401  (loads the libraries, OpenMP among them, that the ex
 
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
-        from fastattn import _C
+        module = importlib.import_module("fastattn._C")
     except ImportError as error:
         report = Path(__file__).with_name("_build_report.json")
         reason = json.loads(report.read_text())["reason"] if report.exists() else None
         return None, f"the compiled extension is missing: {reason or error}"
-    return _C, None
+    return module, None
 
 
 extension, missing_reason = _load()

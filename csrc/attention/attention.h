@@ -14,8 +14,8 @@ struct AttentionTensor {
   int64_t stride_batch = 0, stride_head = 0, stride_row = 0;
 };
 
-// Broadcastable to (batch, heads, seqlen_q, seqlen_k): a stride is 0 where the mask broadcasts. data == nullptr: no mask.
-// kBool masks hold 1 = attend, 0 = not; kFloat32 (kFloat64 for fp64 inputs), kBFloat16, kFloat16 masks are added.
+// Broadcastable to (batch, heads, seqlen_q, seqlen_k): a stride is 0 where the mask broadcasts. data == nullptr: no
+// mask. kBool masks hold 1 = attend, 0 = not; kFloat32 (kFloat64 for fp64 inputs), kBFloat16, kFloat16 masks are added.
 struct AttentionMask {
   const void* data = nullptr;
   DType dtype = DType::kBool;
@@ -67,8 +67,8 @@ struct AttentionBwdParams : AttentionParams {
 };
 
 struct AttentionWeightsParams : AttentionParams {
-  // Probabilities after dropout, (batch, heads, seqlen_q, seqlen_k) or, with average_heads, (batch, seqlen_q, seqlen_k),
-  // contiguous, of the inputs' dtype.
+  // Probabilities after dropout, (batch, heads, seqlen_q, seqlen_k) or, with average_heads, (batch, seqlen_q,
+  // seqlen_k), contiguous, of the inputs' dtype.
   void* weights = nullptr;
   bool average_heads = false;
 };

@@ -9,8 +9,10 @@ bool cpu_supports(Isa isa) {
 #if defined(__x86_64__)
   // __builtin_cpu_supports also asks the operating system (XGETBV) whether it saves the wide registers.
   switch (isa) {
-    case Isa::kPortable: return true;
-    case Isa::kAvx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::kPortable:
+      return true;
+    case Isa::kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case Isa::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -36,9 +38,12 @@ std::atomic<int>& active() {
 
 bool isa_is_built(Isa isa) {
   switch (isa) {
-    case Isa::kPortable: return true;
-    case Isa::kAvx2: return FASTATTN_BUILD_AVX2;
-    case Isa::kAvx512: return FASTATTN_BUILD_AVX512;
+    case Isa::kPortable:
+      return true;
+    case Isa::kAvx2:
+      return FASTATTN_BUILD_AVX2;
+    case Isa::kAvx512:
+      return FASTATTN_BUILD_AVX512;
   }
   return false;
 }
@@ -51,9 +56,12 @@ void set_active_isa(Isa isa) { active().store(static_cast<int>(isa), std::memory
 
 const char* isa_name(Isa isa) {
   switch (isa) {
-    case Isa::kPortable: return "portable";
-    case Isa::kAvx2: return "avx2";
-    case Isa::kAvx512: return "avx512";
+    case Isa::kPortable:
+      return "portable";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
   }
   return "unknown";
 }

