@@ -1,0 +1,172 @@
+"""BERT: a bidirectional Transformer encoder of torch.nn modules, which ``fastattn.accelerate`` can swap.
+
+Loads the weights and config.json of Hugging Face BERT checkpoints (BERT, MiniLM, and the encoders trained from them).
+Source: Devlin et al. 2018 (arXiv:1810.04805); post-norm layers of Vaswani et al. 2017 (arXiv:1706.03762).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+# nn modules, not functions, so that what walks a model's modules sees that one follows a Linear.
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_new": lambda: nn.GELU(approximate="tanh"),
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+}
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The fields of a Hugging Face config.json that this encoder uses; same names, BERT-base defaults."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+
+    @classmethod
+    def from_json(cls, path: Path) -> BertConfig:
+        """Reads a config.json; fields this model has no use for are left out.
+
+        Raises: ValueError if the file describes a model that is not this encoder.
+        """
+        values = json.loads(Path(path).read_text())
+        for name, required in (("model_type", "bert"), ("position_embedding_type", "absolute"), ("is_decoder", False)):
+            if values.get(name, required) != required:
+                raise ValueError(f"BertConfig: {path} has {name} {values[name]!r}; this encoder needs {required!r}.")
+        activation = values.get("hidden_act", "gelu")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"BertConfig: hidden_act must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+
+
+class BertEmbeddings(nn.Module):
+    """Word, position and segment embeddings, added and normalised: (batch, seqlen) ids to (batch, seqlen, hidden)."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        positions = self.position.weight[: input_ids.shape[1]]  # (seqlen, hidden)
+        # Row 0 is the segment of every token of a single sentence, so absent ids need no tensor of zeros.
+        segments = self.token_type.weight[0] if token_type_ids is None else self.token_type(token_type_ids)
+        return self.dropout(self.norm(self.word(input_ids) + (positions + segments)))
+
+
+class BertLayer(nn.Module):
+    """Self-attention, then a feed-forward network, each with dropout, a residual and a norm after it (post-norm)."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(
+            config.hidden_size, config.num_attention_heads, config.attention_probs_dropout_prob, batch_first=True
+        )
+        self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACTIVATIONS[config.hidden_act]()
+        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.output_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        attended, _ = self.attention(hidden, hidden, hidden, key_padding_mask=key_padding_mask, need_weights=False)
+        hidden = self.attention_norm(hidden + self.dropout(attended))
+        expanded = self.activation(self.intermediate(hidden))  # (batch, seqlen, intermediate)
+        return self.output_norm(hidden + self.dropout(self.output(expanded)))
+
+
+class BertEncoder(nn.Module):
+    """BERT without a task head."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = BertEmbeddings(config)
+        self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """The last hidden states.
+
+        Args:
+            input_ids: (batch, seqlen) int64 token ids; seqlen at most ``config.max_position_embeddings``.
+            attention_mask: (batch, seqlen), 1 or True where there is a token, 0 or False where there is padding.
+            token_type_ids: (batch, seqlen) int64, 0 for the first sentence and 1 for the second; absent = all 0.
+        Returns: (batch, seqlen, hidden_size). States of padding tokens mean nothing.
+        Raises: ValueError for a sequence longer than the position embeddings reach.
+        """
+        seqlen, limit = input_ids.shape[1], self.config.max_position_embeddings
+        if seqlen > limit:
+            raise ValueError(f"BertEncoder: input_ids has {seqlen} tokens; the model has positions for {limit}.")
+        # torch.nn's sense is True = ignore.
+        key_padding_mask = None if attention_mask is None else attention_mask == 0
+        hidden = self.embeddings(input_ids, token_type_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, key_padding_mask)
+        return hidden
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> BertEncoder:
+        """The encoder of a Hugging Face folder (config.json and model.safetensors), in eval mode."""
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        model = cls(BertConfig.from_json(folder / "config.json"))
+        model.load_state_dict(convert_state_dict(load_file(folder / "model.safetensors"), model.config))
+        return model.eval()
+
+
+# Where our modules are in a Hugging Face BERT; {i} is the layer.
+_EMBEDDINGS = {
+    "embeddings.word": "embeddings.word_embeddings",
+    "embeddings.position": "embeddings.position_embeddings",
+    "embeddings.token_type": "embeddings.token_type_embeddings",
+}
+_WITH_BIAS = {
+    "embeddings.norm": "embeddings.LayerNorm",
+    "layers.{i}.attention.out_proj": "encoder.layer.{i}.attention.output.dense",
+    "layers.{i}.attention_norm": "encoder.layer.{i}.attention.output.LayerNorm",
+    "layers.{i}.intermediate": "encoder.layer.{i}.intermediate.dense",
+    "layers.{i}.output": "encoder.layer.{i}.output.dense",
+    "layers.{i}.output_norm": "encoder.layer.{i}.output.LayerNorm",
+}
+
+
+def convert_state_dict(theirs: dict[str, Tensor], config: BertConfig) -> dict[str, Tensor]:
+    """A Hugging Face BERT's state dict under this module's names, with query, key and value fused as torch.nn has them.
+
+    Accepts the ``bert.`` prefix of checkpoints with a task head. The pooler and the heads are left out.
+    Raises: KeyError if a parameter of the encoder is missing.
+    """
+    theirs = {name.removeprefix("bert."): tensor for name, tensor in theirs.items()}
+    layers = range(config.num_hidden_layers)
+    ours = {f"{name}.weight": theirs[f"{their_name}.weight"] for name, their_name in _EMBEDDINGS.items()}
+    modules = {name.format(i=i): their_name.format(i=i) for i in layers for name, their_name in _WITH_BIAS.items()}
+    for kind in ("weight", "bias"):
+        ours |= {f"{name}.{kind}": theirs[f"{their_name}.{kind}"] for name, their_name in modules.items()}
+        for i in layers:
+            parts = [theirs[f"encoder.layer.{i}.attention.self.{part}.{kind}"] for part in ("query", "key", "value")]
+            ours[f"layers.{i}.attention.in_proj_{kind}"] = torch.cat(parts)
+    return ours
