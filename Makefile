@@ -22,6 +22,7 @@ $(VENV)/.installed: requirements.txt requirements-data.txt
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@$(BIN)/python -c 'from fastattn import _extension as e; print("fastattn:", e.missing_reason or "extension built")'
 	@touch $@
 
 build: $(VENV)/.built  ## makes .venv and builds the extension in place

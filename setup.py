@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
-REPORT = ROOT / "fastattn" / "_build_report.json"
+REPORT_NAME = "_build_report.json"
 FALLBACK_TORCH = "torch==2.13.0"
 
 COMMON_FLAGS = ["-std=c++20", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
@@ -119,7 +119,8 @@ class NinjaBuild(build_ext):
         self.sanitize = False
 
     def build_extension(self, ext: Extension) -> None:
-        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output = self.output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
         try:
             self.run_ninja(output)
             report = {"built": True, "reason": None}
@@ -127,29 +128,32 @@ class NinjaBuild(build_ext):
             output.unlink(missing_ok=True)
             report = {"built": False, "reason": str(failure)}
             print(f"\nfastattn: building without kernels: {failure}\n", file=sys.stderr)
-        for path in (REPORT, output.parent / REPORT.name):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(report) + "\n")
+        output.with_name(REPORT_NAME).write_text(json.dumps(report) + "\n")
 
     def run_ninja(self, output: Path) -> None:
         torch = find_torch()
         if torch is None:
             raise BuildFailure("torch was not installed when fastattn was built; install torch, then fastattn again")
-        output.parent.mkdir(parents=True, exist_ok=True)
         build_dir = ROOT / "build" / ("sanitize" if self.sanitize else "ninja") / f"torch-{torch.__version__}"
         write_ninja_file(build_dir, output, torch, bool(self.sanitize))
         ninja = shutil.which("ninja") or str(Path(sysconfig.get_path("scripts")) / "ninja")
-        run = subprocess.run([ninja, "-C", str(build_dir)], capture_output=not self.verbose, text=True)
+        log = build_dir / "build.log"
+        with log.open("w") as file:
+            run = subprocess.run([ninja, "-C", str(build_dir)], stdout=file, stderr=subprocess.STDOUT)
         if run.returncode != 0:
-            print(run.stdout or "", run.stderr or "", file=sys.stderr)
-            raise BuildFailure("the C++ compiler failed; its messages are in the build log (pip install -v shows it)")
+            print(log.read_text(), file=sys.stderr)
+            raise BuildFailure(f"the C++ compiler failed; its messages are in {log.relative_to(ROOT)}")
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]
 
     def copy_extensions_to_source(self) -> None:
-        if any(Path(path).suffix == ".so" for path in self.get_outputs()):
-            super().copy_extensions_to_source()
+        """In-place and editable builds: the package in the source tree gets what build_extension left in build_lib."""
+        target = ROOT / "fastattn" / self.output.name
+        target.unlink(missing_ok=True)
+        if self.output.exists():
+            shutil.copy2(self.output, target)
+        shutil.copy2(self.output.with_name(REPORT_NAME), target.with_name(REPORT_NAME))
 
 
 def torch_requirement() -> str:

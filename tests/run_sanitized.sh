@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Runs the CPU kernels' tests on a build instrumented with AddressSanitizer and UndefinedBehaviorSanitizer.
+# Python itself is not instrumented, so the runtimes are preloaded; leaks are not looked for, since CPython keeps memory.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root="$PWD"
+python="$root/${VENV:-.venv}/bin/python"
+package="$root/build/sanitized"
+
+"$python" setup.py -q build_py --build-lib "$package" build_ext --sanitize --build-lib "$package" 2>/dev/null
+"$python" -c 'import json, sys; sys.exit(json.load(open(sys.argv[1]))["reason"])' "$package/fastattn/_build_report.json"
+
+compiler="${CXX:-c++}"
+LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libubsan.so)"
+export LD_PRELOAD
+export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+export OMP_NUM_THREADS=2
+
+arguments=("$@")
+if [ ${#arguments[@]} -eq 0 ]; then
+  arguments=(tests/test_attention.py tests/test_attention_backward.py tests/test_layer_norm.py tests/test_int8_matmul.py
+             -k "not compile and not opcheck and not export")
+fi
+# From the build folder, so that the instrumented package is the one imported.
+cd "$package"
+exec "$python" -m pytest -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" "${arguments[@]/#tests/$root/tests}"
