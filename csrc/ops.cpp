@@ -11,11 +11,14 @@ TORCH_LIBRARY(fastattn, m) {
   // seqlen_k), bool (true = attend) or floating; alibi_slopes (heads,) or (batch, heads) fp32; sinks (heads,).
   // rng_state (2,) int64 = (seed, offset), given iff dropout_p > 0. window_left, window_right: -1 = unlimited.
   // Returns out (batch, heads, seqlen_q, head_dim_v) and lse (batch, heads, seqlen_q), fp32 (fp64 for fp64 inputs).
+  // lse is contiguous. out takes the layout of query: if query.stride(1) < query.stride(2), it is the transpose(1, 2) of a
+  // contiguous (batch, seqlen_q, heads, head_dim_v), else contiguous. dq, dk, dv follow query, key, value in the same way.
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, "
       "Tensor? rng_state, float dropout_p, bool is_causal, float scale, SymInt window_left, SymInt window_right, "
       "bool bottom_right, float softcap) -> (Tensor out, Tensor lse)");
-  // dlse may be absent (= 0). dmask and dsinks have no elements unless need_dmask, need_dsinks.
+  // dlse may be absent (= 0). dmask has the shape and dtype of attn_mask, dsinks those of sinks, both contiguous; they have
+  // shape (0,) unless need_dmask, need_dsinks. Itself not differentiable: its backward raises NotImplementedError.
   m.def(
       "attention_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
       "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_state, float dropout_p, bool is_causal, "

@@ -43,8 +43,8 @@ struct AttentionParams {
   // Adds -slope * |i + diagonal - j|. Slope of (b, h) at alibi_slopes[b * stride_alibi_batch + h].
   const float* alibi_slopes = nullptr;
   int64_t stride_alibi_batch = 0;
-  // (heads,): one more logit a row, without a value.
-  const float* sinks = nullptr;
+  // (heads,): one more logit a row, without a value. float (double for fp64 inputs).
+  const void* sinks = nullptr;
   AttentionMask mask;
 
   double dropout_p = 0.0;

@@ -1,0 +1,303 @@
+// Torch glue of attention on the CPU: checks what memory safety needs, copies what the kernels cannot address,
+// allocates outputs and fills the parameters. attention_autograd.cpp holds the gradients.
+#include "attention/attention.h"
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+namespace fastattn {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+DType kernel_dtype(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kBool:
+      return DType::kBool;
+    default:
+      TORCH_CHECK_TYPE(false, "attention: dtype ", type, " is not float32, bfloat16, float16 or float64.");
+  }
+}
+
+// Scores, statistics and everything accumulated: double for double inputs, else float.
+at::ScalarType statistics_dtype(const Tensor& query) {
+  return query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+void check_tensor(const char* name, const Tensor& tensor, at::ScalarType dtype, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.layout() == at::kStrided, "attention: ", name,
+                    " must be a dense tensor on the cpu, as query is; got ", tensor.layout(), " on ", tensor.device(),
+                    ".");
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, "attention: ", name, " must be ", dtype, ", got ",
+                   tensor.scalar_type(), ".");
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, "attention: ", name, " must be ", shape, ", got ", tensor.sizes(), ".");
+}
+
+void check_qkv(const Tensor& query, const Tensor& key, const Tensor& value) {
+  kernel_dtype(query.scalar_type());
+  TORCH_CHECK_TYPE(query.scalar_type() != at::kBool, "attention: query must be floating, got bool.");
+  TORCH_CHECK_VALUE(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
+                    "attention: query, key and value must have 4 dims (batch, heads, seqlen, head_dim), got ",
+                    query.sizes(), ", ", key.sizes(), ", ", value.sizes(), ".");
+  check_tensor("query", query, query.scalar_type(), query.sizes());
+  const int64_t heads_kv = key.size(1), head_dim = query.size(3), head_dim_v = value.size(3);
+  check_tensor("key", key, query.scalar_type(), {query.size(0), heads_kv, key.size(2), head_dim});
+  check_tensor("value", value, query.scalar_type(), {query.size(0), heads_kv, key.size(2), head_dim_v});
+  TORCH_CHECK_VALUE(heads_kv > 0 ? query.size(1) % heads_kv == 0 : query.size(1) == 0,
+                    "attention: the heads of query (", query.size(1), ") must be a multiple of those of key (",
+                    heads_kv, ").");
+  TORCH_CHECK_NOT_IMPLEMENTED(head_dim >= 1 && head_dim <= 256 && head_dim_v >= 1 && head_dim_v <= 256,
+                              "attention: the cpu kernels take head_dim 1 to 256, got ", head_dim, " and ", head_dim_v,
+                              " (value). Use backend='eager'.");
+}
+
+// The kernels read rows: the elements of one row must be neighbours.
+Tensor with_contiguous_rows(const Tensor& tensor) {
+  return tensor.stride(-1) == 1 || tensor.size(-1) <= 1 ? tensor : tensor.contiguous();
+}
+
+// Heads inside rows if `like` has them so: then transpose(1, 2).reshape(batch, seqlen, heads * head_dim) is free.
+Tensor empty_rows(const Tensor& like, int64_t head_dim) {
+  const int64_t batch = like.size(0), heads = like.size(1), seqlen = like.size(2);
+  if (like.stride(1) < like.stride(2)) {
+    return at::empty({batch, seqlen, heads, head_dim}, like.options()).transpose(1, 2);
+  }
+  return at::empty({batch, heads, seqlen, head_dim}, like.options());
+}
+
+AttentionTensor operand(const Tensor& tensor) {
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+// Conversions and copies of the small operands; they live as long as the kernel runs.
+struct Operands {
+  Tensor query, key, value, mask, alibi_slopes, sinks;
+};
+
+// A mask in a dtype that the kernels read, expanded to (batch, heads, seqlen_q, seqlen_k) with strides of 0. A
+// dimension that the caller expanded is narrowed before the conversion, so that no broadcast mask is ever written out
+// in full.
+Tensor expanded_mask(const Tensor& mask, at::ScalarType query_dtype, at::IntArrayRef scores_shape) {
+  TORCH_CHECK_VALUE(mask.device().is_cpu() && mask.layout() == at::kStrided,
+                    "attention: attn_mask must be a dense tensor on the cpu, as query is; got ", mask.layout(), " on ",
+                    mask.device(), ".");
+  TORCH_CHECK_TYPE(mask.scalar_type() == at::kBool || mask.is_floating_point(),
+                   "attention: attn_mask must be bool (True = attend) or floating (added), got ", mask.scalar_type(),
+                   ".");
+  TORCH_CHECK_VALUE(mask.dim() <= 4, "attention: attn_mask must have at most 4 dims, got ", mask.sizes(), ".");
+  Tensor narrowed = mask;
+  for (int64_t dim = 0; dim < mask.dim(); ++dim) {
+    const int64_t expected = scores_shape[4 - mask.dim() + dim];
+    TORCH_CHECK_VALUE(mask.size(dim) == expected || mask.size(dim) == 1, "attention: attn_mask ", mask.sizes(),
+                      " does not broadcast to (batch, heads, seqlen_q, seqlen_k) = ", scores_shape, ".");
+    if (mask.stride(dim) == 0 && mask.size(dim) > 1) narrowed = narrowed.narrow(dim, 0, 1);
+  }
+  const at::ScalarType dtype = mask.scalar_type();
+  if (dtype != at::kBool && query_dtype == at::kDouble) {
+    narrowed = narrowed.to(at::kDouble);
+  } else if (dtype != at::kBool && dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) {
+    narrowed = narrowed.to(at::kFloat);
+  }
+  return narrowed.expand(scores_shape);
+}
+
+struct Scoring {
+  double dropout_p;
+  bool is_causal;
+  double scale;
+  int64_t window_left, window_right;
+  bool bottom_right;
+  double softcap;
+};
+
+// Checks the operands that scores are made of and fills everything but value, out and lse.
+Operands fill_scores(AttentionParams& p, const Tensor& query, const Tensor& key, const OptionalTensor& attn_mask,
+                     const OptionalTensor& alibi_slopes, const OptionalTensor& rng_state, const Scoring& scoring) {
+  p.dtype = kernel_dtype(query.scalar_type());
+  p.batch = query.size(0), p.heads = query.size(1), p.heads_kv = key.size(1);
+  p.seqlen_q = query.size(2), p.seqlen_k = key.size(2), p.head_dim = query.size(3);
+
+  Operands operands;
+  operands.query = with_contiguous_rows(query);
+  operands.key = with_contiguous_rows(key);
+  p.q = operand(operands.query);
+  p.k = operand(operands.key);
+
+  p.scale = scoring.scale;
+  p.softcap = scoring.softcap;
+  p.diagonal = scoring.bottom_right ? p.seqlen_k - p.seqlen_q : 0;
+  p.window_left = scoring.window_left < 0 ? kUnlimited : std::min(scoring.window_left, kUnlimited);
+  p.window_right = scoring.window_right < 0 ? kUnlimited : std::min(scoring.window_right, kUnlimited);
+  if (scoring.is_causal) p.window_right = std::min<int64_t>(p.window_right, 0);
+
+  if (attn_mask.has_value()) {
+    operands.mask = expanded_mask(*attn_mask, query.scalar_type(), {p.batch, p.heads, p.seqlen_q, p.seqlen_k});
+    const Tensor& mask = operands.mask;
+    // An empty mask has no storage; the kernel must still know that there is one.
+    static const char no_elements = 0;
+    p.mask = {mask.numel() > 0 ? mask.data_ptr() : &no_elements,
+              kernel_dtype(mask.scalar_type()),
+              mask.stride(0),
+              mask.stride(1),
+              mask.stride(2),
+              mask.stride(3)};
+  }
+  if (alibi_slopes.has_value()) {
+    const bool per_batch = alibi_slopes->dim() == 2;
+    check_tensor("alibi_slopes", *alibi_slopes, at::kFloat,
+                 per_batch ? at::IntArrayRef({p.batch, p.heads}) : at::IntArrayRef({p.heads}));
+    operands.alibi_slopes = alibi_slopes->contiguous();
+    p.alibi_slopes = operands.alibi_slopes.const_data_ptr<float>();
+    p.stride_alibi_batch = per_batch ? p.heads : 0;
+  }
+  TORCH_CHECK_VALUE(scoring.dropout_p >= 0.0 && scoring.dropout_p <= 1.0,
+                    "attention: dropout_p must be in [0, 1], got ", scoring.dropout_p, ".");
+  if (scoring.dropout_p > 0.0) {
+    TORCH_CHECK_VALUE(rng_state.has_value(), "attention: dropout_p > 0 needs rng_state.");
+    check_tensor("rng_state", *rng_state, at::kLong, {2});
+    TORCH_CHECK_VALUE(rng_state->is_contiguous(), "attention: rng_state must be contiguous.");
+    p.dropout_p = scoring.dropout_p;
+    p.rng_state = rng_state->const_data_ptr<int64_t>();
+  }
+  return operands;
+}
+
+void fill_value_and_sinks(AttentionParams& p, Operands& operands, const Tensor& query, const Tensor& value,
+                          const OptionalTensor& sinks) {
+  p.head_dim_v = value.size(3);
+  operands.value = with_contiguous_rows(value);
+  p.v = operand(operands.value);
+  if (sinks.has_value()) {
+    TORCH_CHECK_TYPE(sinks->is_floating_point(), "attention: sinks must be floating, got ", sinks->scalar_type(), ".");
+    check_tensor("sinks", *sinks, sinks->scalar_type(), {p.heads});
+    operands.sinks = sinks->to(statistics_dtype(query)).contiguous();
+    p.sinks = operands.sinks.const_data_ptr();
+  }
+}
+
+// --- The ops --------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
+                                         const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
+                                         const OptionalTensor& sinks, const OptionalTensor& rng_state, double dropout_p,
+                                         bool is_causal, double scale, int64_t window_left, int64_t window_right,
+                                         bool bottom_right, double softcap) {
+  check_qkv(query, key, value);
+  AttentionParams p;
+  Operands operands = fill_scores(p, query, key, attn_mask, alibi_slopes, rng_state,
+                                  {dropout_p, is_causal, scale, window_left, window_right, bottom_right, softcap});
+  fill_value_and_sinks(p, operands, query, value, sinks);
+
+  const Tensor out = empty_rows(query, p.head_dim_v);
+  const Tensor lse = at::empty({p.batch, p.heads, p.seqlen_q}, query.options().dtype(statistics_dtype(query)));
+  p.out = operand(out);
+  p.lse = lse.data_ptr();
+  if (lse.numel() > 0) FASTATTN_CPU_DISPATCH(attention_fwd_cpu, p);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
+    const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& out, const Tensor& lse, const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
+    const OptionalTensor& sinks, const OptionalTensor& rng_state, double dropout_p, bool is_causal, double scale,
+    int64_t window_left, int64_t window_right, bool bottom_right, double softcap, bool need_dmask, bool need_dsinks) {
+  check_qkv(query, key, value);
+  AttentionBwdParams p;
+  Operands operands = fill_scores(p, query, key, attn_mask, alibi_slopes, rng_state,
+                                  {dropout_p, is_causal, scale, window_left, window_right, bottom_right, softcap});
+  fill_value_and_sinks(p, operands, query, value, sinks);
+
+  const at::ScalarType statistics = statistics_dtype(query);
+  const int64_t row_shape[] = {p.batch, p.heads, p.seqlen_q};
+  const int64_t out_shape[] = {p.batch, p.heads, p.seqlen_q, p.head_dim_v};
+  check_tensor("out", out, query.scalar_type(), out_shape);
+  check_tensor("dout", dout, query.scalar_type(), out_shape);
+  check_tensor("lse", lse, statistics, row_shape);
+  const Tensor out_rows = with_contiguous_rows(out), dout_rows = with_contiguous_rows(dout),
+               lse_rows = lse.contiguous();
+  p.out = operand(out_rows);
+  p.dout = operand(dout_rows);
+  p.lse = lse_rows.data_ptr();
+  Tensor dlse_rows;
+  if (dlse.has_value()) {
+    check_tensor("dlse", *dlse, statistics, row_shape);
+    dlse_rows = dlse->contiguous();
+    p.dlse = dlse_rows.const_data_ptr();
+  }
+
+  const Tensor dq = empty_rows(query, p.head_dim), dk = empty_rows(key, p.head_dim),
+               dv = empty_rows(value, p.head_dim_v);
+  p.dq = operand(dq);
+  p.dk = operand(dk);
+  p.dv = operand(dv);
+  // The kernel adds up in float; a mask or sinks of another dtype are converted at the end.
+  Tensor dmask = at::empty({0}, query.options()), dsinks = at::empty({0}, query.options());
+  if (need_dmask) {
+    TORCH_CHECK_VALUE(attn_mask.has_value() && attn_mask->is_floating_point(),
+                      "attention: need_dmask needs a floating attn_mask.");
+    dmask = at::empty(attn_mask->sizes(), query.options().dtype(statistics));
+    const Tensor expanded = dmask.expand({p.batch, p.heads, p.seqlen_q, p.seqlen_k});
+    p.dmask = dmask.data_ptr();
+    p.stride_dmask_batch = expanded.stride(0), p.stride_dmask_head = expanded.stride(1);
+    p.stride_dmask_q = expanded.stride(2), p.stride_dmask_k = expanded.stride(3);
+  }
+  if (need_dsinks) {
+    TORCH_CHECK_VALUE(sinks.has_value(), "attention: need_dsinks needs sinks.");
+    dsinks = at::empty({p.heads}, query.options().dtype(statistics));
+    p.dsinks = dsinks.data_ptr();
+  }
+
+  if (lse.numel() > 0 && p.seqlen_k > 0) {
+    FASTATTN_CPU_DISPATCH(attention_bwd_cpu, p);
+  } else {
+    // Nothing was attended to, except perhaps a sink: then lse is the sink itself.
+    for (const Tensor& gradient : {dq, dk, dv, dmask}) gradient.zero_();
+    if (need_dsinks) dlse.has_value() ? dsinks.copy_(dlse->sum({0, 2})) : dsinks.zero_();
+  }
+  if (need_dmask) dmask = dmask.to(attn_mask->scalar_type());
+  if (need_dsinks) dsinks = dsinks.to(sinks->scalar_type());
+  return {dq, dk, dv, dmask, dsinks};
+}
+
+Tensor attention_weights_cpu(const Tensor& query, const Tensor& key, const Tensor& lse, const OptionalTensor& attn_mask,
+                             const OptionalTensor& alibi_slopes, const OptionalTensor& rng_state, double dropout_p,
+                             bool is_causal, double scale, int64_t window_left, int64_t window_right, bool bottom_right,
+                             double softcap, bool average_heads) {
+  check_qkv(query, key, key);
+  AttentionWeightsParams p;
+  const Operands operands =
+      fill_scores(p, query, key, attn_mask, alibi_slopes, rng_state,
+                  {dropout_p, is_causal, scale, window_left, window_right, bottom_right, softcap});
+  check_tensor("lse", lse, statistics_dtype(query), {p.batch, p.heads, p.seqlen_q});
+  const Tensor lse_rows = lse.contiguous();
+  p.lse = lse_rows.data_ptr();
+  p.average_heads = average_heads;
+
+  const Tensor weights = average_heads ? at::empty({p.batch, p.seqlen_q, p.seqlen_k}, query.options())
+                                       : at::empty({p.batch, p.heads, p.seqlen_q, p.seqlen_k}, query.options());
+  p.weights = weights.data_ptr();
+  if (weights.numel() > 0) FASTATTN_CPU_DISPATCH(attention_weights_cpu, p);
+  return weights;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
+  m.impl("attention", &attention_cpu);
+  m.impl("attention_backward", &attention_backward_cpu);
+  m.impl("attention_weights", &attention_weights_cpu);
+}
+
+}  // namespace fastattn
