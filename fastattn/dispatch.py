@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -28,11 +29,20 @@ class Kernel:
 
 # Filled by the modules in fastattn/ops, each of which ends with `register(op, ...)`: backends in order of preference.
 TABLE: dict[str, tuple[Kernel, ...]] = {}
+_PREPARE: dict[str, Callable[..., Any]] = {}
 
 
-def register(op: str, *kernels: Kernel) -> None:
-    """Adds an op to the table; ``kernels`` come in order of preference and end with eager, which never refuses."""
+def register(op: str, *kernels: Kernel, prepare: Callable[..., Any]) -> None:
+    """Adds an op to the table.
+
+    Args:
+        op: the public function's name.
+        kernels: in order of preference; the last one is eager, which never refuses.
+        prepare: takes the public function's arguments without ``backend``, checks what they mean as the function does,
+            and returns the call that ``refuses`` and ``run`` take. It runs nothing, writes nothing, draws nothing random.
+    """
     TABLE[op] = kernels
+    _PREPARE[op] = prepare
 
 
 def not_written(op: str) -> Callable[[Any], str | None]:
@@ -69,9 +79,28 @@ def available_backends() -> dict[str, str | None]:
     return {name: _UNAVAILABLE[name]() for name in BACKENDS}
 
 
-# --- The choice ------------------------------------------------------------------------------------------------------
+# --- The preferred backend -------------------------------------------------------------------------------------------
+
+
+class _Traced(threading.local):
+    """The preference as compiled code sees it: dynamo cannot trace a ContextVar, but guards this, thread by thread."""
+
+    def __init__(self) -> None:
+        self.backend = "auto"
+
 
 _preferred: ContextVar[str] = ContextVar("fastattn_backend", default="auto")
+_traced = _Traced()
+
+
+def _preference() -> str:
+    return _traced.backend if torch.compiler.is_compiling() else _preferred.get()
+
+
+def _set_preference(name: str) -> None:
+    if not torch.compiler.is_compiling():
+        _preferred.set(name)
+    _traced.backend = name
 
 
 def _check_name(name: str) -> None:
@@ -87,7 +116,9 @@ class use_backend:
         fastattn.use_backend("eager")
         with fastattn.use_backend("cpu"): ...
 
-    Raises: ValueError for an unknown name; NotImplementedError, with the reason, if this machine cannot run the backend.
+    A compiled function honours it too, and is compiled again when it changes; inside one, use it as a context manager.
+
+    Raises: ValueError for an unknown name; NotImplementedError, with the reason, for a backend this machine cannot run.
     """
 
     def __init__(self, name: str) -> None:
@@ -95,18 +126,28 @@ class use_backend:
         reason = None if name == "auto" else _UNAVAILABLE[name]()
         if reason is not None:
             raise NotImplementedError(f"use_backend: backend {name!r} cannot run here: {reason}.")
-        self._token = _preferred.set(name)
+        self._previous = _preference()
+        _set_preference(name)
 
     def __enter__(self) -> use_backend:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        _preferred.reset(self._token)
+        _set_preference(self._previous)
 
 
-class Choice(NamedTuple):
-    kernel: Kernel
-    refusals: dict[str, str]
+# --- The choice ------------------------------------------------------------------------------------------------------
+
+
+def _refusal(op: str, backend: str, call: Any) -> str | None:
+    """Why ``backend`` does not run ``call``: first the machine, then the table, then the kernel is asked."""
+    reason = _UNAVAILABLE[backend]()
+    if reason is not None:
+        return reason
+    for kernel in TABLE[op]:
+        if kernel.backend == backend:
+            return kernel.refuses(call)
+    return f"it has no {op} kernel"
 
 
 def select(op: str, call: Any, backend: str = "auto") -> Kernel:
@@ -115,18 +156,54 @@ def select(op: str, call: Any, backend: str = "auto") -> Kernel:
     Raises: ValueError for an unknown backend; NotImplementedError if the backend asked for by name refuses.
     """
     if backend == "auto":
-        backend = _preferred.get()
-    if backend == "auto":
-        for kernel in TABLE[op]:
-            if kernel.backend != "emulated" and kernel.refuses(call) is None:
-                return kernel
+        backend = _preference()
     _check_name(backend)
     for kernel in TABLE[op]:
-        if kernel.backend == backend:
-            reason = kernel.refuses(call)
-            if reason is None:
-                return kernel
-            raise NotImplementedError(
-                f"{op}: backend {backend!r} cannot run this: {reason}. Use backend='auto' to let fastattn choose."
-            )
-    raise NotImplementedError(f"{op}: backend {backend!r} has no kernel for this op. Use backend='auto'.")
+        wanted = backend == kernel.backend or (backend == "auto" and kernel.backend != "emulated")
+        if wanted and _UNAVAILABLE[kernel.backend]() is None and kernel.refuses(call) is None:
+            return kernel
+    raise NotImplementedError(
+        f"{op}: backend {backend!r} cannot run this: {_refusal(op, backend, call)}. "
+        "Use backend='auto' to let fastattn choose."
+    )
+
+
+def explain(op: str | Callable[..., Any], *args: Any, backend: str = "auto", **kwargs: Any) -> str:
+    """Says which backend would run a call, and why each other one would not. Runs nothing and draws no random number.
+
+    ::
+
+        >>> print(fastattn.explain(fastattn.attention, q, k, v, is_causal=True))
+        attention: cpu runs this call.
+          cuda      no: this version of fastattn has no CUDA kernels
+          triton    no: this version of fastattn has no Triton kernels
+          cpu       would run
+          eager     would run
+          emulated  no: this version of fastattn has no emulated CUDA kernels
+
+    Args:
+        op: the function or its name, such as ``"attention"``.
+        args, kwargs: what the function would be called with, ``backend`` included.
+    Raises: ValueError for an unknown op or backend, and what the function itself raises for bad arguments.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in TABLE:
+        raise ValueError(f"explain: {name!r} is not an op of fastattn; the ops are {', '.join(sorted(TABLE))}.")
+    _check_name(backend)
+    call = _PREPARE[name](*args, **kwargs)
+    wanted = _preference() if backend == "auto" else backend
+    refusals = {each: _refusal(name, each, call) for each in BACKENDS}
+
+    if wanted == "auto":
+        running = next(k.backend for k in TABLE[name] if k.backend != "emulated" and refusals[k.backend] is None)
+        verdict = f"{running} runs this call."
+    elif refusals[wanted] is None:
+        verdict = f"{wanted} runs this call, as asked for by {'use_backend' if backend == 'auto' else 'name'}."
+    else:
+        verdict = f"this call raises NotImplementedError: {wanted} was asked for and cannot run it."
+
+    def line(each: str, reason: str | None) -> str:
+        by_name = ", but only when asked for by name" if each == "emulated" else ""
+        return f"  {each:<9} " + (f"would run{by_name}" if reason is None else f"no: {reason}")
+
+    return "\n".join([f"{name}: {verdict}", *(line(each, reason) for each, reason in refusals.items())])

@@ -1,0 +1,57 @@
+"""The one tolerance of the test suite: as accurate as eager PyTorch in the same dtype, judged against float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# A float64 result is judged against another float64 computation, which is no more exact than itself: both may round.
+# Elsewhere the reference counts as exact and one ulp covers a final rounding where eager happens to be exact.
+_FLOOR_ULPS = {torch.float64: 256.0}
+
+
+def ulp(magnitude: float, dtype: torch.dtype) -> float:
+    """The spacing of ``dtype`` at ``magnitude``, never below its smallest normal number's."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(torch.tensor(max(magnitude, info.tiny), dtype=torch.float64)).exponent.item() - 1
+    return info.eps * 2.0**exponent
+
+
+def max_error(tensor: Tensor, reference: Tensor) -> float:
+    """The largest absolute error over the elements that are finite in the reference; 0 for an empty tensor."""
+    finite = torch.isfinite(reference)
+    error = (tensor.double() - reference.double())[finite].abs()
+    return error.max().item() if error.numel() else 0.0
+
+
+def assert_as_accurate_as_eager(
+    actual: Tensor, eager: Tensor, reference: Tensor, name: str = "", *, terms: float = 0.0
+) -> None:
+    """Asserts that ``max|actual - reference| <= 2 * max|eager - reference| + 1 ulp``.
+
+    Args:
+        actual: the result under test.
+        eager: eager PyTorch's result in the same dtype; ``actual`` must have its shape and dtype.
+        reference: the same computation in float64. Where it is infinite ``actual`` must be the same infinity.
+        name: names the tensor in the message.
+        terms: the size of the terms that were summed, where they cancel: the ulp is taken at the larger of this and the
+            largest element (a sum whose terms cancel exactly has size 0, but nobody computes it to that precision).
+    """
+    label = name or "result"
+    assert actual.dtype == eager.dtype, f"{label}: dtype {actual.dtype}, expected {eager.dtype}"
+    assert actual.shape == eager.shape, f"{label}: shape {tuple(actual.shape)}, expected {tuple(eager.shape)}"
+    assert reference.shape == eager.shape, f"{label}: reference has shape {tuple(reference.shape)}"
+    assert reference.dtype == torch.float64, f"{label}: the reference must be float64, got {reference.dtype}"
+    assert not torch.isnan(reference).any(), f"{label}: the reference has NaN"
+    assert not torch.isnan(actual).any(), f"{label}: {int(torch.isnan(actual).sum())} NaN of {actual.numel()} elements"
+    infinite = torch.isinf(reference)
+    assert torch.equal(actual.double()[infinite], reference[infinite]), f"{label}: infinities differ"
+
+    finite = reference[~infinite]
+    magnitude = max(finite.abs().max().item() if finite.numel() else 0.0, terms)
+    error, eager_error = max_error(actual, reference), max_error(eager, reference)
+    floor = _FLOOR_ULPS.get(actual.dtype, 1.0) * ulp(magnitude, actual.dtype)
+    assert error <= 2 * eager_error + floor, (
+        f"{label}: max error {error:.3e} exceeds 2 x eager's {eager_error:.3e} + {floor:.1e} "
+        f"(shape {tuple(actual.shape)}, {actual.dtype}, largest element {magnitude:.3e})"
+    )

@@ -1,0 +1,40 @@
+"""Fixtures of every test: fixed seeds, NaN in memory that nobody wrote, and the CPU builds to choose from."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastattn._extension import extension, missing_reason
+
+_ISAS = extension.usable_cpu_isas() if extension else []
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """``torch.empty``, and ``at::empty`` in the extension, return NaN (the largest value for integers): a forgotten
+    element shows."""
+    was_enabled = torch.are_deterministic_algorithms_enabled()
+    was_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(was_enabled, warn_only=was_warn_only)
+
+
+@pytest.fixture(params=_ISAS or [pytest.param(None, marks=pytest.mark.skip(reason=str(missing_reason)))])
+def cpu_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each build of the CPU kernels that this machine can run, in turn."""
+    before = extension.active_cpu_isa()
+    extension.set_cpu_isa(request.param)
+    yield request.param
+    extension.set_cpu_isa(before)
