@@ -1,5 +1,6 @@
-"""BERT: a bidirectional Transformer encoder of torch.nn modules, which ``fastattn.accelerate`` can swap.
+"""BERT: embeddings and a torch.nn.TransformerEncoder, whose modules ``fastattn.accelerate`` can swap.
 
+In inference nn.TransformerEncoder takes PyTorch's fast path and packs padded batches, so this is no straw man.
 Loads the weights and config.json of Hugging Face BERT checkpoints (BERT, MiniLM, and the encoders trained from them).
 Source: Devlin et al. 2018 (arXiv:1810.04805); post-norm layers of Vaswani et al. 2017 (arXiv:1706.03762).
 """
@@ -8,18 +9,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
-# nn modules, not functions, so that what walks a model's modules sees that one follows a Linear.
 ACTIVATIONS = {
-    "gelu": nn.GELU,
-    "gelu_new": lambda: nn.GELU(approximate="tanh"),
-    "relu": nn.ReLU,
-    "silu": nn.SiLU,
+    "gelu": F.gelu,
+    # Not nn.GELU("tanh"): nn.TransformerEncoderLayer takes every nn.GELU for the exact one on its fast path.
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
 }
 
 
@@ -74,26 +77,16 @@ class BertEmbeddings(nn.Module):
         return self.dropout(self.norm(self.word(input_ids) + (positions + segments)))
 
 
-class BertLayer(nn.Module):
-    """Self-attention, then a feed-forward network, each with dropout, a residual and a norm after it (post-norm)."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(
-            config.hidden_size, config.num_attention_heads, config.attention_probs_dropout_prob, batch_first=True
-        )
-        self.attention_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACTIVATIONS[config.hidden_act]()
-        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.output_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, hidden: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-        attended, _ = self.attention(hidden, hidden, hidden, key_padding_mask=key_padding_mask, need_weights=False)
-        hidden = self.attention_norm(hidden + self.dropout(attended))
-        expanded = self.activation(self.intermediate(hidden))  # (batch, seqlen, intermediate)
-        return self.output_norm(hidden + self.dropout(self.output(expanded)))
+def bert_layers(config: BertConfig) -> nn.TransformerEncoder:
+    """BERT's stack: self-attention, then a feed-forward network, each with dropout, a residual and a norm after it."""
+    layer = nn.TransformerEncoderLayer(
+        config.hidden_size, config.num_attention_heads, config.intermediate_size, config.hidden_dropout_prob,
+        ACTIVATIONS[config.hidden_act], config.layer_norm_eps, batch_first=True,
+    )  # fmt: skip
+    # torch drops out inside the feed-forward network too, and one probability serves all; BERT has neither.
+    layer.dropout.p = 0.0
+    layer.self_attn.dropout = config.attention_probs_dropout_prob
+    return nn.TransformerEncoder(layer, config.num_hidden_layers)
 
 
 class BertEncoder(nn.Module):
@@ -103,7 +96,11 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = BertEmbeddings(config)
-        self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.encoder = bert_layers(config)
+        for name, parameter in self.named_parameters():
+            if "norm" not in name:
+                # BERT's own; nn.TransformerEncoder would start every layer with the same weights.
+                nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else nn.init.zeros_(parameter)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
@@ -112,7 +109,8 @@ class BertEncoder(nn.Module):
 
         Args:
             input_ids: (batch, seqlen) int64 token ids; seqlen at most ``config.max_position_embeddings``.
-            attention_mask: (batch, seqlen), 1 or True where there is a token, 0 or False where there is padding.
+            attention_mask: (batch, seqlen), 1 or True where there is a token, 0 or False where there is padding;
+                absent = no padding, which saves the search for it.
             token_type_ids: (batch, seqlen) int64, 0 for the first sentence and 1 for the second; absent = all 0.
         Returns: (batch, seqlen, hidden_size). States of padding tokens mean nothing.
         Raises: ValueError for a sequence longer than the position embeddings reach.
@@ -122,10 +120,7 @@ class BertEncoder(nn.Module):
             raise ValueError(f"BertEncoder: input_ids has {seqlen} tokens; the model has positions for {limit}.")
         # torch.nn's sense is True = ignore.
         key_padding_mask = None if attention_mask is None else attention_mask == 0
-        hidden = self.embeddings(input_ids, token_type_ids)
-        for layer in self.layers:
-            hidden = layer(hidden, key_padding_mask)
-        return hidden
+        return self.encoder(self.embeddings(input_ids, token_type_ids), src_key_padding_mask=key_padding_mask)
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> BertEncoder:
@@ -146,11 +141,11 @@ _EMBEDDINGS = {
 }
 _WITH_BIAS = {
     "embeddings.norm": "embeddings.LayerNorm",
-    "layers.{i}.attention.out_proj": "encoder.layer.{i}.attention.output.dense",
-    "layers.{i}.attention_norm": "encoder.layer.{i}.attention.output.LayerNorm",
-    "layers.{i}.intermediate": "encoder.layer.{i}.intermediate.dense",
-    "layers.{i}.output": "encoder.layer.{i}.output.dense",
-    "layers.{i}.output_norm": "encoder.layer.{i}.output.LayerNorm",
+    "encoder.layers.{i}.self_attn.out_proj": "encoder.layer.{i}.attention.output.dense",
+    "encoder.layers.{i}.norm1": "encoder.layer.{i}.attention.output.LayerNorm",
+    "encoder.layers.{i}.linear1": "encoder.layer.{i}.intermediate.dense",
+    "encoder.layers.{i}.linear2": "encoder.layer.{i}.output.dense",
+    "encoder.layers.{i}.norm2": "encoder.layer.{i}.output.LayerNorm",
 }
 
 
@@ -168,5 +163,5 @@ def convert_state_dict(theirs: dict[str, Tensor], config: BertConfig) -> dict[st
         ours |= {f"{name}.{kind}": theirs[f"{their_name}.{kind}"] for name, their_name in modules.items()}
         for i in layers:
             parts = [theirs[f"encoder.layer.{i}.attention.self.{part}.{kind}"] for part in ("query", "key", "value")]
-            ours[f"layers.{i}.attention.in_proj_{kind}"] = torch.cat(parts)
+            ours[f"encoder.layers.{i}.self_attn.in_proj_{kind}"] = torch.cat(parts)
     return ours

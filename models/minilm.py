@@ -48,8 +48,8 @@ class SentenceEncoder(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(batch, seqlen) ids and mask (1 = token, 0 = padding) to (batch, hidden_size)."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(batch, seqlen) ids and mask (1 = token, 0 = padding; absent = no padding) to (batch, hidden_size)."""
         return mean_pool(self.encoder(input_ids, attention_mask), attention_mask)
 
     @classmethod
@@ -61,8 +61,10 @@ class SentenceEncoder(nn.Module):
         return cls(BertEncoder.from_pretrained(folder or _weights_or_raise())).eval()
 
 
-def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+def mean_pool(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     """The normalised mean of (batch, seqlen, hidden) states over the tokens that ``attention_mask`` keeps."""
+    if attention_mask is None:
+        return F.normalize(hidden.mean(1), dim=-1)
     kept = attention_mask.unsqueeze(-1).bool()
     # where, not a product: the state of a padding token may be anything, even NaN.
     total = torch.where(kept, hidden, 0.0).sum(1)
