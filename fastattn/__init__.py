@@ -1,5 +1,6 @@
 """Hand-written attention, layer norm and INT8 matmul kernels for PyTorch Transformers."""
 
 from fastattn.dispatch import available_backends, explain, use_backend
+from fastattn.ops.attention import attention
 
-__all__ = ["available_backends", "explain", "use_backend"]
+__all__ = ["attention", "available_backends", "explain", "use_backend"]

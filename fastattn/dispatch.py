@@ -38,8 +38,8 @@ def register(op: str, *kernels: Kernel, prepare: Callable[..., Any]) -> None:
     Args:
         op: the public function's name.
         kernels: in order of preference; the last one is eager, which never refuses.
-        prepare: takes the public function's arguments without ``backend``, checks what they mean as the function does,
-            and returns the call that ``refuses`` and ``run`` take. It runs nothing, writes nothing, draws nothing random.
+        prepare: takes the public function's arguments without ``backend``, checks their meaning as the function does,
+            and returns the call that ``refuses`` and ``run`` take. Runs nothing, writes nothing, draws nothing random.
     """
     TABLE[op] = kernels
     _PREPARE[op] = prepare

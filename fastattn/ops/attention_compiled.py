@@ -1,0 +1,85 @@
+"""The face of ``torch.ops.fastattn.attention*``: what the CPU kernels refuse, how to call them, their fake kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastattn._extension import extension
+
+if TYPE_CHECKING:
+    from fastattn.ops.attention import AttentionCall
+
+_CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+_MAX_HEAD_DIM = 256
+
+
+def refuses_cpu(call: AttentionCall) -> str | None:
+    """Why the CPU kernels do not run ``call``; None if they do."""
+    query, alibi_slopes = call.query, call.alibi_slopes
+    if not query.is_cpu:
+        return f"query is on {query.device}, not on the cpu"
+    if query.dtype not in _CPU_DTYPES:
+        return f"dtype {str(query.dtype).removeprefix('torch.')} is not float32, bfloat16, float16 or float64"
+    head_dim, head_dim_v = query.shape[-1], call.value.shape[-1]
+    if head_dim > _MAX_HEAD_DIM or not 0 < head_dim_v <= _MAX_HEAD_DIM:
+        return f"head_dim {head_dim} (value: {head_dim_v}) is not in 1 to {_MAX_HEAD_DIM}"
+    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+        return "alibi_slopes requires grad, and its kernels give no gradient to slopes; pass alibi_slopes.detach()"
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "its kernels have no rules for torch.func transforms (vmap, grad, jvp)"
+    return None
+
+
+def run_cpu(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    if call.alibi_slopes is not None:
+        call = call._replace(alibi_slopes=call.alibi_slopes.float())
+    return torch.ops.fastattn.attention(*call)
+
+
+def run_weights_cpu(call: AttentionCall, lse: Tensor, average_heads: bool) -> Tensor:
+    slopes = None if call.alibi_slopes is None else call.alibi_slopes.float()
+    return torch.ops.fastattn.attention_weights(
+        call.query, call.key, lse, call.attn_mask, slopes, *call[6:], average_heads
+    )
+
+
+# --- Fake kernels: the shapes, dtypes and strides of csrc/attention/attention.cpp ------------------------------------
+
+
+def _empty_rows(like: Tensor, head_dim: int) -> Tensor:
+    """(batch, heads, seqlen, head_dim), with the heads inside the rows if ``like`` has them so."""
+    batch, heads, seqlen, _ = like.shape
+    if like.stride(1) < like.stride(2):
+        return like.new_empty(batch, seqlen, heads, head_dim).transpose(1, 2)
+    return like.new_empty(batch, heads, seqlen, head_dim)
+
+
+def _statistics_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+if extension is not None:
+
+    @torch.library.register_fake("fastattn::attention")
+    def _(query, key, value, attn_mask, alibi_slopes, sinks, rng_state, dropout_p, is_causal, scale, window_left,
+          window_right, bottom_right, softcap):  # fmt: skip
+        lse = query.new_empty(query.shape[:3], dtype=_statistics_dtype(query))
+        return _empty_rows(query, value.shape[3]), lse
+
+    @torch.library.register_fake("fastattn::attention_backward")
+    def _(dout, dlse, query, key, value, out, lse, attn_mask, alibi_slopes, sinks, rng_state, dropout_p, is_causal,
+          scale, window_left, window_right, bottom_right, softcap, need_dmask, need_dsinks):  # fmt: skip
+        dmask = attn_mask.new_empty(attn_mask.shape) if need_dmask else query.new_empty(0)
+        dsinks = sinks.new_empty(sinks.shape) if need_dsinks else query.new_empty(0)
+        dk, dv = _empty_rows(key, key.shape[3]), _empty_rows(value, value.shape[3])
+        return _empty_rows(query, query.shape[3]), dk, dv, dmask, dsinks
+
+    @torch.library.register_fake("fastattn::attention_weights")
+    def _(query, key, lse, attn_mask, alibi_slopes, rng_state, dropout_p, is_causal, scale, window_left, window_right,
+          bottom_right, softcap, average_heads):  # fmt: skip
+        batch, heads, seqlen_q, _ = query.shape
+        shape = (batch, seqlen_q) if average_heads else (batch, heads, seqlen_q)
+        return query.new_empty(*shape, key.shape[2])
