@@ -113,53 +113,6 @@ __attribute__((weak)) void attention_fwd_cpu(const AttentionParams& p) {
   });
 }
 
-__attribute__((weak)) void attention_bwd_cpu(const AttentionBwdParams& p) {
-  const int64_t group = p.heads / p.heads_kv;
-  const auto zero = [&](const AttentionTensor& t, int64_t heads, int64_t rows, int64_t head_dim) {
-    for (int64_t b = 0; b < p.batch; ++b)
-      for (int64_t h = 0; h < heads; ++h)
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t d = 0; d < head_dim; ++d) add_element(t, p.dtype, b, h, r, d, 0, true);
-  };
-  const auto dmask_at = [&](int64_t b, int64_t h, int64_t i, int64_t j) {
-    return b * p.stride_dmask_batch + h * p.stride_dmask_head + i * p.stride_dmask_q + j * p.stride_dmask_k;
-  };
-  zero(p.dq, p.heads, p.seqlen_q, p.head_dim);
-  zero(p.dk, p.heads_kv, p.seqlen_k, p.head_dim);
-  zero(p.dv, p.heads_kv, p.seqlen_k, p.head_dim_v);
-  for (int64_t h = 0; h < p.heads && p.dsinks; ++h) add_element(p.dsinks, wide(p.dtype), h, 0, true);
-  for_rows(p, [&](int64_t b, int64_t h, int64_t i) {
-    for (int64_t j = 0; j < p.seqlen_k && p.dmask; ++j)
-      add_element(p.dmask, wide(p.dtype), dmask_at(b, h, i, j), 0, true);
-  });
-  for_rows(p, [&](int64_t b, int64_t h, int64_t i) {
-    const double lse = row_lse(p, b, h, i);
-    if (lse == -INFINITY) return;
-    double delta = p.dlse ? -element(p.dlse, wide(p.dtype), (b * p.heads + h) * p.seqlen_q + i) : 0;
-    for (int64_t d = 0; d < p.head_dim_v; ++d) {
-      delta += element(p.out, p.dtype, b, h, i, d) * element(p.dout, p.dtype, b, h, i, d);
-    }
-    for (int64_t j = 0; j < p.seqlen_k; ++j) {
-      double derivative, dp = 0;
-      const double w = weight(score(p, b, h, i, j, &derivative), lse), keep = kept(p, b, h, i, j);
-      for (int64_t d = 0; d < p.head_dim_v; ++d) {
-        const double dout = element(p.dout, p.dtype, b, h, i, d);
-        dp += dout * element(p.v, p.dtype, b, h / group, j, d);
-        add_element(p.dv, p.dtype, b, h / group, j, d, w * keep * dout);
-      }
-      const double ds = w * (keep * dp - delta);
-      if (p.dmask) add_element(p.dmask, wide(p.dtype), dmask_at(b, h, i, j), ds);
-      for (int64_t d = 0; d < p.head_dim; ++d) {
-        add_element(p.dq, p.dtype, b, h, i, d, ds * derivative * p.scale * element(p.k, p.dtype, b, h / group, j, d));
-        add_element(p.dk, p.dtype, b, h / group, j, d, ds * derivative * p.scale * element(p.q, p.dtype, b, h, i, d));
-      }
-    }
-    if (p.dsinks) {
-      add_element(p.dsinks, wide(p.dtype), h, -weight(element(p.sinks, wide(p.dtype), h), lse) * delta);
-    }
-  });
-}
-
 __attribute__((weak)) void attention_weights_cpu(const AttentionWeightsParams& p) {
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t i = 0; i < p.seqlen_q; ++i) {

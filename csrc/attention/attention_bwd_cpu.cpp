@@ -1,0 +1,371 @@
+// Backward attention on the CPU. p is recomputed from lse; README.md derives the formulas.
+//   dv = p^T dout,  ds = p * (dout v^T - delta),  dq = scale * ds k,  dk = scale * ds^T q,  delta = sum(dout * out) -
+//   dlse
+// Work:    a task is one (batch, kv head) with its group of query heads; where there are too few of those for the
+// threads,
+//          one block of keys of it. Keys are the outer loop, so dk and dv are complete when a block of keys is.
+// Memory:  a block of keys with its transposed copies stays in L2 while the rows of the heads stream past it; the tiles
+// of
+//          p and ds stay in L1. Operands that are not rows of T without gaps are copied and padded.
+// Numbers: fp32 (fp64 for fp64 inputs) throughout; a row that sees nothing gets gradients of 0.
+// Order:   dq adds blocks of keys in rising order, dk and dv heads and rows in rising order, whatever the threads do.
+// Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 2.
+#include <type_traits>
+
+#include "attention/attention.h"
+#include "attention/attention_bwd_mask_cpu.h"
+#include "attention/attention_bwd_tile_cpu.h"
+#include "attention/attention_pack_cpu.h"
+#include "attention/ordered_turns.h"
+#include "common/dropout_cpu.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "common/simd.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+namespace {
+
+template <typename Element>
+FASTATTN_INLINE Element* row_of(const AttentionTensor& tensor, int64_t batch, int64_t head, int64_t row) {
+  return static_cast<Element*>(tensor.data) + batch * tensor.stride_batch + head * tensor.stride_head +
+         row * tensor.stride_row;
+}
+
+template <typename T, typename Element>
+FASTATTN_INLINE void store_rows(Element* dst, int64_t stride, Rows<const T> src, int rows, int columns) {
+  using V = Vec<T>;
+  for (int row = 0; row < rows; ++row) {
+    for (int c = 0; c < columns; c += V::kLanes) {
+      V::load(src.data + row * src.stride + c).store_as_partial(dst + row * stride + c, columns - c);
+    }
+  }
+}
+
+template <typename T>
+FASTATTN_INLINE void set_zero(T* data, int64_t count) {
+  std::memset(static_cast<void*>(data), 0, static_cast<size_t>(count) * sizeof(T));
+}
+
+template <typename T, typename Element>
+class AttentionBackward {
+ public:
+  explicit AttentionBackward(const AttentionBwdParams& params)
+      : p_(params),
+        band_(make_band(params)),
+        dropout_(make_dropout(params.dropout_p, params.rng_state)),
+        group_(params.heads / params.heads_kv),
+        query_blocks_((params.seqlen_q + kTileQueries - 1) / kTileQueries),
+        width_(whole_vectors<T>(params.head_dim)),
+        width_v_(whole_vectors<T>(params.head_dim_v)) {
+    const int64_t tiles = (p_.seqlen_k + kTileKeys - 1) / kTileKeys, pairs = p_.batch * p_.heads_kv;
+    threads_ = max_threads();
+    splits_ = threads_ > 1 && pairs % threads_ != 0 && pairs < 4 * threads_ && tiles > 1;
+    // About 256 KiB of keys, values and their gradients; small blocks where threads share a head, to start them early.
+    const int64_t widest = max_of(width_, width_v_);
+    block_tiles_ = splits_ ? 1 : widest <= 64 ? 4 : widest <= 128 ? 2 : 1;
+    key_blocks_ = (tiles + block_tiles_ - 1) / block_tiles_;
+  }
+
+  void run() {
+    ScratchCursor size(nullptr);
+    take_shared(size);
+    Scratch shared(1, size.bytes());
+    ScratchCursor cursor(shared.piece(0));
+    take_shared(cursor);
+    const MaskGradient<T> mask(p_, mask_partials_);
+    const int64_t rows = p_.batch * p_.heads * query_blocks_;
+    set_zero(mask_partials_, MaskGradient<T>::partial_count(p_));
+    if (splits_) set_zero(dq_counters_, rows);
+    if (mask.takes_turns()) set_zero(mask_counters_, mask_counter_count());
+
+    if (splits_) {
+      for (int64_t i = 0; i < p_.batch * p_.heads; ++i) point_at_tensors(shared_heads_[i], i / p_.heads, i % p_.heads);
+      parallel_tasks(rows, [&](int64_t task, int) {
+        const int64_t batch_head = task / query_blocks_;
+        prepare_rows(shared_heads_[batch_head], batch_head / p_.heads, batch_head % p_.heads, task % query_blocks_);
+      });
+    }
+    ScratchCursor thread_size(nullptr);
+    take_thread(thread_size);
+    Scratch threads(threads_, thread_size.bytes());
+    const int64_t blocks_a_task = splits_ ? 1 : key_blocks_, tasks_a_pair = key_blocks_ / blocks_a_task;
+    parallel_tasks(p_.batch * p_.heads_kv * tasks_a_pair, [&](int64_t task, int thread) {
+      ScratchCursor thread_cursor(threads.piece(thread));
+      run_task(take_thread(thread_cursor), mask, task / tasks_a_pair, task % tasks_a_pair, blocks_a_task);
+    });
+    mask.reduce();
+    if (p_.dsinks) reduce_sinks();
+  }
+
+ private:
+  // Arrays of one thread. `heads`: the group of query heads, unless they are shared.
+  struct ThreadArrays {
+    TileBuffers<T> tile;
+    T *k_t, *v_t, *k, *dk, *dv;
+    HeadRows<T>* heads;
+  };
+  static constexpr int64_t kTileElements = int64_t{kTileQueries} * kTileKeys;
+
+  // The kernels can work on the tensor itself if it is made of T and its rows are whole vectors without gaps: a power
+  // of two between rows would put them all into a few sets of L1.
+  bool is_direct(const AttentionTensor& tensor, int64_t columns) const {
+    return std::is_same_v<T, Element> && columns % Vec<T>::kLanes == 0 && tensor.stride_row == columns;
+  }
+  int64_t mask_counter_count() const { return p_.batch * p_.heads * key_blocks_ * query_blocks_; }
+
+  void take_shared(ScratchCursor& cursor) {
+    const int64_t heads = p_.batch * p_.heads;
+    mask_partials_ = cursor.take<T>(MaskGradient<T>::partial_count(p_));
+    sink_partials_ = cursor.take<double>(p_.dsinks ? heads * query_blocks_ : 0);
+    mask_counters_ = cursor.take<int32_t>(MaskGradient<T>::sharers(p_) > 1 && p_.dmask ? mask_counter_count() : 0);
+    dq_counters_ = cursor.take<int32_t>(splits_ ? heads * query_blocks_ : 0);
+    shared_heads_ = splits_ ? take_heads(cursor, heads) : nullptr;
+  }
+
+  HeadRows<T>* take_heads(ScratchCursor& cursor, int64_t count) const {
+    HeadRows<T>* heads = cursor.take<HeadRows<T>>(count);
+    for (int64_t i = 0; i < count; ++i) {
+      HeadRows<T> head;
+      head.q = {cursor.take<T>(is_direct(p_.q, p_.head_dim) ? 0 : p_.seqlen_q * width_), width_};
+      head.dout = {cursor.take<T>(is_direct(p_.dout, p_.head_dim_v) ? 0 : p_.seqlen_q * width_v_), width_v_};
+      head.dq = {cursor.take<T>(is_direct(p_.dq, p_.head_dim) ? 0 : p_.seqlen_q * width_), width_};
+      head.lse = cursor.take<T>(p_.seqlen_q);
+      head.delta = cursor.take<T>(p_.seqlen_q);
+      if (heads) heads[i] = head;
+    }
+    return heads;
+  }
+
+  ThreadArrays take_thread(ScratchCursor& cursor) const {
+    ThreadArrays arrays;
+    arrays.tile.p = cursor.take<T>(kTileElements);
+    arrays.tile.ds = cursor.take<T>(kTileElements);
+    arrays.tile.dropped = cursor.take<T>(dropout_.active() ? kTileElements : 0);
+    arrays.tile.slope = cursor.take<T>(p_.softcap != 0 ? kTileElements : 0);
+    const int64_t keys = block_tiles_ * kTileKeys;
+    arrays.k_t = cursor.take<T>(keys * p_.head_dim);
+    arrays.v_t = cursor.take<T>(keys * p_.head_dim_v);
+    arrays.k = cursor.take<T>(is_direct(p_.k, p_.head_dim) ? 0 : keys * width_);
+    arrays.dk = cursor.take<T>(is_direct(p_.dk, p_.head_dim) ? 0 : keys * width_);
+    arrays.dv = cursor.take<T>(is_direct(p_.dv, p_.head_dim_v) ? 0 : keys * width_v_);
+    arrays.heads = splits_ ? nullptr : take_heads(cursor, group_);
+    return arrays;
+  }
+
+  void point_at_tensors(HeadRows<T>& head, int64_t batch, int64_t head_index) const {
+    if constexpr (std::is_same_v<T, Element>) {
+      if (is_direct(p_.q, p_.head_dim)) head.q.data = row_of<T>(p_.q, batch, head_index, 0);
+      if (is_direct(p_.dout, p_.head_dim_v)) head.dout.data = row_of<T>(p_.dout, batch, head_index, 0);
+      if (is_direct(p_.dq, p_.head_dim)) head.dq.data = row_of<T>(p_.dq, batch, head_index, 0);
+    }
+  }
+
+  // Brings the query side of one block of rows into the form of HeadRows.
+  void prepare_rows(const HeadRows<T>& head, int64_t batch, int64_t head_index, int64_t block) const {
+    const int64_t row0 = block * kTileQueries;
+    const int rows = static_cast<int>(min_of<int64_t>(kTileQueries, p_.seqlen_q - row0));
+    const int head_dim = static_cast<int>(p_.head_dim), head_dim_v = static_cast<int>(p_.head_dim_v);
+    const Element* q = row_of<Element>(p_.q, batch, head_index, row0);
+    const Element* dout = row_of<Element>(p_.dout, batch, head_index, row0);
+    if (!is_direct(p_.q, p_.head_dim)) {
+      pack_rows<T>(const_cast<T*>(head.q.data) + row0 * width_, width_, q, p_.q.stride_row, rows, head_dim);
+    }
+    if (!is_direct(p_.dout, p_.head_dim_v)) {
+      pack_rows<T>(const_cast<T*>(head.dout.data) + row0 * width_v_, width_v_, dout, p_.dout.stride_row, rows,
+                   head_dim_v);
+    }
+    set_zero(head.dq.data + row0 * width_, rows * width_);
+    prepare_statistics(head, batch, head_index, row0, rows);
+  }
+
+  void prepare_statistics(const HeadRows<T>& head, int64_t batch, int64_t head_index, int64_t row0, int rows) const {
+    using V = Vec<T>;
+    const int64_t first = (batch * p_.heads + head_index) * p_.seqlen_q + row0;
+    const T* lse = static_cast<const T*>(p_.lse) + first;
+    const T* dlse = p_.dlse ? static_cast<const T*>(p_.dlse) + first : nullptr;
+    const int columns = static_cast<int>(p_.head_dim_v);
+    double dsink = 0;
+    for (int r = 0; r < rows; ++r) {
+      const Element* out = row_of<Element>(p_.out, batch, head_index, row0 + r);
+      const Element* dout = row_of<Element>(p_.dout, batch, head_index, row0 + r);
+      V sum = V::zero();
+      for (int c = 0; c < columns; c += V::kLanes) {
+        sum = columns - c >= V::kLanes
+                  ? fma(V::load_as(out + c), V::load_as(dout + c), sum)
+                  : fma(V::load_as_partial(out + c, columns - c), V::load_as_partial(dout + c, columns - c), sum);
+      }
+      const bool sees_nothing = lse[r] == -static_cast<T>(__builtin_inf());
+      const T delta = sees_nothing ? T(0) : sum.reduce_add() - (dlse ? dlse[r] : T(0));
+      head.delta[row0 + r] = delta;
+      head.lse[row0 + r] = sees_nothing ? static_cast<T>(__builtin_inf()) : lse[r];
+      // p of the sink has no value of its own: ds = p * (0 - delta).
+      if (p_.dsinks && !sees_nothing) {
+        dsink -= __builtin_exp(static_cast<const T*>(p_.sinks)[head_index] - static_cast<double>(lse[r])) * delta;
+      }
+    }
+    if (p_.dsinks) sink_partials_[(batch * p_.heads + head_index) * query_blocks_ + row0 / kTileQueries] = dsink;
+  }
+
+  void run_task(const ThreadArrays& arrays, const MaskGradient<T>& mask, int64_t pair, int64_t first_block,
+                int64_t blocks) const {
+    const int64_t batch = pair / p_.heads_kv, head_kv = pair % p_.heads_kv;
+    HeadRows<T>* heads = splits_ ? shared_heads_ + batch * p_.heads + head_kv * group_ : arrays.heads;
+    if (!splits_) {
+      for (int64_t g = 0; g < group_; ++g) {
+        point_at_tensors(heads[g], batch, head_kv * group_ + g);
+        for (int64_t block = 0; block < query_blocks_; ++block) {
+          prepare_rows(heads[g], batch, head_kv * group_ + g, block);
+        }
+      }
+    }
+    for (int64_t block = first_block; block < first_block + blocks; ++block) {
+      run_block(arrays, mask, heads, batch, head_kv, block);
+    }
+  }
+
+  // All rows of all heads of the group against one block of keys.
+  void run_block(const ThreadArrays& arrays, const MaskGradient<T>& mask, const HeadRows<T>* heads, int64_t batch,
+                 int64_t head_kv, int64_t block) const {
+    const int64_t key0 = block * block_tiles_ * kTileKeys;
+    const int keys = static_cast<int>(min_of<int64_t>(block_tiles_ * kTileKeys, p_.seqlen_k - key0));
+    const int head_dim = static_cast<int>(p_.head_dim), head_dim_v = static_cast<int>(p_.head_dim_v);
+    const Element* k = row_of<Element>(p_.k, batch, head_kv, key0);
+    const Element* v = row_of<Element>(p_.v, batch, head_kv, key0);
+    for (int key = 0; key < keys; key += kTileKeys) {
+      const int in_tile = min_of(kTileKeys, keys - key);
+      pack_keys(arrays.k_t + key * head_dim, k + key * p_.k.stride_row, p_.k.stride_row, in_tile, head_dim);
+      pack_keys(arrays.v_t + key * head_dim_v, v + key * p_.v.stride_row, p_.v.stride_row, in_tile, head_dim_v);
+    }
+    KeyTile<T> first{arrays.k_t, arrays.v_t, {arrays.k, width_}, {arrays.dk, width_}, {arrays.dv, width_v_}};
+    Element* dk = row_of<Element>(p_.dk, batch, head_kv, key0);
+    Element* dv = row_of<Element>(p_.dv, batch, head_kv, key0);
+    const bool dk_direct = is_direct(p_.dk, p_.head_dim), dv_direct = is_direct(p_.dv, p_.head_dim_v);
+    if constexpr (std::is_same_v<T, Element>) {
+      if (is_direct(p_.k, p_.head_dim)) first.k.data = k;
+      if (dk_direct) first.dk.data = dk;
+      if (dv_direct) first.dv.data = dv;
+    }
+    if (!is_direct(p_.k, p_.head_dim)) pack_rows<T>(arrays.k, width_, k, p_.k.stride_row, keys, head_dim);
+    set_zero(first.dk.data, keys * width_);
+    set_zero(first.dv.data, keys * width_v_);
+
+    for (int64_t g = 0; g < group_; ++g) {
+      run_head(arrays.tile, mask, heads[g], first, batch, head_kv * group_ + g, block);
+    }
+    if (!dk_direct) store_rows<T>(dk, p_.dk.stride_row, Rows<const T>{first.dk.data, width_}, keys, head_dim);
+    if (!dv_direct) store_rows<T>(dv, p_.dv.stride_row, Rows<const T>{first.dv.data, width_v_}, keys, head_dim_v);
+  }
+
+  void run_head(const TileBuffers<T>& buffers, const MaskGradient<T>& mask, const HeadRows<T>& head,
+                const KeyTile<T>& first, int64_t batch, int64_t head_index, int64_t block) const {
+    const HeadScores<T> scores = make_head_scores<T>(p_, batch, head_index);
+    const int64_t batch_head = batch * p_.heads + head_index;
+    const OrderedTurns dq_turns(splits_ ? dq_counters_ + batch_head * query_blocks_ : nullptr);
+    const OrderedTurns mask_turns(
+        mask.takes_turns() ? mask_counters_ + (mask.place(batch, head_index) * key_blocks_ + block) * query_blocks_
+                           : nullptr);
+    const int32_t mask_turn = mask.turn(batch, head_index), dq_turn = static_cast<int32_t>(block);
+    const int64_t key_begin = block * block_tiles_ * kTileKeys;
+    const int64_t key_end = min_of(key_begin + block_tiles_ * kTileKeys, p_.seqlen_k);
+    const IndexRange seeing = band_.rows_that_see({key_begin, key_end});
+
+    for (int64_t query_block = 0; query_block < query_blocks_; ++query_block) {
+      TilePlace place{};
+      place.row0 = query_block * kTileQueries;
+      place.rows = static_cast<int>(min_of<int64_t>(kTileQueries, p_.seqlen_q - place.row0));
+      const IndexRange rows = {place.row0, place.row0 + place.rows};
+      const bool in_band = rows.begin < seeing.end && rows.end > seeing.begin;
+      for (int64_t key0 = key_begin; key0 < key_end; key0 += kTileKeys) {
+        uint64_t visible[kTileQueries], kept[kTileQueries];
+        place.key0 = key0;
+        place.keys = static_cast<int>(min_of<int64_t>(kTileKeys, key_end - key0));
+        const TileView view = in_band ? scores.view(rows, key0, visible) : TileView::kHidden;
+        const auto add_to_mask = [&](const T* ds) {
+          mask_turns.wait(query_block, mask_turn);
+          if (mask.kind() == MaskGradientKind::kPerRow) dq_turns.wait(query_block, dq_turn);
+          mask.add_tile(ds, batch, head_index, place);
+        };
+        if (view == TileView::kHidden) {
+          if (mask.kind() == MaskGradientKind::kFull) add_to_mask(nullptr);
+          continue;
+        }
+        place.visible = view == TileView::kPartial ? visible : nullptr;
+        if (dropout_.active()) {
+          for (int r = 0; r < place.rows; ++r) {
+            kept[r] =
+                dropout_.kept_columns(static_cast<uint32_t>(batch_head), static_cast<uint32_t>(place.row0 + r), key0);
+          }
+          place.kept = kept;
+        }
+        const auto take_turn = [&] { dq_turns.wait(query_block, dq_turn); };
+        backward_tile(p_, scores, head, tile_at(first, key0 - key_begin), buffers, place,
+                      static_cast<T>(dropout_.keep_scale), mask.kind() != MaskGradientKind::kNone, add_to_mask,
+                      take_turn);
+      }
+      mask_turns.wait(query_block, mask_turn);
+      mask_turns.done(query_block, mask_turn);
+      dq_turns.wait(query_block, dq_turn);
+      if (block == key_blocks_ - 1 && !is_direct(p_.dq, p_.head_dim)) {
+        store_rows<T>(row_of<Element>(p_.dq, batch, head_index, place.row0), p_.dq.stride_row,
+                      Rows<const T>{head.dq.data + place.row0 * width_, width_}, place.rows,
+                      static_cast<int>(p_.head_dim));
+      }
+      dq_turns.done(query_block, dq_turn);
+    }
+  }
+
+  KeyTile<T> tile_at(const KeyTile<T>& first, int64_t key) const {
+    return {first.k_t + key * p_.head_dim,
+            first.v_t + key * p_.head_dim_v,
+            {first.k.data + key * width_, width_},
+            {first.dk.data + key * width_, width_},
+            {first.dv.data + key * width_v_, width_v_}};
+  }
+
+  void reduce_sinks() const {
+    for (int64_t head = 0; head < p_.heads; ++head) {
+      double sum = 0;
+      for (int64_t batch = 0; batch < p_.batch; ++batch) {
+        for (int64_t block = 0; block < query_blocks_; ++block) {
+          sum += sink_partials_[(batch * p_.heads + head) * query_blocks_ + block];
+        }
+      }
+      static_cast<T*>(p_.dsinks)[head] = static_cast<T>(sum);
+    }
+  }
+
+  const AttentionBwdParams& p_;
+  const Band band_;
+  const Dropout dropout_;
+  const int64_t group_, query_blocks_;
+  // Rows of q, k and of v, out in whole vectors.
+  const int64_t width_, width_v_;
+  int threads_;
+  // True: threads share the heads, each working on other keys.
+  bool splits_;
+  int64_t block_tiles_, key_blocks_;
+
+  T* mask_partials_ = nullptr;
+  double* sink_partials_ = nullptr;
+  int32_t *mask_counters_ = nullptr, *dq_counters_ = nullptr;
+  HeadRows<T>* shared_heads_ = nullptr;
+};
+
+}  // namespace
+
+void attention_bwd_cpu(const AttentionBwdParams& p) {
+  switch (p.dtype) {
+    case DType::kBFloat16:
+      return AttentionBackward<float, BFloat16>(p).run();
+    case DType::kFloat16:
+      return AttentionBackward<float, Float16>(p).run();
+    case DType::kFloat64:
+      return AttentionBackward<double, double>(p).run();
+    default:
+      return AttentionBackward<float, float>(p).run();
+  }
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,138 @@
+// The gradient of an additive mask: the gradients of the scores, summed over the dimensions in which the mask
+// broadcast.
+#pragma once
+
+#include "attention/attention_bwd_tile_cpu.h"
+#include "attention/ordered_turns.h"
+#include "common/parallel.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+enum class MaskGradientKind { kNone, kFull, kPerKey, kPerRow };
+
+// kFull: the mask has rows and keys; a tile is added to the place of its (batch, head), and where several share it,
+// they take turns in rising order. kPerKey, kPerRow: it broadcasts over rows, over keys (or both); each (batch, head)
+// sums up a vector of its own, and reduce() adds the vectors.
+template <typename T>
+class MaskGradient {
+ public:
+  FASTATTN_INLINE static MaskGradientKind kind_of(const AttentionBwdParams& p) {
+    if (p.dmask == nullptr) return MaskGradientKind::kNone;
+    if (p.stride_dmask_k == 0) return MaskGradientKind::kPerRow;
+    return p.stride_dmask_q == 0 ? MaskGradientKind::kPerKey : MaskGradientKind::kFull;
+  }
+  // How many (batch, head) there are to one place of the mask.
+  FASTATTN_INLINE static int64_t sharers(const AttentionBwdParams& p) {
+    return (p.stride_dmask_batch == 0 ? p.batch : 1) * (p.stride_dmask_head == 0 ? p.heads : 1);
+  }
+  FASTATTN_INLINE static int64_t partial_count(const AttentionBwdParams& p) {
+    const MaskGradientKind kind = kind_of(p);
+    if (kind == MaskGradientKind::kPerKey) return p.batch * p.heads * p.seqlen_k;
+    return kind == MaskGradientKind::kPerRow ? p.batch * p.heads * p.seqlen_q : 0;
+  }
+
+  // `partials` are zero.
+  FASTATTN_INLINE MaskGradient(const AttentionBwdParams& p, T* partials)
+      : p_(p), kind_(kind_of(p)), partials_(partials), sharers_(sharers(p)) {}
+
+  FASTATTN_INLINE MaskGradientKind kind() const { return kind_; }
+  FASTATTN_INLINE bool takes_turns() const { return kind_ == MaskGradientKind::kFull && sharers_ > 1; }
+  // Which of the places that are shared, and whose turn it is there.
+  FASTATTN_INLINE int64_t place(int64_t batch, int64_t head) const {
+    return (p_.stride_dmask_batch == 0 ? 0 : batch) * (p_.stride_dmask_head == 0 ? 1 : p_.heads) +
+           (p_.stride_dmask_head == 0 ? 0 : head);
+  }
+  FASTATTN_INLINE int32_t turn(int64_t batch, int64_t head) const {
+    return static_cast<int32_t>((p_.stride_dmask_batch == 0 ? batch : 0) * (p_.stride_dmask_head == 0 ? p_.heads : 1) +
+                                (p_.stride_dmask_head == 0 ? head : 0));
+  }
+
+  // ds: kTileKeys columns a row; nullptr for a hidden tile, whose gradients are 0.
+  FASTATTN_INLINE void add_tile(const T* ds, int64_t batch, int64_t head, const TilePlace& place) const {
+    const int64_t batch_head = batch * p_.heads + head;
+    switch (kind_) {
+      case MaskGradientKind::kNone:
+        return;
+      case MaskGradientKind::kFull:
+        return add_full(ds, batch, head, place);
+      case MaskGradientKind::kPerKey:
+        if (ds) add_columns(partials_ + batch_head * p_.seqlen_k + place.key0, ds, place);
+        return;
+      case MaskGradientKind::kPerRow:
+        if (ds) add_rows(partials_ + batch_head * p_.seqlen_q + place.row0, ds, place);
+        return;
+    }
+  }
+
+  // Adds the vectors of all (batch, head) that share a place, in rising order.
+  FASTATTN_INLINE void reduce() const {
+    if (kind_ != MaskGradientKind::kPerKey && kind_ != MaskGradientKind::kPerRow) return;
+    const bool per_key = kind_ == MaskGradientKind::kPerKey;
+    const bool sums_rows = !per_key && p_.stride_dmask_q == 0;
+    const int64_t length = per_key ? p_.seqlen_k : p_.seqlen_q, results = sums_rows ? 1 : length;
+    const int64_t batches = p_.stride_dmask_batch == 0 ? 1 : p_.batch, heads = p_.stride_dmask_head == 0 ? 1 : p_.heads;
+    T* dmask = static_cast<T*>(p_.dmask);
+    parallel_ranges(batches * heads * results, 256, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t at = item % results, head = item / results % heads, batch = item / results / heads;
+        double sum = 0;
+        for (int64_t b = batch; b < (p_.stride_dmask_batch == 0 ? p_.batch : batch + 1); ++b) {
+          for (int64_t h = head; h < (p_.stride_dmask_head == 0 ? p_.heads : head + 1); ++h) {
+            const T* partial = partials_ + (b * p_.heads + h) * length;
+            for (int64_t i = sums_rows ? 0 : at; i < (sums_rows ? length : at + 1); ++i) sum += partial[i];
+          }
+        }
+        dmask[batch * p_.stride_dmask_batch + head * p_.stride_dmask_head +
+              at * (per_key ? p_.stride_dmask_k : p_.stride_dmask_q)] = static_cast<T>(sum);
+      }
+    });
+  }
+
+ private:
+  FASTATTN_INLINE void add_full(const T* ds, int64_t batch, int64_t head, const TilePlace& place) const {
+    using V = Vec<T>;
+    const bool first = turn(batch, head) == 0;
+    if (ds == nullptr && !first) return;
+    T* row = static_cast<T*>(p_.dmask) + batch * p_.stride_dmask_batch + head * p_.stride_dmask_head +
+             place.row0 * p_.stride_dmask_q + place.key0;
+    for (int r = 0; r < place.rows; ++r, row += p_.stride_dmask_q) {
+      for (int key = 0; key < place.keys; key += V::kLanes) {
+        const int lanes = place.keys - key;
+        V x = ds ? V::load(ds + r * kTileKeys + key) : V::zero();
+        if (lanes >= V::kLanes) {
+          (first ? x : x + V::load(row + key)).store(row + key);
+        } else {
+          (first ? x : x + V::load_partial(row + key, lanes)).store_partial(row + key, lanes);
+        }
+      }
+    }
+  }
+
+  FASTATTN_INLINE static void add_columns(T* sums, const T* ds, const TilePlace& place) {
+    using V = Vec<T>;
+    for (int key = 0; key < place.keys; key += V::kLanes) {
+      V sum = V::load_partial(sums + key, place.keys - key);
+      for (int r = 0; r < place.rows; ++r) sum = sum + V::load(ds + r * kTileKeys + key);
+      sum.store_partial(sums + key, place.keys - key);
+    }
+  }
+
+  // Columns past the last key are hidden, hence 0.
+  FASTATTN_INLINE static void add_rows(T* sums, const T* ds, const TilePlace& place) {
+    using V = Vec<T>;
+    for (int r = 0; r < place.rows; ++r) {
+      V sum = V::zero();
+      for (int key = 0; key < kTileKeys; key += V::kLanes) sum = sum + V::load(ds + r * kTileKeys + key);
+      sums[r] += sum.reduce_add();
+    }
+  }
+
+  const AttentionBwdParams& p_;
+  MaskGradientKind kind_;
+  T* partials_;
+  int64_t sharers_;
+};
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

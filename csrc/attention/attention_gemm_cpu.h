@@ -1,0 +1,119 @@
+// The matrix products of the attention backward: at most 64 rows, cut into strips that fit the register tile.
+#pragma once
+
+#include "attention/attention_scores_cpu.h"
+#include "common/gemm_tile.h"
+#include "common/simd.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+// Rows of a tile, which has kTileKeys columns.
+constexpr int kTileQueries = 64;
+// 64 rows are 10 strips of 6 and one of 4; 63 rows 10 of 6, one of 2 and one of 1.
+constexpr int kMaxStrips = 12;
+
+FASTATTN_INLINE int strip_rows(int rows_left) {
+  return rows_left >= kTileRows ? kTileRows : rows_left >= 4 ? 4 : rows_left >= 2 ? 2 : 1;
+}
+
+// What a product may leave out, strip by strip: parts of the result that nobody reads, and terms known to be zero.
+struct StripLimits {
+  // The terms [depth_begin, depth_end) are added up, and the first `columns` columns of the result computed.
+  int depth_begin[kMaxStrips], depth_end[kMaxStrips], columns[kMaxStrips];
+
+  FASTATTN_INLINE void set_all(int depth, int all_columns) {
+    for (int strip = 0; strip < kMaxStrips; ++strip) {
+      depth_begin[strip] = 0;
+      depth_end[strip] = depth;
+      columns[strip] = all_columns;
+    }
+  }
+};
+
+// An operand read element by element: (row, k) is at data[row * row_stride + k * k_stride].
+template <typename T>
+struct Broadcast {
+  const T* data;
+  int64_t row_stride, k_stride;
+};
+// An operand, or the result, read in vectors: rows padded to whole vectors.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t stride;
+};
+
+namespace detail {
+
+template <int kRows, int kVecs, typename T>
+__attribute__((noinline)) void gemm_strip(T* c, int64_t ldc, const T* a, int64_t a_row_stride, int64_t a_k_stride,
+                                          const T* b, int64_t ldb, int depth, bool accumulate) {
+  using V = Vec<T>;
+  V acc[kRows][kVecs];
+  if (accumulate) {
+    unroll<kRows>(FASTATTN_LAMBDA(r) {
+      unroll<kVecs>(FASTATTN_LAMBDA(v) { acc[r][v] = V::load(c + r * ldc + v * V::kLanes); });
+    });
+  } else {
+    unroll<kRows>(FASTATTN_LAMBDA(r) { unroll<kVecs>(FASTATTN_LAMBDA(v) { acc[r][v] = V::zero(); }); });
+  }
+  gemm_tile(acc, a, a_row_stride, a_k_stride, b, ldb, depth);
+  unroll<kRows>(
+      FASTATTN_LAMBDA(r) { unroll<kVecs>(FASTATTN_LAMBDA(v) { acc[r][v].store(c + r * ldc + v * V::kLanes); }); });
+}
+
+template <typename T>
+using StripFn = void (*)(T*, int64_t, const T*, int64_t, int64_t, const T*, int64_t, int, bool);
+
+template <int kRows, typename T>
+FASTATTN_INLINE StripFn<T> choose_strip(int vecs) {
+  if constexpr (kTileVecs >= 4) {
+    if (vecs == 4) return gemm_strip<kRows, 4, T>;
+    if (vecs == 3) return gemm_strip<kRows, 3, T>;
+  }
+  return vecs == 2 ? gemm_strip<kRows, 2, T> : gemm_strip<kRows, 1, T>;
+}
+template <typename T>
+FASTATTN_INLINE StripFn<T> choose_strip(int rows, int vecs) {
+  switch (rows) {
+    case kTileRows:
+      return choose_strip<kTileRows, T>(vecs);
+    case 4:
+      return choose_strip<4, T>(vecs);
+    case 2:
+      return choose_strip<2, T>(vecs);
+    default:
+      return choose_strip<1, T>(vecs);
+  }
+}
+
+}  // namespace detail
+
+// c (+)= a b, with `rows` rows. Columns are visited in the outer loop: the part of b that one register tile reads stays
+// in L1 for all strips.
+template <typename T>
+__attribute__((noinline)) void gemm(Rows<T> c, Broadcast<T> a, Rows<const T> b, int rows, int columns, bool accumulate,
+                                    const StripLimits& limits) {
+  constexpr int kLanes = Vec<T>::kLanes;
+  const int vecs = (columns + kLanes - 1) / kLanes;
+  const int chunks = (vecs + kTileVecs - 1) / kTileVecs;
+  const int chunk = (vecs + chunks - 1) / chunks;
+  for (int vec = 0; vec < vecs; vec += chunk) {
+    for (int row = 0, strip = 0; row < rows; ++strip) {
+      const int height = strip_rows(rows - row);
+      const int strip_vecs = (limits.columns[strip] + kLanes - 1) / kLanes;
+      const int width = min_of(min_of(chunk, vecs - vec), strip_vecs - vec);
+      const int k0 = limits.depth_begin[strip], depth = limits.depth_end[strip] - k0;
+      if (width > 0 && depth > 0) {
+        detail::choose_strip<T>(height, width)(c.data + row * c.stride + vec * kLanes, c.stride,
+                                               a.data + row * a.row_stride + k0 * a.k_stride, a.row_stride, a.k_stride,
+                                               b.data + k0 * b.stride + vec * kLanes, b.stride, depth, accumulate);
+      }
+      row += height;
+    }
+  }
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn
