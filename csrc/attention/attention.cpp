@@ -8,6 +8,8 @@
 #include <optional>
 #include <tuple>
 
+#include "common/memory.h"
+
 namespace fastattn {
 namespace {
 
@@ -204,6 +206,7 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor& query, const Tensor& key,
   const Tensor lse = at::empty({p.batch, p.heads, p.seqlen_q}, query.options().dtype(statistics_dtype(query)));
   p.out = operand(out);
   p.lse = lse.data_ptr();
+  advise_huge_pages(out.data_ptr(), static_cast<int64_t>(out.nbytes()));
   if (lse.numel() > 0) FASTATTN_CPU_DISPATCH(attention_fwd_cpu, p);
   return {out, lse};
 }

@@ -1,0 +1,295 @@
+// Forward attention on the CPU:  out = softmax(scores) v,   lse = log-sum-exp of each row's scores.
+// Work:    one task per (batch, head, range of rows); inside, blocks of kBlockRows rows visit the key tiles they see.
+// Memory:  keys are packed (transposed) tile by tile when a thread first needs them and kept while it stays with the
+// same
+//          kv head; a block's queries, probabilities and unfinished output live in L1 and L2.
+// Numbers: fp32 (fp64 for fp64 inputs) scores, softmax and accumulation; a row that sees nothing gives 0, and lse -inf.
+// Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 1.
+#include <limits>
+
+#include "attention/attention.h"
+#include "attention/attention_pack_cpu.h"
+#include "attention/attention_scores_cpu.h"
+#include "attention/attention_tile_cpu.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+namespace {
+
+// 16 register tiles of 6 rows.
+constexpr int kBlockRows = 96;
+// Packed keys (and values) of one kv head stay in memory up to this size; beyond it each visit packs its tile again.
+constexpr int64_t kPackedBytes = int64_t{4} << 20;
+
+// What one thread keeps between its tasks.
+template <typename T>
+struct Workspace {
+  int64_t* kv_head;  // whose keys are packed, -1 = nobody's
+  uint8_t* packed;   // a flag a tile slot
+  T *k, *v, *q, *p, *out, *row_max, *row_sum;
+
+  FASTATTN_INLINE Workspace(ScratchCursor cursor, int64_t slots, int64_t depth, int64_t columns, bool packs_values) {
+    take(cursor, slots, depth, columns, packs_values);
+  }
+  FASTATTN_INLINE static int64_t bytes(int64_t slots, int64_t depth, int64_t columns, bool packs_values) {
+    Workspace none(ScratchCursor(nullptr), 0, 0, 0, false);
+    return none.take(ScratchCursor(nullptr), slots, depth, columns, packs_values);
+  }
+
+ private:
+  FASTATTN_INLINE int64_t take(ScratchCursor cursor, int64_t slots, int64_t depth, int64_t columns, bool packs_values) {
+    kv_head = cursor.take<int64_t>(1);
+    packed = cursor.take<uint8_t>(slots);
+    k = cursor.take<T>(slots * depth * kTileKeys);
+    v = cursor.take<T>(packs_values ? slots * columns * kTileKeys : 0);
+    // pack_rows writes whole vectors, past the end of the last row.
+    q = cursor.take<T>(kBlockRows * depth + Vec<T>::kLanes);
+    p = cursor.take<T>(kBlockRows * kTileKeys);
+    out = cursor.take<T>(kBlockRows * columns);
+    row_max = cursor.take<T>(kBlockRows);
+    row_sum = cursor.take<T>(kBlockRows * Vec<T>::kLanes);
+    return cursor.bytes();
+  }
+};
+
+template <typename T, typename Element>
+struct Forward {
+  using V = Vec<T>;
+  const AttentionParams& p;
+  Dropout dropout;
+  int64_t group, tiles, slots, columns, rows_per_task, tasks_per_head;
+  int depth;
+  bool packs_values;
+
+  explicit Forward(const AttentionParams& params) : p(params) {
+    dropout = make_dropout(p.dropout_p, p.rng_state);
+    group = p.heads / p.heads_kv;
+    depth = static_cast<int>(p.head_dim);
+    columns = whole_vectors<T>(p.head_dim_v);
+    // Values can be read in place if their rows are whole vectors of T and lie together.
+    packs_values = !std::is_same_v<T, Element> || columns != p.head_dim_v || p.v.stride_row != columns;
+    tiles = (p.seqlen_k + kTileKeys - 1) / kTileKeys;
+    const int64_t tile_bytes = (depth + (packs_values ? columns : 0)) * kTileKeys * static_cast<int64_t>(sizeof(T));
+    slots = tiles * tile_bytes <= kPackedBytes ? tiles : 1;
+    plan_tasks();
+  }
+
+  // Whole heads where that keeps all threads busy: each of a head's tasks may have to pack its keys once more.
+  void plan_tasks() {
+    const int64_t heads = p.batch * p.heads, threads = max_threads();
+    const int64_t blocks = (p.seqlen_q + kBlockRows - 1) / kBlockRows;
+    const bool heads_balance = heads % threads == 0 || heads >= 8 * threads;
+    const int64_t wanted = heads_balance ? 1 : (8 * threads + heads - 1) / heads;
+    constexpr int64_t kMostBlocks = 6;
+    int64_t blocks_per_task = max_of<int64_t>(1, min_of<int64_t>(kMostBlocks, blocks / wanted));
+    rows_per_task = blocks_per_task * kBlockRows;
+    tasks_per_head = (p.seqlen_q + rows_per_task - 1) / rows_per_task;
+  }
+
+  void run() {
+    const int threads = max_threads();
+    const Scratch scratch(threads, Workspace<T>::bytes(slots, depth, columns, packs_values));
+    for (int thread = 0; thread < threads; ++thread) *workspace(scratch, thread).kv_head = -1;
+    parallel_tasks(p.batch * p.heads * tasks_per_head, [&](int64_t task, int thread) {
+      Workspace<T> w = workspace(scratch, thread);
+      const int64_t head = task / tasks_per_head;
+      // The last rows see most under a causal mask, so they go first.
+      const int64_t range = tasks_per_head - 1 - task % tasks_per_head;
+      const int64_t end = min_of(p.seqlen_q, (range + 1) * rows_per_task);
+      run_rows(w, head / p.heads, head % p.heads, {range * rows_per_task, end});
+    });
+  }
+
+  FASTATTN_INLINE Workspace<T> workspace(const Scratch& scratch, int thread) const {
+    return Workspace<T>(ScratchCursor(scratch.piece(thread)), slots, depth, columns, packs_values);
+  }
+
+  void run_rows(Workspace<T>& w, int64_t batch, int64_t head, IndexRange range) {
+    const int64_t kv_head = batch * p.heads_kv + head / group;
+    if (*w.kv_head != kv_head) {
+      *w.kv_head = kv_head;
+      for (int64_t slot = 0; slot < slots; ++slot) w.packed[slot] = 0;
+    }
+    const HeadScores<T> scores = make_head_scores<T>(p, batch, head);
+    // Blocks of equal height, so that none is left with a few rows.
+    const int64_t blocks = (range.end - range.begin + kBlockRows - 1) / kBlockRows;
+    const int64_t height = ((range.end - range.begin + blocks - 1) / blocks + kTileRows - 1) / kTileRows * kTileRows;
+    for (int64_t row = range.begin; row < range.end; row += height) {
+      run_block(w, scores, batch, head, {row, min_of(row + height, range.end)});
+    }
+  }
+
+  void run_block(Workspace<T>& w, const HeadScores<T>& scores, int64_t batch, int64_t head, IndexRange range) {
+    const int rows = static_cast<int>(range.end - range.begin);
+    const Element* q = element_at<Element>(p.q, batch, head) + range.begin * p.q.stride_row;
+    pack_rows(w.q, depth, q, p.q.stride_row, rows, depth, scores.dot_factor);
+    // The last register tile computes rows that do not exist.
+    const int padded = (rows + kTileRows - 1) / kTileRows * kTileRows;
+    for (int64_t i = int64_t{rows} * depth; i < int64_t{padded} * depth; ++i) w.q[i] = 0;
+
+    const Element* k = element_at<Element>(p.k, batch, head / group);
+    const Element* v = element_at<Element>(p.v, batch, head / group);
+    const IndexRange seen = scores.band.keys_seen_by_any(range);
+    bool first = true;
+    for (int64_t tile = seen.begin / kTileKeys; tile * kTileKeys < seen.end; ++tile) {
+      uint64_t visible[kBlockRows];
+      const TileView view = scores.view(range, tile * kTileKeys, visible);
+      if (view == TileView::kHidden) continue;
+      for (int row = rows; row < padded && view == TileView::kPartial; ++row) visible[row] = visible[rows - 1];
+      const T* tile_v = prepare_tile(w, k, v, tile);
+      const T* tile_k = w.k + (slots == 1 ? 0 : tile) * depth * kTileKeys;
+      RowBlock<T> block = {&scores,
+                           &dropout,
+                           static_cast<uint32_t>(batch * p.heads + head),
+                           depth,
+                           depth_step_of(depth),
+                           range.begin,
+                           w.q,
+                           w.p,
+                           w.row_max,
+                           w.row_sum,
+                           w.out,
+                           columns};
+      visit_tile(
+          block, padded,
+          {tile_k, tile * kTileKeys, 0, kTileKeys / V::kLanes, view == TileView::kPartial ? visible : nullptr, first},
+          tile_v);
+      first = false;
+    }
+    finish_rows(w, batch, head, range, !first);
+  }
+
+  template <typename E>
+  static FASTATTN_INLINE const E* element_at(const AttentionTensor& t, int64_t batch, int64_t head) {
+    return static_cast<const E*>(t.data) + batch * t.stride_batch + head * t.stride_head;
+  }
+
+  // Packs the tile unless that was done; returns its values, row after row of `columns`.
+  FASTATTN_INLINE const T* prepare_tile(Workspace<T>& w, const Element* k, const Element* v, int64_t tile) {
+    const int64_t slot = slots == 1 ? 0 : tile, key0 = tile * kTileKeys;
+    const int keys = static_cast<int>(min_of<int64_t>(kTileKeys, p.seqlen_k - key0));
+    T* packed_v = packs_values ? w.v + slot * columns * kTileKeys : nullptr;
+    if (slots != tiles || !w.packed[slot]) {
+      w.packed[slot] = 1;
+      pack_keys(w.k + slot * depth * kTileKeys, k + key0 * p.k.stride_row, p.k.stride_row, keys, depth);
+      if (packs_values) {
+        pack_rows(packed_v, columns, v + key0 * p.v.stride_row, p.v.stride_row, keys, static_cast<int>(p.head_dim_v));
+      }
+    }
+    if constexpr (std::is_same_v<T, Element>) {
+      if (!packs_values) return v + key0 * p.v.stride_row;
+    }
+    return packed_v;
+  }
+
+  // All rows against one tile: first every row's probabilities, while the tile's keys are in L1, then its values.
+  FASTATTN_INLINE void visit_tile(const RowBlock<T>& block, int rows, const KeyTile<T>& tile, const T* v) {
+    const int keys = static_cast<int>(min_of<int64_t>(kTileKeys, p.seqlen_k - tile.key0));
+    IndexRange seen[kBlockRows / kTileRows];
+    for (int row = 0; row < rows; row += kTileRows) {
+      IndexRange& range = seen[row / kTileRows] = {0, keys};
+      if (tile.visible) {
+        uint64_t any_row = 0;
+        for (int r = 0; r < kTileRows; ++r) any_row |= tile.visible[row + r];
+        // On the first tile the statistics still have to be set.
+        range = any_row != 0 ? IndexRange{__builtin_ctzll(any_row), 64 - __builtin_clzll(any_row)}
+                             : IndexRange{0, tile.first ? 1 : 0};
+        if (range.end == 0) continue;
+      }
+      score_rows(rows_from(block, row), tile, row, range);
+    }
+    for (int row = 0; row < rows; row += kTileRows) {
+      const IndexRange range = seen[row / kTileRows];
+      if (range.end == 0) continue;
+      accumulate_values<kTileRows>(rows_from(block, row), v, columns, static_cast<int>(range.begin),
+                                   static_cast<int>(range.end), tile.first);
+    }
+  }
+
+  static FASTATTN_INLINE RowBlock<T> rows_from(RowBlock<T> block, int row) {
+    block.row0 += row;
+    block.q += int64_t{row} * block.depth;
+    block.p += row * kTileKeys;
+    block.row_max += row;
+    block.row_sum += row * V::kLanes;
+    block.out += row * block.ld_out;
+    return block;
+  }
+
+  static FASTATTN_INLINE void score_rows(const RowBlock<T>& rows, KeyTile<T> tile, int row, IndexRange seen) {
+    constexpr int kAllVecs = kTileKeys / V::kLanes;
+    if (tile.visible == nullptr) return score_tile<kTileRows, kAllVecs, false>(rows, tile);
+    tile.visible += row;
+    if constexpr (kAllVecs == kTileVecs) {
+      // Vectors of keys that no row of the register tile sees are left out.
+      tile.vec_begin = static_cast<int>(seen.begin) / V::kLanes;
+      tile.vec_end = (static_cast<int>(seen.end) + V::kLanes - 1) / V::kLanes;
+      switch (tile.vec_end - tile.vec_begin) {
+        case 1:
+          return score_tile<kTileRows, 1, true>(rows, tile);
+        case 2:
+          return score_tile<kTileRows, 2, true>(rows, tile);
+        case 3:
+          return score_tile<kTileRows, 3, true>(rows, tile);
+      }
+    }
+    score_tile<kTileRows, kAllVecs, true>(rows, tile);
+  }
+
+  void finish_rows(Workspace<T>& w, int64_t batch, int64_t head, IndexRange range, bool visited) {
+    T* lse = static_cast<T*>(p.lse) + (batch * p.heads + head) * p.seqlen_q;
+    Element* out = const_cast<Element*>(element_at<Element>(p.out, batch, head));
+    for (int64_t row = range.begin; row < range.end; ++row) {
+      const int64_t r = row - range.begin;
+      double largest = visited ? w.row_max[r] : -std::numeric_limits<double>::infinity();
+      double sum = visited ? V::load(w.row_sum + r * V::kLanes).reduce_add() : 0.0;
+      double factor = dropout.keep_scale;
+      // A row that saw nothing is 0, whatever the values hold.
+      const bool empty = sum == 0;
+      if (p.sinks) add_sink(static_cast<const T*>(p.sinks)[head], largest, sum, factor);
+      lse[row] = static_cast<T>(sum == 0 ? -std::numeric_limits<double>::infinity() : largest + __builtin_log(sum));
+      store_row(out + row * p.out.stride_row, w.out + r * columns, empty, static_cast<T>(factor / sum));
+    }
+  }
+
+  // One more logit without a value. The sums so far are scaled by e^largest.
+  static FASTATTN_INLINE void add_sink(double sink, double& largest, double& sum, double& factor) {
+    const double both = max_of(largest, sink);
+    if (both == -std::numeric_limits<double>::infinity()) return;
+    const double rescale = __builtin_exp(largest - both);
+    sum = sum * rescale + __builtin_exp(sink - both);
+    factor *= rescale;
+    largest = both;
+  }
+
+  FASTATTN_INLINE void store_row(Element* dst, const T* src, bool empty, T factor) const {
+    const V scale = V::set1(factor);
+    const int whole = static_cast<int>(p.head_dim_v) / V::kLanes * V::kLanes;
+    for (int c = 0; c < whole; c += V::kLanes) (empty ? V::zero() : V::load(src + c) * scale).store_as(dst + c);
+    if (whole < p.head_dim_v) {
+      const V tail = empty ? V::zero() : V::load(src + whole) * scale;
+      tail.store_as_partial(dst + whole, static_cast<int>(p.head_dim_v) - whole);
+    }
+  }
+};
+
+}  // namespace
+
+void attention_fwd_cpu(const AttentionParams& p) {
+  if (p.batch == 0 || p.heads == 0 || p.seqlen_q == 0) return;
+  switch (p.dtype) {
+    case DType::kFloat64:
+      return Forward<double, double>(p).run();
+    case DType::kBFloat16:
+      return Forward<float, BFloat16>(p).run();
+    case DType::kFloat16:
+      return Forward<float, Float16>(p).run();
+    default:
+      return Forward<float, float>(p).run();
+  }
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

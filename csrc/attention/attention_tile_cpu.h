@@ -1,0 +1,193 @@
+// The two products of forward attention on one tile: scores = q k^T with the running softmax behind it, and out += p v.
+#pragma once
+
+#include <limits>
+
+#include "attention/attention_scores_cpu.h"
+#include "common/gemm_tile.h"
+#include "common/simd.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+// A row's largest score may run this far ahead of the one it is scaled by before everything so far is rescaled: terms
+// stay below e^8 and keep their precision, and rescaling nearly never happens after the first tile.
+constexpr float kRescaleMargin = 8.0f;
+
+// A dot product is summed in pieces of at most this many terms: one chain of 256 would lose more than eager does.
+constexpr int kLongestSum = 64;
+
+FASTATTN_INLINE int depth_step_of(int depth) {
+  const int pieces = (depth + kLongestSum - 1) / kLongestSum;
+  return (depth + pieces - 1) / pieces;
+}
+
+// Some rows on their way through the keys. Row r's probabilities of this tile are at p + r * kTileKeys.
+template <typename T>
+struct RowBlock {
+  const HeadScores<T>* scores;
+  const Dropout* dropout;
+  uint32_t batch_head;
+  int depth;       // head_dim
+  int depth_step;  // summed on its own, at most kLongestSum
+  int64_t row0;
+  const T* q;  // rows x depth, times dot_factor
+  T* p;
+  T* row_max;  // the score that row is scaled by
+  T* row_sum;  // rows x Vec<T>::kLanes: partial sums of e^(score - row_max)
+  T* out;      // rows x ld_out, not yet divided by the sum
+  int64_t ld_out;
+};
+
+template <typename T>
+struct KeyTile {
+  const T* k;  // depth x kTileKeys
+  int64_t key0;
+  // The vectors of a row that any row sees: [vec_begin, vec_end) of kTileKeys / kLanes.
+  int vec_begin, vec_end;
+  const uint64_t* visible;  // a word a row, nullptr = all keys
+  bool first;               // nothing has been accumulated yet
+};
+
+// One row's scores, kVecs vectors of them, become e^(score - row_max). Returns them before dropout sums, after it in x.
+template <int kVecs, typename T>
+FASTATTN_INLINE void softmax_step(Vec<T> (&x)[kVecs], const RowBlock<T>& rows, int row, bool first) {
+  using V = Vec<T>;
+  V largest = x[0];
+  unroll<kVecs>(FASTATTN_LAMBDA(v) { largest = max(largest, x[v]); });
+  T* sum = rows.row_sum + row * V::kLanes;
+  V scaled_by, partial_sum;
+  if (first) {
+    // Finite even if the row sees nothing so far: e^(-inf - row_max) is then 0, not NaN.
+    const T row_max = max_of(largest.reduce_max(), std::numeric_limits<T>::lowest());
+    rows.row_max[row] = row_max;
+    scaled_by = V::set1(row_max);
+    partial_sum = V::zero();
+  } else {
+    scaled_by = V::set1(rows.row_max[row]);
+    partial_sum = V::load(sum);
+    if (__builtin_expect(any(less(scaled_by + V::set1(kRescaleMargin), largest)), 0)) {
+      const T row_max = largest.reduce_max();
+      const V factor = exp(scaled_by - V::set1(row_max));
+      T* out = rows.out + row * rows.ld_out;
+      for (int64_t c = 0; c < rows.ld_out; c += V::kLanes) (V::load(out + c) * factor).store(out + c);
+      rows.row_max[row] = row_max;
+      scaled_by = V::set1(row_max);
+      partial_sum = partial_sum * factor;
+    }
+  }
+  unroll<kVecs>(FASTATTN_LAMBDA(v) {
+    x[v] = exp(x[v] - scaled_by);
+    partial_sum = partial_sum + x[v];
+  });
+  partial_sum.store(sum);
+}
+
+template <int kVecs, typename T>
+FASTATTN_INLINE void keep_lanes(Vec<T> (&x)[kVecs], uint64_t bits, T hidden) {
+  unroll<kVecs>(FASTATTN_LAMBDA(v) {
+    const auto mask = Vec<T>::mask_from_bits(static_cast<uint32_t>(bits >> (v * Vec<T>::kLanes)));
+    x[v] = select(mask, x[v], Vec<T>::set1(hidden));
+  });
+}
+
+// Rows [0, kRows) of the block against kVecs vectors of keys: p = e^(score - row_max) after dropout.
+// On AVX-512 kVecs vectors stay in registers from the product to the exponential.
+template <int kRows, int kVecs, bool kHide, typename T>
+__attribute__((noinline)) void score_tile(const RowBlock<T>& rows, const KeyTile<T>& tile) {
+  using V = Vec<T>;
+  constexpr int kLanes = V::kLanes;
+  constexpr int kProductVecs = kVecs < kTileVecs ? kVecs : kTileVecs;
+  const int lane0 = tile.vec_begin * kLanes;
+  const bool has_terms = rows.scores->has_terms();
+  const bool stays_in_registers = kVecs == kProductVecs && !has_terms;
+  V acc[kRows][kProductVecs];
+  for (int vec = 0; vec < kVecs; vec += kProductVecs) {
+    const auto at = [&](int r, int v) { return rows.p + r * kTileKeys + lane0 + (vec + v) * kLanes; };
+    for (int d = 0; d < rows.depth; d += rows.depth_step) {
+      const int d_end = min_of(d + rows.depth_step, rows.depth);
+      unroll<kRows>(FASTATTN_LAMBDA(r) { unroll<kProductVecs>(FASTATTN_LAMBDA(v) { acc[r][v] = V::zero(); }); });
+      gemm_tile(acc, rows.q + d, rows.depth, 1, tile.k + d * kTileKeys + lane0 + vec * kLanes, kTileKeys, d_end - d);
+      if (d > 0) {
+        unroll<kRows>(FASTATTN_LAMBDA(r) {
+          unroll<kProductVecs>(FASTATTN_LAMBDA(v) { acc[r][v] = acc[r][v] + V::load(at(r, v)); });
+        });
+      }
+      if (d_end < rows.depth || !stays_in_registers) {
+        unroll<kRows>(FASTATTN_LAMBDA(r) { unroll<kProductVecs>(FASTATTN_LAMBDA(v) { acc[r][v].store(at(r, v)); }); });
+      }
+    }
+  }
+  if (has_terms) add_score_terms(rows, tile, kRows);
+  unroll<kRows>(FASTATTN_LAMBDA(r) {
+    T* p = rows.p + r * kTileKeys + lane0;
+    V x[kVecs];
+    if (stays_in_registers) {
+      unroll<kProductVecs>(FASTATTN_LAMBDA(v) { x[v] = acc[r][v]; });
+    } else {
+      unroll<kVecs>(FASTATTN_LAMBDA(v) { x[v] = V::load(p + v * kLanes); });
+    }
+    if constexpr (kHide) keep_lanes(x, tile.visible[r] >> lane0, -std::numeric_limits<T>::infinity());
+    softmax_step(x, rows, r, tile.first);
+    if (rows.dropout->active()) {
+      const uint64_t kept =
+          rows.dropout->kept_columns(rows.batch_head, static_cast<uint32_t>(rows.row0 + r), tile.key0);
+      keep_lanes(x, kept >> lane0, T(0));
+    }
+    unroll<kVecs>(FASTATTN_LAMBDA(v) { x[v].store(p + v * kLanes); });
+  });
+}
+
+template <typename T>
+__attribute__((noinline)) void add_score_terms(const RowBlock<T>& rows, const KeyTile<T>& tile, int count) {
+  if (rows.scores->softcap != 0) rows.scores->cap(rows.p, kTileKeys, count);
+  rows.scores->add_terms(rows.p, kTileKeys, rows.row0, count, tile.key0);
+}
+
+// out[r][0, kVecs vectors) (+)= sum over keys of p[r][key] * v[key]
+template <int kRows, int kVecs, typename T>
+FASTATTN_INLINE void value_tile(const T* p, const T* v, int64_t ld_v, int keys, T* out, int64_t ld_out, bool first) {
+  using V = Vec<T>;
+  V acc[kRows][kVecs];
+  unroll<kRows>(FASTATTN_LAMBDA(r) {
+    unroll<kVecs>(FASTATTN_LAMBDA(c) { acc[r][c] = first ? V::zero() : V::load(out + r * ld_out + c * V::kLanes); });
+  });
+  gemm_tile(acc, p, kTileKeys, 1, v, ld_v, keys);
+  unroll<kRows>(
+      FASTATTN_LAMBDA(r) { unroll<kVecs>(FASTATTN_LAMBDA(c) { acc[r][c].store(out + r * ld_out + c * V::kLanes); }); });
+}
+
+// Keys [key_begin, key_end) of the tile; v points at the tile's first key.
+template <int kRows, typename T>
+__attribute__((noinline)) void accumulate_values(const RowBlock<T>& rows, const T* v, int64_t ld_v, int key_begin,
+                                                 int key_end, bool first) {
+  constexpr int kLanes = Vec<T>::kLanes;
+  const T* p = rows.p + key_begin;
+  v += key_begin * ld_v;
+  const int keys = key_end - key_begin;
+  T* out = rows.out;
+  int vecs = static_cast<int>(rows.ld_out) / kLanes;
+  while (vecs > 0) {
+    // 5 to 7 vectors are split evenly: a lone vector a row would leave the multipliers waiting for each other.
+    const int step = vecs >= 2 * kTileVecs ? kTileVecs : vecs > kTileVecs ? (vecs + 1) / 2 : vecs;
+    switch (step) {
+      case 1:
+        value_tile<kRows, 1>(p, v, ld_v, keys, out, rows.ld_out, first);
+        break;
+      case 2:
+        value_tile<kRows, 2>(p, v, ld_v, keys, out, rows.ld_out, first);
+        break;
+      case 3:
+        if constexpr (kTileVecs >= 3) value_tile<kRows, 3>(p, v, ld_v, keys, out, rows.ld_out, first);
+        break;
+      default:
+        if constexpr (kTileVecs >= 4) value_tile<kRows, 4>(p, v, ld_v, keys, out, rows.ld_out, first);
+    }
+    v += step * kLanes;
+    out += step * kLanes;
+    vecs -= step;
+  }
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn
