@@ -1,0 +1,116 @@
+"""``python -m bench [attention|layer_norm|int8_matmul|models|all]``: checks, times, prints a table, writes a report."""
+
+from __future__ import annotations
+
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import fastattn
+from bench import bench_attention, bench_int8_matmul, bench_layer_norm, bench_models, machine, page, peaks, plot, report
+from bench.case import Case
+from bench.run import OK, Effort, Row, run_case
+from bench.table import microseconds, print_report
+from bench.timing import ForeignLoad
+
+HERE = Path(__file__).parent
+GROUPS = {module.GROUP: module for module in (bench_attention, bench_layer_norm, bench_int8_matmul, bench_models)}
+QUICK = Effort(budget_s=1.0, one_thread_budget_s=0.5, retries=1)
+
+What = Enum("What", {name: name for name in (*GROUPS, "all")}, type=str)
+Backend = Enum("Backend", {name: name for name in fastattn.available_backends()}, type=str)
+Dtype = Enum("Dtype", {name: name for name in ("float32", "bfloat16", "float16")}, type=str)
+
+app = typer.Typer(add_completion=False)
+
+
+def select_cases(what: str = "all", dtype: str | None = None, quick: bool = False, match: str = "") -> list[Case]:
+    """The rows that a command line asks for, in the table's order."""
+    groups = GROUPS.values() if what == "all" else [GROUPS[what]]
+    return [
+        case
+        for group in groups
+        for case in group.cases()
+        if (dtype is None or case.dtype == dtype) and (case.quick or not quick) and match.lower() in case.name.lower()
+    ]
+
+
+def run_cases(cases: list[Case], backend: str, effort: Effort, console: Console) -> report.Run:
+    """Runs ``cases`` in turn with a progress bar (a line a case where the output is no terminal)."""
+    start, load = time.perf_counter(), ForeignLoad()
+    here = machine.describe(torch.get_num_threads())
+    roofs = peaks.measure(here.l3_bytes)
+    rows: list[Row] = []
+    columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(cases))
+        for case in cases:
+            progress.update(task, description=f"{case.op} {case.shape}"[: max(10, console.width - 52)])
+            rows.append(run_case(case, backend, effort))
+            progress.advance(task)
+            if not console.is_terminal:
+                console.print(f"{len(rows)}/{len(cases)}  {case.name}  {_outcome(rows[-1])}", highlight=False)
+    # Measured before and after: others may have slowed the machine at one of the two times.
+    roofs = roofs.best_of(peaks.measure(here.l3_bytes))
+    rows = [row.under(roofs) for row in rows]
+    return report.Run(here, roofs, rows, time.perf_counter() - start, load.stop())
+
+
+def _outcome(row: Row) -> str:
+    if row.status != OK:
+        return row.status
+    ratio = f", {row.strongest.ratios.median:.2f}× {row.strongest.name}" if row.strongest else ""
+    return f"{microseconds(row.times.median_us)} µs{ratio}"
+
+
+def write_report(run: report.Run, folder: Path) -> None:
+    """results.json, results.csv, index.html and speedup.png in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report.write_json(run, folder / "results.json")
+    report.write_csv(run, folder / "results.csv")
+    (folder / "index.html").write_text(page.render(run))
+    plot.write_png(run, folder / "speedup.png")
+
+
+@app.command()
+def main(
+    what: Annotated[What, typer.Argument(help="which op")] = What.all,
+    backend: Annotated[Backend, typer.Option(help="whose kernels; a case it refuses says why")] = Backend.cpu,
+    dtype: Annotated[Dtype | None, typer.Option(help="only rows of this dtype")] = None,
+    match: Annotated[str, typer.Option(help="only rows whose op, shape and dtype contain this")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="fewer rows, shorter timing: about two minutes")] = False,
+    threads: Annotated[int, typer.Option(min=0, help="0 = as many as torch takes by itself")] = 0,
+    out: Annotated[Path, typer.Option(help="folder for JSON, CSV, page and plot")] = HERE / "out",
+    save: Annotated[bool, typer.Option("--save", help="write to bench/results/<device> instead")] = False,
+) -> None:
+    """Checks every answer against float64, times it beside the strongest form of PyTorch, and reports.
+
+    Exits with 1 if an answer is wrong, 2 if nothing can run.
+    """
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    reason = fastattn.available_backends()[backend.value]
+    if reason is not None:
+        console.print(f"[bold red]backend {backend.value!r} cannot run here:[/] {reason}", highlight=False)
+        raise typer.Exit(2)
+    cases = select_cases(what.value, dtype.value if dtype else None, quick, match)
+    if not cases:
+        console.print("[bold red]no case fits these options[/]")
+        raise typer.Exit(2)
+    torch.set_num_threads(threads or torch.get_num_threads())
+    run = run_cases(cases, backend.value, QUICK if quick else Effort(), console)
+    print_report(run, console)
+    folder = HERE / "results" / run.machine.slug if save else out
+    write_report(run, folder)
+    console.print(f"[dim]results.json, results.csv, index.html and speedup.png are in[/] {folder}", highlight=False)
+    raise typer.Exit(1 if run.failed else 0)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m bench")

@@ -1,0 +1,95 @@
+"""The speeds this machine reaches at most, measured in the same run as the kernels: the roofs of the roofline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+GEMM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Best speeds seen. GEMMs in GFLOP/s (int8: Gop/s), copies in GB/s of bytes read plus bytes written."""
+
+    gemm: dict[str, float]
+    copy_cache: float  # operands that stay in the outer cache
+    copy_memory: float  # operands four times the outer cache
+    cache_bytes: int
+
+    def flops(self, dtype: str) -> float:
+        """The roof for a kernel with operands of ``dtype``.
+
+        Half types may be computed as float32, the faster way on processors without arithmetic of their own for them.
+        There is no float16 GEMM to compare with: torch multiplies float16 on x86 without vector code.
+        """
+        return self.gemm["int8"] if dtype == "int8" else max(self.gemm.get(dtype, 0.0), self.gemm["float32"])
+
+    def bandwidth(self, working_set: float) -> float:
+        return self.copy_memory if working_set > self.cache_bytes else self.copy_cache
+
+    def percent(self, dtype: str, flops: float, bytes_: float, seconds: float) -> float:
+        """How near the roofline a kernel came: 100 = as fast as the slower of arithmetic and memory allows."""
+        least = max(flops / self.flops(dtype), bytes_ / self.bandwidth(bytes_)) * 1e-9
+        return 100 * least / seconds
+
+    def memory_bound(self, dtype: str, flops: float, bytes_: float) -> bool:
+        return bytes_ / self.bandwidth(bytes_) > flops / self.flops(dtype)
+
+    def best_of(self, other: Peaks) -> Peaks:
+        """The higher of two measurements, for a machine that others may have slowed during one of them."""
+        gemm = {name: max(speed, other.gemm[name]) for name, speed in self.gemm.items()}
+        cache, memory = max(self.copy_cache, other.copy_cache), max(self.copy_memory, other.copy_memory)
+        return Peaks(gemm, cache, memory, self.cache_bytes)
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def best_seconds(callee: Callable[[], object], budget_s: float) -> float:
+    """The fastest of the calls that fit in ``budget_s``, at least five."""
+    callee()
+    best, runs, deadline = float("inf"), 0, time.perf_counter() + budget_s
+    while runs < 5 or time.perf_counter() < deadline:
+        start = time.perf_counter()
+        callee()
+        best, runs = min(best, time.perf_counter() - start), runs + 1
+    return best
+
+
+# (M, N, K): BLAS libraries differ in the shapes they like, so the peak is the best of several.
+GEMM_SHAPES = ((256, 256, 256), (512, 768, 768), (512, 3072, 768), (1024, 1024, 1024), (512, 4096, 4096))
+
+
+def gemm_peak(dtype: torch.dtype, budget_s: float) -> float:
+    """Gop/s of the best matrix product of ``dtype``; int8 counts torch._int_mm, which multiplies and does not scale."""
+    best = 0.0
+    for m, n, k in GEMM_SHAPES:
+        if dtype == torch.int8:
+            a, b = (torch.randint(-127, 128, shape, dtype=dtype) for shape in ((m, k), (n, k)))
+            seconds = best_seconds(lambda a=a, b=b: torch._int_mm(a, b.t()), budget_s)
+        else:
+            a, b, out = (torch.randn(shape).to(dtype) for shape in ((m, k), (k, n), (m, n)))
+            seconds = best_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), budget_s)
+        best = max(best, 2e-9 * m * n * k / seconds)
+    return best
+
+
+def copy_peak(bytes_each: int, budget_s: float) -> float:
+    """GB/s of Tensor.copy_, reads and writes both counted, into memory that is already mapped."""
+    source = torch.zeros(bytes_each // 4)
+    target = torch.zeros_like(source)
+    return 2e-9 * bytes_each / best_seconds(lambda: target.copy_(source), budget_s)
+
+
+def measure(cache_bytes: int, budget_s: float = 0.15) -> Peaks:
+    """Every peak at the current number of threads; about a second and a half at the default budget."""
+    return Peaks(
+        gemm={name: gemm_peak(dtype, budget_s) for name, dtype in GEMM_DTYPES.items()},
+        copy_cache=max(copy_peak(size, budget_s) for size in (1 << 18, 1 << 20, 1 << 21)),
+        copy_memory=copy_peak(max(64 << 20, 2 * cache_bytes), budget_s),
+        cache_bytes=cache_bytes,
+    )

@@ -1,0 +1,152 @@
+"""Runs cases: check, then time at all threads and at one. Each gives a Row, whatever happens to it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+
+import fastattn
+from bench.case import Case
+from bench.peaks import Peaks
+from bench.timing import Comparison, Ratios, Times, compare, threads
+
+OK, FAILED, REFUSED = "ok", "FAILED", "refused"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One form of PyTorch's, beside ours."""
+
+    name: str
+    times: Times
+    ratios: Ratios
+    one_thread: float | None = None  # ratio of medians with one thread; measured for the strongest peer
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table. Without times if the case failed its check or the backend refused it."""
+
+    group: str
+    op: str
+    shape: str
+    dtype: str
+    backend: str
+    status: str
+    note: str = ""
+    times: Times | None = None
+    peers: list[Peer] = field(default_factory=list)  # the strongest first
+    flops: float = 0.0
+    bytes: float = 0.0
+    compute_dtype: str = "float32"
+    percent_of_peak: float | None = None  # of the nearer roof
+    memory_bound: bool = False  # the nearer roof is the memory's
+    error: float | None = None
+    allowed: float | None = None
+    foreign_cpus: float | None = None
+    attempts: int = 0
+    disturbed: bool = False
+    seqlen: int | None = None
+    variant: str = ""
+    headline: str = ""
+
+    @property
+    def strongest(self) -> Peer | None:
+        return self.peers[0] if self.peers else None
+
+    @property
+    def gflops(self) -> float:
+        return self.flops / self.times.median_us * 1e-3
+
+    @property
+    def gigabytes_per_s(self) -> float:
+        return self.bytes / self.times.median_us * 1e-3
+
+    def under(self, peaks: Peaks) -> Row:
+        """The row with its place under this machine's roofs."""
+        if self.times is None or not (self.flops or self.bytes):
+            return self
+        work = self.compute_dtype, self.flops, self.bytes
+        percent = peaks.percent(*work, self.times.median_us * 1e-6)
+        return replace(self, percent_of_peak=percent, memory_bound=peaks.memory_bound(*work))
+
+    def as_dict(self) -> dict:
+        row = asdict(self)
+        for peer, values in zip(self.peers, row["peers"], strict=True):
+            values["ratios"] = peer.ratios._asdict()
+        if self.times is not None:
+            row |= {"gflops": self.gflops, "gigabytes_per_s": self.gigabytes_per_s}
+        return row
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a row may take."""
+
+    budget_s: float = 2.0
+    one_thread_budget_s: float = 1.0
+    retries: int = 2
+
+
+def run_case(case: Case, backend: str, effort: Effort) -> Row:
+    """Checks ``case`` on ``backend`` and times it if it passes.
+
+    A backend that refuses the case gives a row that says so. A wrong answer and an error of any kind give a FAILED row.
+    """
+    facts = {"group": case.group, "op": case.op, "shape": case.shape, "dtype": case.dtype, "backend": backend}
+    facts |= {"seqlen": case.seqlen, "variant": case.variant, "headline": case.headline}
+    try:
+        with fastattn.use_backend(backend), warnings.catch_warnings():
+            # torch announces prototypes (nested tensors) and successors on the peers' side.
+            warnings.simplefilter("ignore")
+            return _check_and_time(case, effort, facts)
+    except NotImplementedError as refusal:
+        return Row(**facts, status=REFUSED, note=str(refusal))
+    except AssertionError as wrong:
+        return Row(**facts, status=FAILED, note=f"wrong answer: {wrong}")
+    except Exception as error:
+        return Row(**facts, status=FAILED, note=f"{type(error).__name__}: {error}")
+
+
+def _check_and_time(case: Case, effort: Effort, facts: dict) -> Row:
+    subject = case.build()
+    verdict = subject.check()
+    comparison = compare(
+        {"fastattn": subject.ours, **subject.peers}, budget_s=effort.budget_s, retries=effort.retries
+    )  # fmt: skip
+    one_thread = _one_thread_ratio(subject.ours, subject.peers, comparison, effort)
+    notes = [note for note in (verdict.note, comparison.disturbance) if note]
+    return Row(
+        **facts,
+        status=OK,
+        note="; ".join(notes),
+        times=comparison.subject,
+        peers=[
+            Peer(
+                name, comparison.times[name], comparison.ratios(name),
+                one_thread if name == comparison.strongest else None,
+            )
+            for name in sorted(comparison.peers, key=lambda name: comparison.times[name].median_us)
+        ],
+        flops=case.flops,
+        bytes=case.bytes,
+        compute_dtype=case.compute_dtype or case.dtype,
+        error=verdict.error,
+        allowed=verdict.allowed,
+        foreign_cpus=comparison.foreign_cpus,
+        attempts=comparison.attempts,
+        disturbed=comparison.disturbance is not None,
+    )  # fmt: skip
+
+
+def _one_thread_ratio(ours: Callable, peers: dict[str, Callable], full: Comparison, effort: Effort) -> float | None:
+    """The ratio to the strongest peer on one core: what is the kernel's merit, and not the threads'."""
+    if full.strongest is None or torch.get_num_threads() == 1:
+        return None
+    with threads(1):
+        pair = {"fastattn": ours, full.strongest: peers[full.strongest]}
+        single = compare(pair, budget_s=effort.one_thread_budget_s, retries=0)
+    return single.ratios(full.strongest).median
