@@ -1,6 +1,7 @@
 """Hand-written attention, layer norm and INT8 matmul kernels for PyTorch Transformers."""
 
 from fastattn.dispatch import available_backends, explain, use_backend
+from fastattn.multi_head_attention import MultiHeadAttention
 from fastattn.ops.attention import attention
 
-__all__ = ["attention", "available_backends", "explain", "use_backend"]
+__all__ = ["MultiHeadAttention", "attention", "available_backends", "explain", "use_backend"]
