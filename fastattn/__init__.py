@@ -3,5 +3,15 @@
 from fastattn.dispatch import available_backends, explain, use_backend
 from fastattn.multi_head_attention import MultiHeadAttention
 from fastattn.ops.attention import attention
+from fastattn.ops.int8_matmul import int8_linear, int8_matmul, quantize_int8
 
-__all__ = ["MultiHeadAttention", "attention", "available_backends", "explain", "use_backend"]
+__all__ = [
+    "MultiHeadAttention",
+    "attention",
+    "available_backends",
+    "explain",
+    "int8_linear",
+    "int8_matmul",
+    "quantize_int8",
+    "use_backend",
+]

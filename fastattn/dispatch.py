@@ -93,7 +93,8 @@ _preferred: ContextVar[str] = ContextVar("fastattn_backend", default="auto")
 _traced = _Traced()
 
 
-def _preference() -> str:
+def preference() -> str:
+    """What ``use_backend`` has set for calls that say ``backend="auto"``."""
     return _traced.backend if torch.compiler.is_compiling() else _preferred.get()
 
 
@@ -126,7 +127,7 @@ class use_backend:
         reason = None if name == "auto" else _UNAVAILABLE[name]()
         if reason is not None:
             raise NotImplementedError(f"use_backend: backend {name!r} cannot run here: {reason}.")
-        self._previous = _preference()
+        self._previous = preference()
         _set_preference(name)
 
     def __enter__(self) -> use_backend:
@@ -156,7 +157,7 @@ def select(op: str, call: Any, backend: str = "auto") -> Kernel:
     Raises: ValueError for an unknown backend; NotImplementedError if the backend asked for by name refuses.
     """
     if backend == "auto":
-        backend = _preference()
+        backend = preference()
     _check_name(backend)
     for kernel in TABLE[op]:
         wanted = backend == kernel.backend or (backend == "auto" and kernel.backend != "emulated")
@@ -191,7 +192,7 @@ def explain(op: str | Callable[..., Any], *args: Any, backend: str = "auto", **k
         raise ValueError(f"explain: {name!r} is not an op of fastattn; the ops are {', '.join(sorted(TABLE))}.")
     _check_name(backend)
     call = _PREPARE[name](*args, **kwargs)
-    wanted = _preference() if backend == "auto" else backend
+    wanted = preference() if backend == "auto" else backend
     refusals = {each: _refusal(name, each, call) for each in BACKENDS}
 
     if wanted == "auto":

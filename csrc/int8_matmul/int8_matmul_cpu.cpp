@@ -1,0 +1,228 @@
+// INT8 matrix product:  out = activation((a @ b^T) * a_scale * b_scale + bias), quantising a by row on the way if it is
+// floating.
+// Work:    first the rows of A are quantised and packed; then a task takes a block of rows (its A panels stay in L2)
+// and
+//          some panels of 32 columns of B. Within it k is cut into slices whose B fits L1; a tile's sums wait in
+//          scratch.
+// Memory:  B is read once per block of rows, straight from its packed form, or packed panel by panel into scratch.
+// Numbers: int32 sums are exact; see int8_dot_cpu.h and int8_epilogue_cpu.h.
+// Source:  the panel and block structure is that of Goto and van de Geijn, "Anatomy of High-Performance Matrix
+//          Multiplication", ACM TOMS 34(3), 2008.
+#include "common/parallel.h"
+#include "int8_matmul/int8_dot_cpu.h"
+#include "int8_matmul/int8_epilogue_cpu.h"
+#include "int8_matmul/int8_matmul.h"
+#include "int8_matmul/int8_pack_cpu.h"
+#include "int8_matmul/quantize_int8_cpu.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+namespace {
+
+// 1024 k of B, 32 columns, are 32 KiB: with the tile's A they fill an L1 of 48 KiB, and pass through one of 32 KiB.
+constexpr int64_t kSliceGroups = 256;
+// Half of a 1 MiB L2 for the A panels of a block.
+constexpr int64_t kBlockBytes = 512 * 1024;
+constexpr int64_t kMaxBlockRows = 384;
+// Products (or, when quantising, elements) that are not worth a second thread.
+constexpr int64_t kSerialProducts = 1 << 18;
+constexpr int64_t kSerialElements = 1 << 15;
+
+constexpr int64_t align64(int64_t bytes) { return (bytes + 63) & ~int64_t{63}; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Sizes of the work and offsets into the workspace: A panels | A scales | per thread: B panel, sums, quantised rows.
+struct Plan {
+  int threads;
+  int64_t groups, row_panels, a_panel_elems, b_panels;
+  int64_t block_rows, blocks, panels_per_task, tasks_per_block;
+  int64_t quantized_stride;
+  int64_t a_scale_offset, thread_offset, thread_bytes, sums_offset, rows_offset, total_bytes;
+
+  explicit Plan(const Int8MatmulParams& p) {
+    threads = max_threads();
+    groups = int8_groups(p.depth);
+    row_panels = ceil_div(p.rows, Dot::kTileRows);
+    a_panel_elems = groups * kPanelRowGroup;
+    b_panels = int8_panels(p.columns);
+    const int64_t a_panel_bytes = a_panel_elems * static_cast<int64_t>(sizeof(Dot::A));
+    split_rows(p, a_panel_bytes);
+    split_columns(p);
+
+    // An odd number of cache lines: rows a power of two apart would compete for the same cache sets.
+    quantized_stride = align64(p.depth) | 64;
+    a_scale_offset = align64(row_panels * a_panel_bytes);
+    thread_offset = align64(a_scale_offset + p.rows * static_cast<int64_t>(sizeof(float)));
+    sums_offset = align64(p.b_packed ? 0 : int8_panel_bytes(p.depth));
+    const int64_t sums_rows = groups > kSliceGroups ? block_rows : Dot::kTileRows;
+    rows_offset = sums_offset + sums_rows * kPanelColumns * static_cast<int64_t>(sizeof(int32_t));
+    thread_bytes = rows_offset + Dot::kTileRows * quantized_stride;
+    total_bytes = thread_offset + threads * thread_bytes;
+  }
+
+ private:
+  void split_rows(const Int8MatmulParams& p, int64_t a_panel_bytes) {
+    const int64_t fit = kBlockBytes / max_of<int64_t>(a_panel_bytes, 1);
+    int64_t panels = max_of<int64_t>(1, min_of(fit, kMaxBlockRows / Dot::kTileRows));
+    // Few columns: smaller blocks, so that every thread has some.
+    while (panels > 1 && ceil_div(row_panels, panels) * b_panels < 4 * threads) panels = (panels + 1) / 2;
+    // Blocks of equal size.
+    panels = ceil_div(row_panels, max_of<int64_t>(ceil_div(row_panels, panels), 1));
+    block_rows = panels * Dot::kTileRows;
+    blocks = ceil_div(p.rows, max_of<int64_t>(block_rows, 1));
+  }
+
+  void split_columns(const Int8MatmulParams& p) {
+    const bool serial = threads == 1 || p.rows * p.columns * p.depth < kSerialProducts;
+    // Few rows: one task a thread, for it reads its weights in one go. Many: more tasks than threads, for balance.
+    const int64_t wanted = serial ? 1 : p.rows <= Dot::kTileRows ? threads : 4 * threads;
+    panels_per_task = max_of<int64_t>(1, ceil_div(b_panels, wanted));
+    tasks_per_block = ceil_div(b_panels, panels_per_task);
+  }
+};
+
+char* thread_scratch(const Int8MatmulParams& p, const Plan& plan, int thread) {
+  return static_cast<char*>(p.workspace) + plan.thread_offset + thread * plan.thread_bytes;
+}
+
+// Packs one panel of A, quantising it first if it is floating; writes the scales.
+void prepare_a_panel(const Int8MatmulParams& p, const Plan& plan, int64_t panel, int8_t* scratch) {
+  const int64_t row = panel * Dot::kTileRows;
+  const int rows = static_cast<int>(min_of<int64_t>(Dot::kTileRows, p.rows - row));
+  Dot::A* target = static_cast<Dot::A*>(p.workspace) + panel * plan.a_panel_elems;
+  float* scales = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + plan.a_scale_offset) + row;
+  if (p.a_dtype == DType::kInt8) {
+    pack_a_panel(static_cast<const int8_t*>(p.a) + row * p.stride_a, p.stride_a, rows, p.depth, target);
+    std::memcpy(scales, p.a_scale + row, static_cast<size_t>(rows) * sizeof(float));
+    return;
+  }
+  dispatch_element(p.a_dtype, [&](auto element) {
+    const auto* a = static_cast<const decltype(element)*>(p.a) + row * p.stride_a;
+    for (int r = 0; r < rows; ++r) {
+      scales[r] = quantize_row(a + r * p.stride_a, p.depth, scratch + r * plan.quantized_stride);
+    }
+  });
+  pack_a_panel(scratch, plan.quantized_stride, rows, p.depth, target);
+}
+
+void prepare_a(const Int8MatmulParams& p, const Plan& plan) {
+  const int64_t panels_per_task = kSerialElements / (Dot::kTileRows * max_of<int64_t>(p.depth, 1)) + 1;
+  parallel_tasks(ceil_div(plan.row_panels, panels_per_task), [&](int64_t task, int thread) {
+    int8_t* scratch = reinterpret_cast<int8_t*>(thread_scratch(p, plan, thread) + plan.rows_offset);
+    const int64_t end = min_of((task + 1) * panels_per_task, plan.row_panels);
+    for (int64_t panel = task * panels_per_task; panel < end; ++panel) prepare_a_panel(p, plan, panel, scratch);
+  });
+}
+
+// A panel of B with what its sums start from.
+struct BPanel {
+  const int8_t* data;
+  alignas(64) int32_t start[kPanelColumns];
+};
+
+void load_b_panel(const Int8MatmulParams& p, const Plan& plan, int64_t panel, char* scratch, BPanel& result) {
+  const int64_t panel_bytes = int8_panel_bytes(p.depth);
+  if (p.b_packed != nullptr) {
+    const char* body = static_cast<const char*>(p.b_packed) + sizeof(PackedWeightHeader);
+    const int64_t compensation_bytes = kPanelColumns * static_cast<int64_t>(sizeof(int32_t));
+    result.data = reinterpret_cast<const int8_t*>(body + plan.b_panels * compensation_bytes + panel * panel_bytes);
+    std::memcpy(result.start, body + panel * compensation_bytes, sizeof result.start);
+  } else {
+    int8_t* target = reinterpret_cast<int8_t*>(scratch);
+    const int64_t column = panel * kPanelColumns;
+    pack_b_panel(p.b + column * p.stride_b, p.stride_b, min_of(kPanelColumns, p.columns - column), p.depth, target);
+    if (Dot::kZero != 0) panel_compensation(target, p.depth, result.start);
+    result.data = target;
+  }
+  if (Dot::kZero == 0) std::memset(result.start, 0, sizeof result.start);
+}
+
+void load_constants(const Int8MatmulParams& p, int64_t column, int columns, PanelConstants& constants) {
+  std::memset(&constants, 0, sizeof constants);
+  std::memcpy(constants.scale, p.b_scale + column, static_cast<size_t>(columns) * sizeof(float));
+  if (p.bias == nullptr) return;
+  dispatch_element(p.bias_dtype, [&](auto element) {
+    const auto* bias = static_cast<const decltype(element)*>(p.bias) + column;
+    for (int c = 0; c < columns; ++c) constants.bias[c] = to_float(bias[c]);
+  });
+}
+
+int64_t out_element_bytes(const Int8MatmulParams& p) { return p.out_dtype == DType::kFloat32 ? 4 : 2; }
+
+EpilogueFn choose_epilogue(const Int8MatmulParams& p) {
+  EpilogueFn chosen = nullptr;
+  dispatch_element(p.out_dtype, [&](auto element) { chosen = epilogue_for<decltype(element)>(p.activation); });
+  return chosen;
+}
+
+// Rows [row_begin, row_end) of the output's columns [panel * 32, panel * 32 + 32).
+void multiply_panel(const Int8MatmulParams& p, const Plan& plan, int64_t row_begin, int64_t row_end, int64_t panel,
+                    EpilogueFn finish, char* scratch) {
+  BPanel b;
+  load_b_panel(p, plan, panel, scratch, b);
+  const int64_t column = panel * kPanelColumns;
+  const int columns = static_cast<int>(min_of(kPanelColumns, p.columns - column));
+  PanelConstants constants;
+  load_constants(p, column, columns, constants);
+
+  int32_t* block_sums = reinterpret_cast<int32_t*>(scratch + plan.sums_offset);
+  const float* a_scale = reinterpret_cast<const float*>(static_cast<char*>(p.workspace) + plan.a_scale_offset);
+  const Dot::A* a = static_cast<const Dot::A*>(p.workspace);
+  const bool sliced = plan.groups > kSliceGroups;
+  int64_t slice = 0;
+  do {
+    const int64_t groups = min_of(kSliceGroups, plan.groups - slice);
+    const bool last = slice + groups == plan.groups;
+    for (int64_t row = row_begin; row < row_end; row += Dot::kTileRows) {
+      const int rows = static_cast<int>(min_of<int64_t>(Dot::kTileRows, row_end - row));
+      int32_t* sums = block_sums + (sliced ? (row - row_begin) * kPanelColumns : 0);
+      const Dot::A* a_slice = a + row / Dot::kTileRows * plan.a_panel_elems + slice * kPanelRowGroup;
+      kDotTiles.tiles[rows - 1](a_slice, b.data + slice * kPanelColumnGroup, groups, slice == 0 ? b.start : sums,
+                                slice == 0 ? 0 : kPanelColumns, sums);
+      if (last) {
+        char* out = static_cast<char*>(p.out) + (row * p.columns + column) * out_element_bytes(p);
+        finish(sums, a_scale + row, constants, rows, columns, out, p.columns);
+      }
+    }
+    slice += groups;
+  } while (slice < plan.groups);
+}
+
+}  // namespace
+
+int64_t int8_matmul_workspace_bytes(const Int8MatmulParams& p) { return Plan(p).total_bytes; }
+
+void int8_matmul_cpu(const Int8MatmulParams& p) {
+  if (p.rows == 0 || p.columns == 0) return;
+  const Plan plan(p);
+  const EpilogueFn finish = choose_epilogue(p);
+  prepare_a(p, plan);
+  parallel_tasks(plan.blocks * plan.tasks_per_block, [&](int64_t task, int thread) {
+    const int64_t row_begin = task / plan.tasks_per_block * plan.block_rows;
+    const int64_t row_end = min_of(row_begin + plan.block_rows, p.rows);
+    const int64_t panel_begin = task % plan.tasks_per_block * plan.panels_per_task;
+    const int64_t panel_end = min_of(panel_begin + plan.panels_per_task, plan.b_panels);
+    char* scratch = thread_scratch(p, plan, thread);
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+      multiply_panel(p, plan, row_begin, row_end, panel, finish, scratch);
+    }
+  });
+}
+
+void int8_pack_weight_cpu(const int8_t* b, int64_t stride_b, int64_t columns, int64_t depth, void* packed) {
+  char* body = static_cast<char*>(packed) + sizeof(PackedWeightHeader);
+  int32_t* compensation = reinterpret_cast<int32_t*>(body);
+  int8_t* panels = reinterpret_cast<int8_t*>(compensation + int8_panels(columns) * kPanelColumns);
+  parallel_ranges(
+      int8_panels(columns), kSerialElements / max_of<int64_t>(depth, 1) + 1, [&](int64_t begin, int64_t end) {
+        for (int64_t panel = begin; panel < end; ++panel) {
+          const int64_t column = panel * kPanelColumns;
+          int8_t* target = panels + panel * int8_panel_bytes(depth);
+          pack_b_panel(b + column * stride_b, stride_b, min_of(kPanelColumns, columns - column), depth, target);
+          panel_compensation(target, depth, compensation + column);
+        }
+      });
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,78 @@
+"""INT8 matmul in plain PyTorch: the definition of correct."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastattn.ops.int8_matmul import Int8LinearCall, Int8MatmulCall, QuantizeInt8Call
+
+# The smallest normal float32: 1 / scale is finite for every scale from here on.
+_SMALLEST_SCALE = 2.0**-126
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    match activation:
+        case "none":
+            return x
+        case "relu":
+            return F.relu(x)
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "silu":
+            return F.silu(x)
+    raise ValueError(f"unknown activation {activation!r}")
+
+
+def quantize(input: Tensor) -> tuple[Tensor, Tensor]:
+    x = input.detach().float()
+    amax = x.abs().amax(-1) if x.shape[-1] > 0 else x.new_zeros(x.shape[:-1])
+    scale = torch.where(amax == 0, 1.0, (amax / 127).clamp_min(_SMALLEST_SCALE))
+    scale = torch.where(amax.isfinite(), scale, torch.nan)
+    q = (x * (1 / scale).unsqueeze(-1)).round()
+    return torch.where(amax.isfinite().unsqueeze(-1), q, 0.0).to(torch.int8), scale
+
+
+def int32_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.T`` of int8 matrices, exactly: float64 holds every integer up to 2^53. Returned in float32."""
+    return (a.double() @ b.double().T).float()
+
+
+class _StraightThrough(torch.autograd.Function):
+    """(input quantised by row) @ weight.T, scaled; the gradient ignores the rounding: ``dout @ (weight * scale)``."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, weight_scale)
+        ctx.input_dtype = input.dtype
+        q, scale = quantize(input)
+        return int32_product(q, weight) * scale.unsqueeze(-1) * weight_scale
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        weight, weight_scale = ctx.saved_tensors
+        return (dout @ (weight.float() * weight_scale.unsqueeze(1))).to(ctx.input_dtype), None, None
+
+
+def quantize_int8(call: QuantizeInt8Call) -> tuple[Tensor, Tensor]:
+    return quantize(call.input)
+
+
+def int8_matmul(call: Int8MatmulCall) -> Tensor:
+    out = int32_product(call.a, call.b) * call.a_scale.unsqueeze(1) * call.b_scale
+    if call.bias is not None:
+        out = out + call.bias.float()
+    return activate(out, call.activation).to(call.out_dtype)
+
+
+def int8_linear(call: Int8LinearCall) -> Tensor:
+    out: Tensor = _StraightThrough.apply(call.input, call.weight, call.weight_scale)
+    if call.bias is not None:
+        out = out + call.bias.float()
+    return activate(out, call.activation).to(call.input.dtype)

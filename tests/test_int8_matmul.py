@@ -1,0 +1,502 @@
+"""quantize_int8, int8_matmul, int8_linear: exact integers, accurate epilogues, gradients, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import assert_as_accurate_as_eager
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastattn
+from fastattn._extension import extension, missing_reason
+from fastattn.ops.int8_matmul_compiled import MAX_DEPTH, pack_weight
+
+needs_cpu = pytest.mark.skipif(extension is None, reason=str(missing_reason))
+
+# 12 rows (6, 4) and 32 columns are a tile, 4 of k a group, 1024 of k a slice; each is met exactly, one short, one over.
+SHAPES = [
+    (1, 32, 64),
+    (1, 1, 1),
+    (2, 33, 3),
+    (3, 31, 5),
+    (5, 64, 1023),
+    (7, 40, 1025),
+    (11, 97, 63),
+    (12, 96, 1024),
+    (13, 95, 65),
+    (49, 70, 2051),
+    (97, 130, 129),
+]
+EMPTY = [(0, 5, 8), (4, 0, 8), (4, 5, 0), (0, 0, 0)]
+ACTIVATIONS = [None, "relu", "gelu", "gelu_tanh", "silu"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def shape_id(shape):
+    return "x".join(map(str, shape))
+
+
+def random_int8(*shape):
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+def activation_in_float64(x, activation):
+    """Without the cancellation of F.gelu: x * Phi(x) by erfc."""
+    if activation == "gelu":
+        return x * 0.5 * torch.special.erfc(-x * 0.5**0.5)
+    by_name = {None: lambda x: x, "relu": F.relu, "silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+    return by_name[activation](x)
+
+
+def linear_in_float64(input, weight, weight_scale, bias, activation):
+    q, scale = fastattn.quantize_int8(input, backend="eager")
+    product = (q.double() @ weight.double().T) * scale.double().unsqueeze(-1) * weight_scale.double()
+    return activation_in_float64(product if bias is None else product + bias.double(), activation)
+
+
+def random_linear(columns, depth, dtype=torch.float32):
+    weight, scale = fastattn.quantize_int8(torch.randn(columns, depth) / max(depth, 1) ** 0.5)
+    return weight, scale, torch.randn(columns, dtype=dtype)
+
+
+# --- quantize_int8 ---------------------------------------------------------------------------------------------------
+
+
+def assert_quantizes_like_eager(input):
+    q, scale = fastattn.quantize_int8(input, backend="cpu")
+    expected_q, expected_scale = fastattn.quantize_int8(input, backend="eager")
+    assert q.dtype == torch.int8 and scale.dtype == torch.float32
+    assert torch.equal(q, expected_q)
+    assert torch.equal(scale.view(torch.int32), expected_scale.view(torch.int32)) or torch.allclose(
+        scale, expected_scale, rtol=0, atol=0, equal_nan=True
+    )
+    return q, scale
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 15), (2, 3, 64), (5, 65), (7, 257), (97,), (0, 8), (4, 0)], ids=shape_id)
+def test_quantization_equals_eager_bit_for_bit(cpu_isa, shape, dtype):
+    assert_quantizes_like_eager((torch.randn(shape) * torch.rand(shape).exp()).to(dtype))
+
+
+@needs_cpu
+@given(
+    st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=1, max_size=80),
+    st.sampled_from(DTYPES),
+)
+@settings(max_examples=200, deadline=None)
+def test_any_row_quantizes_like_eager(row, dtype):
+    assert_quantizes_like_eager(torch.tensor(row, dtype=torch.float32).to(dtype))
+
+
+def test_quantization_error_is_at_most_half_a_step(cpu_isa):
+    x = torch.randn(50, 300) * torch.logspace(-30, 30, 50).unsqueeze(1)
+    q, scale = fastattn.quantize_int8(x, backend="cpu")
+    assert q.abs().amax(-1).eq(127).all()
+    error = (q.double() * scale.double().unsqueeze(1) - x.double()).abs()
+    assert (error <= 0.5 * (1 + 1e-5) * scale.double().unsqueeze(1)).all()
+
+
+def test_ties_round_to_even(cpu_isa):
+    q, scale = fastattn.quantize_int8(torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -127.0]), backend="cpu")
+    assert scale.item() == 1.0
+    assert q.tolist() == [127, 0, 2, 2, 0, -2, -2, -127]
+
+
+def test_zero_rows_have_scale_one(cpu_isa):
+    q, scale = fastattn.quantize_int8(torch.tensor([[0.0, -0.0, 0.0], [0.0, 1.0, 0.0]]), backend="cpu")
+    assert q.tolist() == [[0, 0, 0], [0, 127, 0]]
+    assert scale[0] == 1.0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("position", [0, 17, 64, 69])
+def test_rows_with_nan_or_infinity_become_nan(bad, position, backend, cpu_isa):
+    x = torch.randn(3, 70)
+    x[1, position] = bad
+    q, scale = fastattn.quantize_int8(x, backend=backend)
+    assert scale.isnan().tolist() == [False, True, False]
+    assert (q[1] == 0).all() and (q[0] != 0).any() and (q[2] != 0).any()
+    weight, weight_scale, bias = random_linear(33, 70)
+    for activation in ACTIVATIONS:
+        out = fastattn.int8_linear(x, weight, weight_scale, bias, activation=activation, backend=backend)
+        assert out[1].isnan().all() and not out[0].isnan().any() and not out[2].isnan().any()
+
+
+def test_tiny_rows_keep_a_finite_reciprocal(cpu_isa):
+    q, scale = assert_quantizes_like_eager(torch.tensor([[1e-44, -1e-44, 0.0], [1e-37, 5e-38, -1e-37]]))
+    assert (scale >= 2.0**-126).all()
+    assert q[1].tolist() == [9, 4, -9]
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda x: x[:, 1:], lambda x: x.t(), lambda x: x[::2], lambda x: x[:, ::3], lambda x: x[:1].expand(5, -1)],
+    ids=["offset", "transposed", "every_other_row", "strided_columns", "expanded"],
+)
+def test_strided_input_is_read_in_place(view, cpu_isa):
+    x = view(torch.randn(24, 36))
+    q, _ = assert_quantizes_like_eager(x)
+    assert q.is_contiguous()
+    weight, weight_scale, bias = random_linear(35, x.shape[1])
+    expected = fastattn.int8_linear(x.contiguous(), weight, weight_scale, bias, backend="cpu")
+    assert torch.equal(fastattn.int8_linear(x, weight, weight_scale, bias, backend="cpu"), expected)
+
+
+def test_quantized_tensors_have_no_gradient(cpu_isa):
+    for backend in ("cpu", "eager"):
+        q, scale = fastattn.quantize_int8(torch.randn(3, 8, requires_grad=True), backend=backend)
+        assert not q.requires_grad and not scale.requires_grad
+
+
+# --- int8_matmul -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=shape_id)
+def test_integer_sums_are_exact(cpu_isa, shape):
+    rows, columns, depth = shape
+    a, b = random_int8(rows, depth), random_int8(columns, depth)
+    if depth > 0:
+        # The extremes: -128 is int8, too, though quantize_int8 never makes it.
+        a[:, 0], b[:, depth - 1] = -128, -128
+    out = fastattn.int8_matmul(a, b, torch.ones(rows), torch.ones(columns), out_dtype=torch.float32, backend="cpu")
+    assert torch.equal(out, (a.long() @ b.long().T).float())
+
+
+@pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, -1)])
+def test_integer_sums_are_exact_up_to_the_largest_depth(cpu_isa, signs):
+    a = torch.full((2, MAX_DEPTH), 127 * signs[0], dtype=torch.int8)
+    b = torch.full((3, MAX_DEPTH), 127 * signs[1], dtype=torch.int8)
+    a[1, ::2], b[2, 1::2] = 1, -1
+    out = fastattn.int8_matmul(a, b, torch.ones(2), torch.ones(3), out_dtype=torch.float32, backend="cpu")
+    assert torch.equal(out, (a.long() @ b.long().T).float())
+
+
+@needs_cpu
+def test_deeper_sums_are_left_to_eager():
+    a, b = random_int8(1, MAX_DEPTH + 1), random_int8(1, MAX_DEPTH + 1)
+    out = fastattn.int8_matmul(a, b, torch.ones(1), torch.ones(1))
+    assert torch.equal(out, (a.long() @ b.long().T).float())
+    with pytest.raises(NotImplementedError, match=f"K is {MAX_DEPTH + 1}, and the int32 sum"):
+        fastattn.int8_matmul(a, b, torch.ones(1), torch.ones(1), backend="cpu")
+    with pytest.raises(NotImplementedError, match="may overflow"):
+        torch.ops.fastattn.int8_matmul(a, b, torch.ones(1), torch.ones(1), None, "none", torch.float32)
+
+
+@needs_cpu
+@given(st.integers(0, 30), st.integers(0, 70), st.integers(0, 140), st.integers(0, 3), st.integers(0, 2**31))
+@settings(max_examples=150, deadline=None)
+def test_any_shape_is_exact(rows, columns, depth, offset, seed):
+    for isa in extension.usable_cpu_isas():
+        before = extension.active_cpu_isa()
+        extension.set_cpu_isa(isa)
+        torch.manual_seed(seed)
+        a, b = random_int8(rows, depth + offset)[:, offset:], random_int8(columns, depth + offset)[:, offset:]
+        out = fastattn.int8_matmul(a, b, torch.ones(rows), torch.ones(columns), backend="cpu")
+        extension.set_cpu_isa(before)
+        assert torch.equal(out, (a.long() @ b.long().T).float())
+
+
+@pytest.mark.parametrize("out_dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_epilogue_is_as_accurate_as_eager(cpu_isa, activation, out_dtype, bias_dtype):
+    a, b = random_int8(29, 75), random_int8(53, 75)
+    a_scale, b_scale = torch.rand(29) * 0.01, torch.rand(53) * 0.01
+    bias = None if bias_dtype is None else torch.randn(53, dtype=bias_dtype)
+    arguments = {"activation": activation, "out_dtype": out_dtype}
+    actual = fastattn.int8_matmul(a, b, a_scale, b_scale, bias, **arguments, backend="cpu")
+    eager = fastattn.int8_matmul(a, b, a_scale, b_scale, bias, **arguments, backend="eager")
+    exact = (a.double() @ b.double().T) * a_scale.double().unsqueeze(1) * b_scale.double()
+    reference = activation_in_float64(exact if bias is None else exact + bias.double(), activation)
+    if out_dtype == torch.float64:
+        # Computed in float32 by every backend.
+        actual, eager = actual.float(), eager.float()
+    assert_as_accurate_as_eager(actual, eager, reference)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("low, high", [(-14, -0.5), (-0.5, 0.5), (0.5, 14), (-200, 200)])
+def test_activations_are_accurate_over_their_range(cpu_isa, activation, low, high):
+    bias = torch.linspace(low, high, 4001)
+    call = (
+        torch.zeros(1, 4, dtype=torch.int8),
+        torch.zeros(4001, 4, dtype=torch.int8),
+        torch.ones(1),
+        torch.ones(4001),
+    )
+    actual = fastattn.int8_matmul(*call, bias, activation=activation, backend="cpu")
+    eager = fastattn.int8_matmul(*call, bias, activation=activation, backend="eager")
+    assert_as_accurate_as_eager(actual, eager, activation_in_float64(bias.double(), activation).unsqueeze(0))
+
+
+def test_matmul_with_gradient_runs_in_eager():
+    a, b, a_scale = random_int8(5, 9), random_int8(4, 9), torch.rand(5, requires_grad=True)
+    out = fastattn.int8_matmul(a, b, a_scale, torch.rand(4))
+    assert out.requires_grad
+    with pytest.raises(NotImplementedError, match="requires grad"):
+        fastattn.int8_matmul(a, b, a_scale, torch.rand(4), backend="cpu")
+    if extension is not None:
+        with torch.no_grad():
+            fastattn.int8_matmul(a, b, a_scale, torch.rand(4), backend="cpu")
+
+
+# --- int8_linear -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5,), (1, 768), (2, 3, 65), (2, 2, 7, 1030), (0, 12), (3, 0, 12), (4, 0)], ids=shape_id
+)
+def test_linear_is_as_accurate_as_eager(cpu_isa, shape, dtype):
+    x = torch.randn(shape, dtype=dtype)
+    weight, scale, bias = random_linear(45, shape[-1], dtype)
+    actual = fastattn.int8_linear(x, weight, scale, bias, activation="gelu", backend="cpu")
+    eager = fastattn.int8_linear(x, weight, scale, bias, activation="gelu", backend="eager")
+    reference = linear_in_float64(x, weight, scale, bias, "gelu")
+    assert actual.dtype == eager.dtype == dtype
+    assert actual.shape == eager.shape == (*shape[:-1], 45)
+    if dtype == torch.float64:
+        actual, eager = actual.float(), eager.float()
+    assert_as_accurate_as_eager(actual, eager, reference)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_linear_equals_quantize_then_matmul(cpu_isa, shape):
+    rows, columns, depth = shape
+    x = torch.randn(rows, depth)
+    weight, scale, bias = random_linear(columns, depth)
+    expected = fastattn.int8_matmul(*_swap(fastattn.quantize_int8(x), weight, scale), bias, activation="silu")
+    assert torch.equal(fastattn.int8_linear(x, weight, scale, bias, activation="silu", backend="cpu"), expected)
+    packed = torch.ops.fastattn.int8_linear_packed(x, pack_weight(weight), weight, scale, bias, "silu")
+    assert torch.equal(packed, expected)
+
+
+def _swap(quantized, weight, weight_scale):
+    return quantized[0], weight, quantized[1], weight_scale
+
+
+@pytest.mark.parametrize("shape", [(512, 96, 200), (700, 40, 64), (97, 3000, 130), (64, 512, 4100)], ids=shape_id)
+def test_many_rows_blocks_and_threads_agree(cpu_isa, shape):
+    """More rows, columns and depth than a block of each, by one thread and by three."""
+    rows, columns, depth = shape
+    x = torch.randn(rows, depth)
+    weight, scale, _ = random_linear(columns, depth)
+    q, x_scale = fastattn.quantize_int8(x)
+    expected = (q.float() @ weight.float().T) if depth < 1000 else (q.double() @ weight.double().T).float()
+    expected = torch.addcmul(torch.zeros(columns), expected * x_scale.unsqueeze(1), scale.expand(rows, -1))
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        out = fastattn.int8_linear(x, weight, scale, backend="cpu")
+        torch.set_num_threads(before)
+        torch.testing.assert_close(out, expected, rtol=3e-7, atol=0)
+
+
+def test_linear_is_close_to_the_float_layer(cpu_isa):
+    x, weight, bias = torch.randn(64, 512), torch.randn(300, 512) / 512**0.5, torch.randn(300) * 0.1
+    out = fastattn.int8_linear(x, *fastattn.quantize_int8(weight), bias, backend="cpu")
+    exact = F.linear(x, weight, bias)
+    assert 20 * torch.log10(exact.norm() / (out - exact).norm()) > 35
+
+
+@pytest.mark.parametrize("changed", ["weight_in_place", "other_weight", "header", "length"])
+def test_a_packed_form_of_another_weight_is_not_used(changed, cpu_isa):
+    weight, scale, bias = random_linear(33, 21)
+    x = torch.randn(4, 21)
+    packed = pack_weight(weight)
+    if changed == "weight_in_place":
+        weight.neg_()
+    elif changed == "other_weight":
+        packed = pack_weight(random_int8(33, 21))
+    elif changed == "header":
+        packed[3] = 77
+    else:
+        packed = packed[:100]
+    expected = fastattn.int8_linear(x, weight, scale, bias, backend="cpu")
+    assert torch.equal(torch.ops.fastattn.int8_linear_packed(x, packed, weight, scale, bias, "none"), expected)
+
+
+# --- Gradients -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_are_as_accurate_as_eager(activation, dtype, cpu_isa):
+    x, dout = torch.randn(3, 5, 40, dtype=dtype), torch.randn(3, 5, 37, dtype=dtype)
+    weight, scale, bias = random_linear(37, 40, dtype)
+
+    def gradients(backend):
+        inputs = x.clone().requires_grad_(), bias.clone().requires_grad_()
+        out = fastattn.int8_linear(inputs[0], weight, scale, inputs[1], activation=activation, backend=backend)
+        return torch.autograd.grad(out, inputs, dout)
+
+    # The straight-through gradient in float64: the derivative at the quantised input's pre-activation.
+    preactivation = linear_in_float64(x, weight, scale, bias, None).requires_grad_()
+    (dpre,) = torch.autograd.grad(activation_in_float64(preactivation, activation), preactivation, dout.double())
+    references = dpre @ (weight.double() * scale.double().unsqueeze(1)), dpre.sum((0, 1))
+    names = "dinput", "dbias"
+    for name, actual, eager, reference in zip(names, gradients("cpu"), gradients("eager"), references, strict=True):
+        assert_as_accurate_as_eager(actual, eager, reference, name)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradient_of_input_or_bias_alone(packed, cpu_isa):
+    weight, scale, bias = random_linear(6, 8)
+    op = torch.ops.fastattn.int8_linear_packed if packed else torch.ops.fastattn.int8_linear
+
+    def run(x, bias):
+        return op(x, *([pack_weight(weight)] if packed else []), weight, scale, bias, "relu")
+
+    x = torch.randn(8, requires_grad=True)
+    run(x, bias).sum().backward()
+    assert x.grad is not None and x.grad.shape == (8,)
+    bias = bias.requires_grad_()
+    out = run(x.detach(), bias)
+    out.sum().backward()
+    assert torch.equal(bias.grad, (out > 0).float())
+    with torch.no_grad():
+        assert not run(x, bias).requires_grad
+
+
+# --- torch.compile, opcheck ------------------------------------------------------------------------------------------
+
+
+@needs_cpu
+def test_ops_pass_opcheck():
+    ops = torch.ops.fastattn
+    weight, scale, bias = random_linear(9, 12)
+    x = torch.randn(2, 3, 12)
+    a, b = random_int8(3, 12), random_int8(9, 12)
+    torch.library.opcheck(ops.quantize_int8.default, (x,))
+    torch.library.opcheck(ops.int8_matmul.default, (a, b, torch.rand(3), torch.rand(9), bias, "gelu", torch.bfloat16))
+    # The packed form holds the weight's address, so that of a copy, which the omitted test makes, differs.
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.int8_pack_weight.default, (weight,), test_utils=tests)
+    for requires_grad in (False, True):
+        x, bias = x.detach().requires_grad_(requires_grad), bias.detach().requires_grad_(requires_grad)
+        for activation in ("none", "silu"):
+            torch.library.opcheck(ops.int8_linear.default, (x, weight, scale, bias, activation))
+            torch.library.opcheck(
+                ops.int8_linear_packed.default, (x, pack_weight(weight), weight, scale, bias, activation)
+            )
+
+
+@needs_cpu
+@pytest.mark.parametrize("shape", [(0, 0), (33, 1), (1, 33), (32, 64), (100, 131)], ids=shape_id)
+def test_fake_packed_weight_has_the_real_length(shape):
+    weight = random_int8(*shape)
+    assert pack_weight(weight.to("meta")).shape == pack_weight(weight).shape
+
+
+def test_compiles_without_graph_breaks():
+    weight, scale, bias = random_linear(20, 16)
+
+    def function(x):
+        y = fastattn.int8_linear(x, weight, scale, bias, activation="gelu")
+        q, q_scale = fastattn.quantize_int8(y)
+        return fastattn.int8_matmul(q, weight.t().contiguous(), q_scale, torch.ones(16), out_dtype=torch.bfloat16)
+
+    compiled = torch.compile(function, fullgraph=True)
+    x = torch.randn(5, 16)
+    assert torch.equal(compiled(x), function(x))
+    x = x.requires_grad_()
+    gradient = torch.compile(lambda x: fastattn.int8_linear(x, weight, scale, bias, activation="silu"), fullgraph=True)
+    (actual,) = torch.autograd.grad(gradient(x).square().sum(), x)
+    (expected,) = torch.autograd.grad(fastattn.int8_linear(x, weight, scale, bias, activation="silu").square().sum(), x)
+    torch.testing.assert_close(actual, expected)
+
+
+# --- Bad input -------------------------------------------------------------------------------------------------------
+
+A, B, ONES3, ONES4 = (
+    torch.ones(3, 8, dtype=torch.int8),
+    torch.ones(4, 8, dtype=torch.int8),
+    torch.ones(3),
+    torch.ones(4),
+)
+X = torch.ones(3, 8)
+linear, matmul, quantize = fastattn.int8_linear, fastattn.int8_matmul, fastattn.quantize_int8
+
+BAD_CALLS = {
+    "quantize int": (lambda: quantize(A), TypeError, "quantize_int8: input must be float32, .*got torch.int8"),
+    "quantize scalar": (lambda: quantize(torch.tensor(1.0)), ValueError, "at least one dimension"),
+    "a float": (lambda: matmul(X, B, ONES3, ONES4), TypeError, "int8_matmul: a must be int8, got torch.float32"),
+    "b uint8": (lambda: matmul(A, B.byte(), ONES3, ONES4), TypeError, "b must be int8, got torch.uint8"),
+    "a 3-D": (lambda: matmul(A[None], B, ONES3, ONES4), ValueError, r"a must be a matrix, got shape \(1, 3, 8\)"),
+    "K differs": (lambda: matmul(A, B[:, :7], ONES3, ONES4), ValueError, "a has K = 8 but b has K = 7"),
+    "a_scale shape": (lambda: matmul(A, B, ONES4, ONES4), ValueError, r"a_scale must have shape \(3,\).* got \(4,\)"),
+    "b_scale 2-D": (lambda: matmul(A, B, ONES3, ONES4[None]), ValueError, r"b_scale must have shape \(4,\)"),
+    "b_scale half": (
+        lambda: matmul(A, B, ONES3, ONES4.half()),
+        TypeError,
+        "b_scale must be float32, .*float16",
+    ),
+    "bias shape": (lambda: matmul(A, B, ONES3, ONES4, ONES3), ValueError, r"bias must have shape \(4,\), got \(3,\)"),
+    "bias int": (lambda: matmul(A, B, ONES3, ONES4, ONES4.int()), TypeError, "bias must be float32, .*got torch.int32"),
+    "out_dtype": (lambda: matmul(A, B, ONES3, ONES4, out_dtype=torch.int8), TypeError, "out_dtype must be float32"),
+    "activation": (
+        lambda: matmul(A, B, ONES3, ONES4, activation="tanh"),
+        ValueError,
+        "activation must be one of None, 'relu', 'gelu', 'gelu_tanh', 'silu', got 'tanh'",
+    ),
+    "device": (lambda: matmul(A, B.to("meta"), ONES3, ONES4), ValueError, "all tensors must be on one device"),
+    "linear input int": (
+        lambda: linear(A, B, ONES4),
+        TypeError,
+        "input must be float32, .*got torch.int8",
+    ),
+    "linear weight float": (lambda: linear(X, X, ONES3), TypeError, "weight must be int8, got torch.float32; quantize"),
+    "linear K": (
+        lambda: linear(X[:, :5], B, ONES4),
+        ValueError,
+        r"input has shape \(3, 5\) but .*must be 8",
+    ),
+    "linear scalar": (lambda: linear(torch.tensor(1.0), B, ONES4), ValueError, r"input has shape \(\)"),
+    "linear scale": (lambda: linear(X, B, ONES3), ValueError, r"weight_scale must have shape \(4,\)"),
+    "linear bias": (lambda: linear(X, B, ONES4, ONES3), ValueError, r"int8_linear: bias must have shape \(4,\)"),
+    "linear activation": (lambda: linear(X, B, ONES4, activation="none"), ValueError, "got 'none'"),
+    "linear device": (lambda: linear(X, B, ONES4.to("meta")), ValueError, "weight_scale on meta"),
+    "linear scale grad": (lambda: linear(X, B, torch.ones(4, requires_grad=True)), ValueError, "requires grad.*detach"),
+    "backend": (lambda: linear(X, B, ONES4, backend="gpu"), ValueError, "backend must be"),
+    "no kernel": (lambda: linear(X, B, ONES4, backend="triton"), NotImplementedError, "int8_linear: backend 'triton'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_rejects(case):
+    call, error, message = BAD_CALLS[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+@needs_cpu
+def test_ops_called_directly_check_what_memory_safety_needs():
+    ops = torch.ops.fastattn
+    calls = [
+        lambda: ops.quantize_int8(A),
+        lambda: ops.quantize_int8(torch.tensor(1.0)),
+        lambda: ops.int8_matmul(A, B[:, :7], ONES3, ONES4, None, "none", torch.float32),
+        lambda: ops.int8_matmul(A, B, ONES4, ONES4, None, "none", torch.float32),
+        lambda: ops.int8_matmul(A, B, ONES3, ONES3, None, "none", torch.float32),
+        lambda: ops.int8_matmul(A, B, ONES3, ONES4.double(), None, "none", torch.float32),
+        lambda: ops.int8_matmul(A, B, ONES3, ONES4, ONES3, "none", torch.float32),
+        lambda: ops.int8_matmul(A, B, ONES3, ONES4, None, "swish", torch.float32),
+        lambda: ops.int8_matmul(A, B, ONES3, ONES4, None, "none", torch.int32),
+        lambda: ops.int8_linear(X[:, :7], B, ONES4, None, "none"),
+        lambda: ops.int8_linear(X, B[0], ONES4, None, "none"),
+        lambda: ops.int8_linear(X, B.float(), ONES4, None, "none"),
+        lambda: ops.int8_pack_weight(B[0]),
+        lambda: ops.int8_pack_weight(X),
+    ]
+    for call in calls:
+        with pytest.raises((ValueError, TypeError)):
+            call()
+
+
+def test_explains_the_choice():
+    text = fastattn.explain(fastattn.int8_linear, X, B, ONES4)
+    assert "int8_linear: " in text and "eager     would run" in text
