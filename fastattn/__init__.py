@@ -1,11 +1,13 @@
 """Hand-written attention, layer norm and INT8 matmul kernels for PyTorch Transformers."""
 
 from fastattn.dispatch import available_backends, explain, use_backend
+from fastattn.modules import Int8Linear
 from fastattn.multi_head_attention import MultiHeadAttention
 from fastattn.ops.attention import attention
 from fastattn.ops.int8_matmul import int8_linear, int8_matmul, quantize_int8
 
 __all__ = [
+    "Int8Linear",
     "MultiHeadAttention",
     "attention",
     "available_backends",

@@ -1,0 +1,137 @@
+"""Modules over the ops: drop-in replacements for those of torch.nn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastattn import dispatch
+from fastattn._extension import extension
+from fastattn.ops import int8_matmul as int8_ops
+from fastattn.ops import int8_matmul_compiled
+
+
+def _packing_key(weight: Tensor) -> tuple[int, int] | None:
+    """Identifies the contents of an int8 weight, or None for one that is not to be packed: because the CPU kernel does
+    not run it, or because nothing would tell that it has changed (tensors made in inference mode)."""
+    if type(weight) is not Tensor or weight.device.type != "cpu" or weight.is_inference() or extension is None:
+        return None
+    return (weight.data_ptr(), weight._version) if weight.shape[1] <= int8_matmul_compiled.MAX_DEPTH else None
+
+
+class Int8Linear(nn.Module):
+    """``nn.Linear`` with int8 weights, for inference: ``activation(int8_linear(input, weight, weight_scale, bias))``.
+
+    The input is quantised by row, in float32; the result has its dtype. Gradients reach the input and the bias; the
+    weight is fixed. On the CPU the weight is also kept in the layout of the matrix loop, which doubles its memory; that
+    copy is a cache: it is made again when the weight changes, and is not in the state dict, pickles or copies.
+
+    Buffers and parameters (the keys of the state dict):
+        weight: (out_features, in_features) int8.
+        weight_scale: (out_features,) float32, also after ``.half()`` or ``.to(dtype)``.
+        bias: (out_features,), a parameter.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: nn.Parameter | None
+
+    # Torch does not count the changes of tensors made in inference mode, and the cached packed weight relies on it.
+    @torch.inference_mode(False)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self._activation_name = int8_ops._activation_name("Int8Linear", activation)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activation = activation
+        self.backend = backend
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
+        self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
+        values = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if values is None else nn.Parameter(values))
+        self._packed: Tensor | None = None
+        self._packed_key: tuple[int, int] | None = None
+
+    @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def from_linear(cls, linear: nn.Linear, activation: str | None = None, *, backend: str = "auto") -> Int8Linear:
+        """Quantises the weight of ``linear`` by row. Keeps its bias (the same parameter), device and training flag.
+
+        Raises: TypeError if ``linear`` is not an ``nn.Linear``.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"Int8Linear.from_linear: linear must be an nn.Linear, got {type(linear).__name__}.")
+        weight = linear.weight
+        module = cls(linear.in_features, linear.out_features, False, activation, device=weight.device, backend=backend)
+        module.weight, module.weight_scale = int8_ops.quantize_int8(weight)
+        module.bias = linear.bias
+        module.train(linear.training)
+        module._pack()
+        return module
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            # What was packed last; the op checks that it was made of this weight. An exported program has no cache.
+            packed = None if torch.compiler.is_exporting() else self._packed
+        else:
+            # At one row the general way costs as much as the product. This is its shortcut for the usual case: the
+            # weight is on the CPU and nobody asked for another backend. The op checks its arguments.
+            buffers: dict[str, Any] = self._buffers
+            weight, scale, bias = buffers["weight"], buffers["weight_scale"], self._parameters["bias"]
+            key = _packing_key(weight)
+            if key is None or key != self._packed_key:
+                self._pack()
+            packed = self._packed
+            if packed is not None and self.backend == "auto" and dispatch.preference() == "auto":
+                return torch.ops.fastattn.int8_linear_packed.default(
+                    input, packed, weight, scale, bias, self._activation_name
+                )
+        call = int8_ops._prepare_linear(
+            input, self.weight, self.weight_scale, self.bias, activation=self.activation, packed=packed
+        )
+        return dispatch.select("int8_linear", call, self.backend).run(call)
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return shape if self.activation is None else f"{shape}, activation={self.activation!r}"
+
+    # --- The packed weight: made whenever the weight is replaced, so that compiled code, which cannot, finds it ---
+
+    def _pack(self) -> None:
+        self._packed, self._packed_key = None, _packing_key(self.weight)
+        if self._packed_key is not None:
+            self._packed = int8_matmul_compiled.pack_weight(self.weight)
+
+    @torch.inference_mode(False)
+    def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            # .half() and the like convert every floating tensor; the scale keeps its precision.
+            self.weight_scale = scale.to(self.weight_scale.device)
+        self._pack()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._pack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None, "_packed_key": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pack()

@@ -1,0 +1,197 @@
+"""Int8Linear: what it keeps of the layer it is made from, how its state moves, that its packed weight stays fresh."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fastattn
+from fastattn import Int8Linear
+from fastattn._extension import extension, missing_reason
+
+needs_cpu = pytest.mark.skipif(extension is None, reason=str(missing_reason))
+
+
+def make(bias=True, activation=None):
+    return Int8Linear.from_linear(nn.Linear(70, 45, bias=bias), activation)
+
+
+def expected(module, x):
+    """Without the module's packed weight."""
+    out = fastattn.int8_linear(x, module.weight, module.weight_scale, module.bias, activation=module.activation)
+    return out.detach()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_from_linear_is_close_to_the_layer(bias, activation, cpu_isa):
+    linear = nn.Linear(70, 45, bias=bias)
+    module = Int8Linear.from_linear(linear, activation)
+    x = torch.randn(2, 30, 70)
+    exact = linear(x) if activation is None else nn.functional.gelu(linear(x))
+    out = module(x)
+    assert 20 * torch.log10(exact.norm() / (out - exact).norm()) > 35
+    assert torch.equal(out, expected(module, x))
+
+
+def test_from_linear_keeps_bias_dtype_and_training_flag():
+    linear = nn.Linear(8, 4, dtype=torch.bfloat16).eval()
+    linear.bias.requires_grad_(False)
+    module = Int8Linear.from_linear(linear)
+    assert module.bias is linear.bias
+    assert not module.training
+    assert module.weight.dtype == torch.int8 and module.weight_scale.dtype == torch.float32
+    assert module(torch.randn(3, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    with pytest.raises(TypeError, match=r"must be an nn\.Linear, got Conv1d"):
+        Int8Linear.from_linear(nn.Conv1d(1, 1, 1))
+
+
+def test_new_module_is_zero_and_describes_itself():
+    module = Int8Linear(6, 5, activation="silu")
+    assert torch.equal(module(torch.randn(2, 6)), torch.zeros(2, 5))
+    assert repr(module) == "Int8Linear(in_features=6, out_features=5, bias=True, activation='silu')"
+    assert repr(Int8Linear(6, 5, bias=False)) == "Int8Linear(in_features=6, out_features=5, bias=False)"
+    with pytest.raises(ValueError, match="Int8Linear: activation must be one of"):
+        Int8Linear(6, 5, activation="tanh")
+
+
+def test_state_dict_moves_the_weights():
+    source, target = make(), Int8Linear(70, 45)
+    assert list(source.state_dict()) == ["bias", "weight", "weight_scale"]
+    x = torch.randn(3, 70)
+    target(x)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target(x), source(x))
+    target = Int8Linear(70, 45)
+    target.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(target(x), source(x))
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        Int8Linear(70, 44).load_state_dict(source.state_dict())
+
+
+@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.half)])
+def test_conversion_leaves_weight_and_scale(convert):
+    module = make()
+    scale, x = module.weight_scale.clone(), torch.randn(3, 70)
+    before = module(x)
+    convert(module)
+    assert module.weight.dtype == torch.int8 and module.bias.dtype != torch.float32
+    assert module.weight_scale.dtype == torch.float32 and torch.equal(module.weight_scale, scale)
+    assert torch.equal(module(x), expected(module, x))
+    torch.testing.assert_close(module(x), before, rtol=0, atol=2e-2)
+
+
+def by_torch_save(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), by_torch_save])
+def test_copies_are_independent_and_hold_no_packed_weight(duplicate):
+    module = make(activation="relu")
+    x = torch.randn(3, 70)
+    before = module(x)
+    if extension is not None:
+        assert module._packed is not None
+        assert module.__getstate__()["_packed"] is None
+    other = duplicate(module)
+    assert torch.equal(other(x), before)
+    other.weight.neg_()
+    assert torch.equal(module(x), before)
+    assert torch.equal(other(x), expected(other, x))
+
+
+@needs_cpu
+@pytest.mark.parametrize("change", ["in_place", "replaced", "through_data", "loaded", "moved"])
+def test_packed_weight_follows_the_weight(change, cpu_isa):
+    module = make()
+    x = torch.randn(3, 70)
+    before = module(x)
+    with torch.no_grad():
+        if change == "in_place":
+            module.weight.mul_(-1)
+        elif change == "replaced":
+            module.weight = -module.weight
+        elif change == "through_data":
+            module.weight.data = -module.weight
+        elif change == "loaded":
+            module.load_state_dict({**module.state_dict(), "weight": -module.weight})
+        else:
+            module.to("meta").to_empty(device="cpu")
+            module.weight.zero_()
+            module.weight_scale.fill_(1.0)
+            module.bias.zero_()
+    assert torch.equal(module(x), expected(module, x))
+    assert not torch.equal(module(x), before)
+
+
+@needs_cpu
+def test_works_in_inference_mode():
+    with torch.inference_mode():
+        module = make()
+        x = torch.randn(3, 70)
+        before = module(x)
+        assert module._packed is not None
+        assert torch.equal(before, expected(module, x))
+        module.weight = -module.weight  # an inference tensor, whose changes nobody counts: not packed
+        assert torch.equal(module(x), expected(module, x))
+        module.weight.zero_()
+        assert torch.equal(module(x), module.bias.expand(3, -1))
+
+
+def test_gradients_reach_input_and_bias():
+    module = make(activation="gelu_tanh")
+    x = torch.randn(4, 70, requires_grad=True)
+    module(x).square().sum().backward()
+    grads = x.grad, module.bias.grad
+    eager_x, eager_bias = x.detach().requires_grad_(), module.bias.detach().requires_grad_()
+    out = fastattn.int8_linear(
+        eager_x, module.weight, module.weight_scale, eager_bias, activation="gelu_tanh", backend="eager"
+    )
+    out.square().sum().backward()
+    torch.testing.assert_close(grads, (eager_x.grad, eager_bias.grad))
+
+
+def test_compiles_without_graph_breaks_and_follows_the_weight():
+    module = make(activation="gelu")
+    compiled = torch.compile(module, fullgraph=True)
+    x = torch.randn(4, 70)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), module(x))
+        module.weight.mul_(-1)
+        assert torch.equal(compiled(x), expected(module, x))
+        module.load_state_dict(make().state_dict())
+        assert torch.equal(compiled(x), expected(module, x))
+
+
+def test_exports():
+    module = make()
+    x = torch.randn(4, 70)
+    program = torch.export.export(module, (x,))
+    assert torch.equal(program.module()(x), module(x))
+    assert set(program.state_dict) == {"weight", "weight_scale", "bias"}
+
+
+def test_backend_by_name_and_meta_device():
+    module = Int8Linear(70, 45, backend="eager", device="meta")
+    assert module(torch.randn(3, 70, device="meta")).shape == (3, 45)
+    with pytest.raises(NotImplementedError, match="'cpu' cannot run this"):
+        Int8Linear(70, 45, backend="cpu", device="meta")(torch.randn(3, 70, device="meta"))
+    module = make()
+    x = torch.randn(3, 70)
+    with fastattn.use_backend("eager"):
+        assert torch.allclose(module(x), expected(module, x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("x, error", [(torch.ones(3, 71), ValueError), (torch.ones(()), ValueError),
+                                      (torch.ones(3, 70, dtype=torch.int32), TypeError)])  # fmt: skip
+def test_rejects_bad_input(x, error):
+    with pytest.raises(error, match="int8_linear: "):
+        make()(x)
