@@ -90,6 +90,15 @@ class Effort:
     one_thread_budget_s: float = 1.0
     retries: int = 2
 
+    def within(self, seconds: float) -> Effort:
+        """What of it fits in ``seconds`` for a row, its check included; on a busy machine repeats go first."""
+        budget_s = min(self.budget_s, max(0.0, seconds) / 4)
+        return Effort(
+            budget_s,
+            min(self.one_thread_budget_s, budget_s / 2),
+            self.retries if seconds > 4 * self.budget_s else 0,
+        )
+
 
 def run_case(case: Case, backend: str, effort: Effort) -> Row:
     """Checks ``case`` on ``backend`` and times it if it passes.

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 SAMPLE_S = 0.002
-MIN_ROUNDS, MAX_ROUNDS = 6, 60
+MIN_ROUNDS, MAX_ROUNDS = 5, 60
 MAX_DISAGREEMENT = 0.15  # of the three ratios, (highest / lowest) - 1
 MAX_FOREIGN_CPUS = 0.15  # processors kept busy by others
 
@@ -175,7 +175,9 @@ def _compare_once(subjects: dict[str, Callee], budget_s: float, take_sample: Cal
 
 
 def _calls_per_sample(callee: Callee, take_sample: Callable) -> int:
-    take_sample(callee, 1)  # pays for lazy initialisation and cold caches
+    first = take_sample(callee, 1).seconds  # pays for lazy initialisation and cold caches
+    if first > 20 * SAMPLE_S:
+        return 1
     once = min(take_sample(callee, 1).seconds for _ in range(2))
     return max(1, round(SAMPLE_S / max(once, 1e-7)))
 

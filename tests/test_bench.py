@@ -181,6 +181,13 @@ def test_the_peer_that_is_fastest_comes_first():
     assert row.peers[0].one_thread is not None and row.peers[1].one_thread is None
 
 
+def test_a_row_is_cut_short_where_the_run_is_late():
+    effort = Effort(budget_s=2.0, one_thread_budget_s=1.0, retries=2)
+    assert effort.within(30.0) == effort
+    assert effort.within(4.0) == Effort(budget_s=1.0, one_thread_budget_s=0.5, retries=0)
+    assert effort.within(-5.0) == Effort(budget_s=0.0, one_thread_budget_s=0.0, retries=0)
+
+
 def test_percent_of_peak_is_of_the_nearer_roof():
     peaks = Peaks(
         {"float32": 100.0, "bfloat16": 50.0, "int8": 400.0}, copy_cache=10.0, copy_memory=1.0, cache_bytes=1000
