@@ -1,0 +1,39 @@
+// How the next emulated launches run. One seed and one configuration give one execution, whatever `os_threads` is.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastattn::emu {
+
+// Which ready thread runs next.
+enum class Schedule : int {
+  kInOrder,   // the lanes of a warp in turn, then the next warp
+  kUniform,   // any ready thread
+  kPriority,  // random priorities of warps, redrawn now and then: lets one warp race far ahead of the others
+};
+
+// When an asynchronous operation (cp.async, TMA, wgmma) reads its sources and delivers its results.
+enum class AsyncMode : int {
+  kEager,   // at once
+  kLazy,    // as late as the waits of the kernel allow
+  kRandom,  // a coin for each operation
+};
+
+struct Config {
+  Schedule schedule = Schedule::kInOrder;
+  AsyncMode async_mode = AsyncMode::kEager;
+  uint64_t seed = 0;
+  int os_threads = 1;  // blocks are shared out between them; more than one also shows races between blocks
+};
+
+Config& config();
+
+constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kMaxSharedBytes = 227 * 1024;   // what one block of compute capability 9.0 can have
+constexpr size_t kStaticSharedBytes = 8 * 1024;  // room for static shared memory, a part of the above
+constexpr uint32_t kSharedBase = 1024;           // 32-bit shared address of the block's first byte; 0 stays invalid
+constexpr int kWarpSize = 32;
+constexpr int kMaxWarps = 32;
+
+}  // namespace fastattn::emu

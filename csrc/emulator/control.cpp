@@ -1,0 +1,19 @@
+// The C face of the emulator's settings, for Python.
+#include <cstdint>
+
+#include "emulator/launch.h"
+
+#define FASTATTN_EXPORT extern "C" __attribute__((visibility("default")))
+
+FASTATTN_EXPORT void fastattn_emulator_configure(int schedule, int async_mode, uint64_t seed, int os_threads) {
+  using namespace fastattn::emu;
+  config() = {static_cast<Schedule>(schedule), static_cast<AsyncMode>(async_mode), seed, os_threads};
+}
+
+FASTATTN_EXPORT void fastattn_emulator_declare_global(const void* begin, uint64_t bytes) {
+  fastattn::emu::declare_global(begin, bytes);
+}
+
+FASTATTN_EXPORT void fastattn_emulator_forget_globals() { fastattn::emu::forget_globals(); }
+
+FASTATTN_EXPORT uint64_t fastattn_emulator_switches() { return fastattn::emu::switches_of_last_launch(); }

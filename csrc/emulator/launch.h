@@ -1,0 +1,34 @@
+// Starting an emulated kernel. Kernels use FASTATTN_LAUNCH of common/launch.cuh, which comes here or to <<<>>>.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <tuple>
+
+#include "emulator/config.h"
+#include "emulator/cuda.h"
+
+namespace fastattn::emu {
+
+// Runs `body` once for each thread of the grid; empty if all went well, else what went wrong in which block.
+std::string run_grid(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& body);
+
+// Keeps the text alive until this OS thread's next launch. Null for an empty one.
+const char* keep_error(std::string text);
+
+// The arguments are converted once and passed by value to every thread, as on the device.
+template <typename... Parameters, typename... Arguments>
+const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_shared_bytes, cudaStream_t,
+                   Arguments&&... arguments) {
+  const std::tuple<Parameters...> parameters{static_cast<Parameters>(arguments)...};
+  return keep_error(
+      run_grid(grid, block, dynamic_shared_bytes, [kernel, &parameters] { std::apply(kernel, parameters); }));
+}
+
+// Once any range is declared, asynchronous copies must stay within the declared ranges (tests declare their tensors).
+void declare_global(const void* begin, size_t bytes);
+void forget_globals();
+
+uint64_t switches_of_last_launch();
+
+}  // namespace fastattn::emu

@@ -1,0 +1,190 @@
+"""Compiles CUDA sources for the emulator (csrc/emulator), with nvcc where there is a device, and calls them by ctypes.
+
+A kernel library is the C face of some ``.cu`` files: functions that take pointers and numbers, a stream last, and
+return NULL or an error text. The emulated and the device build of a file have the same face.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent.resolve()
+BUILD = ROOT / "build" / "emulated"
+PTX_TESTS = ROOT / "tests" / "ptx"
+
+# Kernels reinterpret 16-bit memory as 32-bit registers; products and sums are rounded one by one, as written.
+HOST_FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wextra",
+              "-Wno-unknown-pragmas", "-Wno-psabi", "-DFASTATTN_EMULATED=1", f"-I{ROOT / 'csrc'}",
+              f"-fmacro-prefix-map={ROOT}/="]  # fmt: skip
+NVCC_FLAGS = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr"]
+
+
+class Schedule(IntEnum):
+    IN_ORDER = 0
+    UNIFORM = 1
+    PRIORITY = 2
+
+
+class AsyncMode(IntEnum):
+    EAGER = 0
+    LAZY = 1
+    RANDOM = 2
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How the emulator runs the next launches; see csrc/emulator/config.h."""
+
+    schedule: Schedule = Schedule.IN_ORDER
+    async_mode: AsyncMode = AsyncMode.EAGER
+    seed: int = 0
+    os_threads: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.schedule.name.lower()}-{self.async_mode.name.lower()}-{self.seed}"
+
+
+# What a kernel test runs: the plain run first, since its errors are the easiest to read, then the adversarial ones.
+MODES = (
+    Mode(),
+    Mode(Schedule.PRIORITY, AsyncMode.LAZY, seed=1),
+    Mode(Schedule.PRIORITY, AsyncMode.LAZY, seed=2),
+    Mode(Schedule.UNIFORM, AsyncMode.RANDOM, seed=3),
+)
+
+
+class KernelError(RuntimeError):
+    """A launch failed, or the emulator found the kernel at fault."""
+
+
+class KernelLibrary:
+    """Calls the functions of a shared library with tensors and numbers."""
+
+    def __init__(self, path: Path, device: str):
+        self.device = device
+        self._library = ctypes.CDLL(str(path))
+
+    def call(self, name: str, *arguments: object) -> None:
+        """Calls ``name(*arguments, stream)``; raises KernelError with the text it returns."""
+        function = getattr(self._library, name)
+        function.restype = ctypes.c_char_p
+        stream = torch.cuda.current_stream().cuda_stream if self.device == "cuda" else None
+        with self._declared([a for a in arguments if isinstance(a, torch.Tensor)]):
+            error = function(*[_c_argument(a) for a in arguments], ctypes.c_void_p(stream))
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        if error is not None:
+            raise KernelError(error.decode())
+
+    @contextmanager
+    def _declared(self, tensors: Sequence[torch.Tensor]):
+        yield
+
+
+class EmulatedLibrary(KernelLibrary):
+    """A library with the emulator in it. Asynchronous copies may only touch the tensors of the call."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, "cpu")
+        self._library.fastattn_emulator_switches.restype = ctypes.c_uint64
+
+    def configure(self, mode: Mode) -> None:
+        self._library.fastattn_emulator_configure(
+            int(mode.schedule), int(mode.async_mode), ctypes.c_uint64(mode.seed), mode.os_threads
+        )
+
+    @property
+    def switches(self) -> int:
+        """How often the last launch changed from one emulated thread to another."""
+        return self._library.fastattn_emulator_switches()
+
+    @contextmanager
+    def _declared(self, tensors: Sequence[torch.Tensor]):
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._library.fastattn_emulator_declare_global(
+                ctypes.c_void_p(storage.data_ptr()), ctypes.c_uint64(storage.nbytes())
+            )
+        yield
+        self._library.fastattn_emulator_forget_globals()
+
+
+def _c_argument(value: object):
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    if isinstance(value, ctypes.Structure):
+        return ctypes.byref(value)
+    return ctypes.c_int(value)
+
+
+def _ninja(directory: Path, text: str) -> None:
+    """Runs ninja in ``directory``; several test processes may ask for the same build at once."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        file = directory / "build.ninja"
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+        ninja = shutil.which("ninja") or str(Path(sysconfig.get_path("scripts")) / "ninja")
+        run = subprocess.run([ninja, "-C", str(directory)], capture_output=True, text=True)
+        if run.returncode != 0:
+            raise RuntimeError(f"building {directory.relative_to(ROOT)} failed:\n{run.stdout}{run.stderr}")
+
+
+def _ninja_text(compiler: str, flags: Sequence[str], link_flags: Sequence[str], sources: Sequence[Path], output: str,
+                source_kind: str) -> str:  # fmt: skip
+    objects = [f"{source.parent.name}_{source.name}.o" for source in sources]
+    lines = [
+        "rule compile",
+        f"  command = {compiler} {' '.join(flags)} -MMD -MF $out.d {source_kind} -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {compiler} {' '.join(link_flags)} $in -o $out",
+        *(f"build {target}: compile {source}" for target, source in zip(objects, sources, strict=True)),
+        f"build {output}: link {' '.join(objects)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def host_compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+@cache
+def emulated_library() -> EmulatedLibrary:
+    """The emulator with every test kernel, built by the C++ compiler."""
+    compiler = host_compiler()
+    if compiler is None:
+        raise RuntimeError("no C++ compiler on PATH")
+    sources = [*sorted((ROOT / "csrc" / "emulator").glob("*.cpp")), *sorted(PTX_TESTS.glob("*.cu"))]
+    name = "libfastattn_emulated.so"
+    text = _ninja_text(compiler, HOST_FLAGS, ["-shared", "-pthread"], sources, name, "-x c++")
+    _ninja(BUILD / "host", text)
+    return EmulatedLibrary(BUILD / "host" / name)
+
+
+@cache
+def device_library(source: Path) -> KernelLibrary:
+    """One ``.cu`` file, built by nvcc for the device at hand."""
+    major, minor = torch.cuda.get_device_capability()
+    architecture = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
+    flags = [*NVCC_FLAGS, "-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+    name = f"lib{source.stem}.so"
+    _ninja(BUILD / f"device_{source.stem}", _ninja_text("nvcc", flags, ["-shared"], [source], name, ""))
+    return KernelLibrary(BUILD / f"device_{source.stem}" / name, "cuda")

@@ -1,0 +1,291 @@
+// Kernels that break one rule each. The emulator must name the rule and the line; a device would hang, fault or give
+// wrong numbers, so these never run there. Every kernel gets `data`, `count` floats of global memory.
+#include "common/launch.cuh"
+#include "common/ptx_wgmma.cuh"
+#include "common/reduce.cuh"
+
+using namespace fastattn;
+
+#define KERNEL(name, threads, smem_bytes)                                                                        \
+  __global__ void name##_kernel(float* data, int count);                                                         \
+  extern "C" const char* misuse_##name(float* data, int count, void* stream) {                                   \
+    return launch_kernel(name##_kernel, 1, threads, smem_bytes, static_cast<cudaStream_t>(stream), data, count); \
+  }                                                                                                              \
+  __global__ void name##_kernel([[maybe_unused]] float* data, [[maybe_unused]] int count)
+
+// ---- meeting points
+
+KERNEL(barrier_not_reached_by_one_warp, 96, 0) {
+  if (threadIdx.x / 32 != 1) __syncthreads();
+}
+
+KERNEL(lanes_at_different_instructions, 32, 0) {
+  if (threadIdx.x < 16) {
+    data[0] = __shfl_xor_sync(kFullWarp, 1.0f, 1);
+  } else {
+    __syncwarp();
+  }
+}
+
+KERNEL(lanes_at_one_barrier_from_different_lines, 64, 0) {
+  if (threadIdx.x % 2 == 0) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+}
+
+KERNEL(shuffle_from_outside_the_mask, 32, 0) {
+  if (threadIdx.x < 16) data[threadIdx.x] = __shfl_sync(0xFFFFu, 1.0f, threadIdx.x + 16);
+}
+
+KERNEL(lane_outside_its_mask, 32, 0) { __syncwarp(0xFFFFu); }
+
+KERNEL(barrier_with_two_counts, 128, 0) { bar_sync(1, threadIdx.x < 32 ? 64 : 128); }
+
+KERNEL(barrier_of_half_a_warp, 64, 0) { bar_sync(1, 48); }
+
+// ---- shared and global memory
+
+KERNEL(copy_past_the_end_of_shared, 32, 256) {
+  FASTATTN_DYNAMIC_SMEM(smem);
+  cp_async<16>(smem_address(smem) + 16 * threadIdx.x, data);
+  cp_async_commit_group();
+  cp_async_wait_group<0>();
+}
+
+KERNEL(copy_from_past_the_end_of_global, 32, 512) {
+  FASTATTN_DYNAMIC_SMEM(smem);
+  cp_async<16>(smem_address(smem) + 16 * threadIdx.x, data + 4 * (threadIdx.x + 1), 4 * threadIdx.x < count);
+  cp_async_commit_group();
+  cp_async_wait_group<0>();
+}
+
+KERNEL(copy_from_a_misaligned_address, 32, 512) {
+  FASTATTN_DYNAMIC_SMEM(smem);
+  cp_async<16>(smem_address(smem) + 16 * threadIdx.x, data + threadIdx.x);
+  cp_async_commit_group();
+  cp_async_wait_group<0>();
+}
+
+KERNEL(store_past_the_end_of_dynamic_shared, 32, 256) {
+  FASTATTN_DYNAMIC_SMEM(smem);
+  reinterpret_cast<float*>(smem)[threadIdx.x * 3 + 1] = 1.0f;
+  __syncthreads();
+}
+
+KERNEL(store_past_the_end_of_static_shared, 32, 0) {
+  FASTATTN_SHARED(values, float[16]);
+  float* unchecked = values;
+  unchecked[threadIdx.x % 17] = 1.0f;
+  __syncthreads();
+}
+
+KERNEL(exit_with_a_copy_in_flight, 32, 512) {
+  FASTATTN_DYNAMIC_SMEM(smem);
+  cp_async<16>(smem_address(smem) + 16 * threadIdx.x, data);
+  cp_async_commit_group();
+}
+
+KERNEL(uninitialised_shared, 32, 128) {  // no error: NaN
+  FASTATTN_DYNAMIC_SMEM(smem);
+  data[threadIdx.x] = reinterpret_cast<float*>(smem)[threadIdx.x];
+}
+
+// ---- mbarriers
+
+__device__ inline void init_barrier(uint64_t* barrier, int count) {
+  if (threadIdx.x == 0) {
+    mbarrier_init(barrier, count);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+}
+
+KERNEL(mbarrier_before_init, 32, 0) {
+  FASTATTN_SHARED(barrier, uint64_t[1]);
+  mbarrier_arrive(&barrier[0]);
+}
+
+KERNEL(mbarrier_initialised_twice, 32, 0) {
+  FASTATTN_SHARED(barrier, uint64_t[1]);
+  mbarrier_init(&barrier[0], 1);
+}
+
+KERNEL(mbarrier_overwritten, 32, 0) {
+  FASTATTN_SHARED(barrier, uint64_t[1]);
+  init_barrier(&barrier[0], 32);
+  barrier[0] = 0;
+  mbarrier_arrive(&barrier[0]);
+}
+
+KERNEL(mbarrier_with_too_many_arrivals, 32, 0) {
+  FASTATTN_SHARED(barrier, uint64_t[1]);
+  init_barrier(&barrier[0], 31);
+  mbarrier_expect_tx(&barrier[0], 16);  // keeps the phase open
+  mbarrier_arrive(&barrier[0]);
+}
+
+KERNEL(mbarrier_never_completed, 64, 0) {
+  FASTATTN_SHARED(barrier, uint64_t[1]);
+  init_barrier(&barrier[0], 64);
+  if (threadIdx.x < 32) mbarrier_arrive(&barrier[0]);
+  mbarrier_wait(&barrier[0], 0);
+}
+
+// ---- the asynchronous proxy
+
+KERNEL(load_without_fence_mbarrier_init, 32, 0) {
+  FASTATTN_SHARED(values, uint4[4]);
+  FASTATTN_SHARED(barrier, uint64_t[1]);
+  if (threadIdx.x == 0) {
+    mbarrier_init(&barrier[0], 1);
+    mbarrier_arrive_expect_tx(&barrier[0], 64);
+    bulk_load(values, data, 64, &barrier[0]);
+  }
+  __syncthreads();
+  mbarrier_wait(&barrier[0], 0);
+}
+
+KERNEL(load_nobody_waits_for, 32, 0) {
+  FASTATTN_SHARED(values, uint4[4]);
+  FASTATTN_SHARED(barrier, uint64_t[1]);
+  init_barrier(&barrier[0], 1);
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect_tx(&barrier[0], 64);
+    bulk_load(values, data, 64, &barrier[0]);
+  }
+}
+
+KERNEL(store_without_fence_proxy, 32, 0) {
+  FASTATTN_SHARED(values, uint4[8]);
+  reinterpret_cast<float*>(values)[threadIdx.x] = 1.0f;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    bulk_store(data, values, 128);
+    bulk_commit_group();
+    bulk_wait_group<0>();
+  }
+}
+
+KERNEL(source_changed_before_the_store_read_it, 32, 0) {
+  FASTATTN_SHARED(values, uint4[8]);
+  auto* floats = reinterpret_cast<float*>(values);
+  floats[threadIdx.x] = 1.0f;
+  fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    bulk_store(data, values, 128);
+    bulk_commit_group();
+  }
+  __syncthreads();
+  floats[threadIdx.x] = 2.0f;
+  __syncthreads();
+  if (threadIdx.x == 0) bulk_wait_group<0>();
+}
+
+KERNEL(exit_while_a_store_reads, 32, 0) {
+  FASTATTN_SHARED(values, uint4[8]);
+  reinterpret_cast<float*>(values)[threadIdx.x] = 1.0f;
+  fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    bulk_store(data, values, 128);
+    bulk_commit_group();
+  }
+}
+
+// ---- wgmma on tiles of zeros: 64 x 16 and 16 x 16 bf16, no swizzle
+
+__device__ inline void zero_tiles(uint8_t* smem) {
+  for (int i = threadIdx.x; i < 2560 / 4; i += blockDim.x) reinterpret_cast<uint32_t*>(smem)[i] = 0;
+  fence_proxy_async();
+  __syncthreads();
+}
+
+__device__ inline void issue_product(float (&d)[8], const uint8_t* smem) {
+  const uint64_t a = wgmma_descriptor(smem_address(smem), 1024, 128, Swizzle::kNone);
+  const uint64_t b = wgmma_descriptor(smem_address(smem) + 2048, 256, 128, Swizzle::kNone);
+  wgmma_m64k16<bfloat16_t>(d, a, b, true);
+}
+
+KERNEL(wgmma_without_fence, 128, 2560) {
+  FASTATTN_DYNAMIC_SMEM(smem);
+  zero_tiles(smem);
+  float d[8] = {};
+  issue_product(d, smem);
+  wgmma_commit_group();
+  wgmma_wait_group<0>();
+}
+
+KERNEL(wgmma_not_waited_for, 128, 2560) {
+  FASTATTN_DYNAMIC_SMEM(smem);
+  zero_tiles(smem);
+  float d[8] = {};
+  wgmma_fence();
+  issue_product(d, smem);
+  wgmma_commit_group();
+}
+
+KERNEL(accumulator_changed_in_flight, 128, 2560) {
+  FASTATTN_DYNAMIC_SMEM(smem);
+  zero_tiles(smem);
+  float d[8] = {};
+  wgmma_fence();
+  issue_product(d, smem);
+  wgmma_commit_group();
+  d[3] *= 0.5f;
+  wgmma_wait_group<0>();
+}
+
+KERNEL(accumulator_read_in_flight, 128, 2560) {  // no error: NaN
+  FASTATTN_DYNAMIC_SMEM(smem);
+  zero_tiles(smem);
+  float d[8] = {};
+  wgmma_fence();
+  issue_product(d, smem);
+  wgmma_commit_group();
+  if (threadIdx.x < 32) data[threadIdx.x] = d[0];
+  wgmma_wait_group<0>();
+}
+
+KERNEL(tile_changed_in_flight, 128, 2560) {
+  FASTATTN_DYNAMIC_SMEM(smem);
+  zero_tiles(smem);
+  float d[8] = {};
+  wgmma_fence();
+  issue_product(d, smem);
+  wgmma_commit_group();
+  __syncthreads();
+  smem[threadIdx.x] = 1;
+  wgmma_wait_group<0>();
+}
+
+KERNEL(warps_of_a_warpgroup_disagree, 128, 2560) {
+  FASTATTN_DYNAMIC_SMEM(smem);
+  zero_tiles(smem);
+  float d[8] = {};
+  for (int i = 0; i < (threadIdx.x < 32 ? 2 : 1); ++i) {
+    wgmma_fence();
+    issue_product(d, smem);
+    wgmma_commit_group();
+    wgmma_wait_group<0>();
+  }
+}
+
+KERNEL(descriptor_outside_shared, 128, 1024) {
+  FASTATTN_DYNAMIC_SMEM(smem);
+  float d[8] = {};
+  wgmma_fence();
+  issue_product(d, smem);
+  wgmma_commit_group();
+  wgmma_wait_group<0>();
+}
+
+// ---- launches
+
+__global__ void empty_kernel() {}
+extern "C" const char* misuse_launch(int threads, int blocks_y, int smem_bytes, void* stream) {
+  return launch_kernel(empty_kernel, dim3(1, blocks_y), threads, static_cast<size_t>(smem_bytes),
+                       static_cast<cudaStream_t>(stream));
+}
