@@ -35,12 +35,13 @@ app = typer.Typer(add_completion=False)
 
 def select_cases(what: str = "all", dtype: str | None = None, quick: bool = False, match: str = "") -> list[Case]:
     """The rows that a command line asks for, in the table's order."""
+    wanted = match.lower().replace("×", "x")
     groups = GROUPS.values() if what == "all" else [GROUPS[what]]
     return [
         case
         for group in groups
         for case in group.cases()
-        if (dtype is None or case.dtype == dtype) and (case.quick or not quick) and match.lower() in case.name.lower()
+        if (dtype is None or case.dtype == dtype) and (case.quick or not quick) and wanted in case.plain_name.lower()
     ]
 
 
@@ -90,10 +91,11 @@ def main(
     what: Annotated[What, typer.Argument(help="which op")] = What.all,
     backend: Annotated[Backend, typer.Option(help="whose kernels; a case it refuses says why")] = Backend.cpu,
     dtype: Annotated[Dtype | None, typer.Option(help="only rows of this dtype")] = None,
-    match: Annotated[str, typer.Option(help="only rows whose op, shape and dtype contain this")] = "",
+    match: Annotated[str, typer.Option(help='only rows with this in their name: "causal", "12x128x64"')] = "",
     quick: Annotated[bool, typer.Option("--quick", help="fewer rows, shorter timing: about two minutes")] = False,
     threads: Annotated[int, typer.Option(min=0, help="0 = as many as torch takes by itself")] = 0,
-    out: Annotated[Path, typer.Option(help="folder for JSON, CSV, page and plot")] = HERE / "out",
+    out: Annotated[Path, typer.Option(help="folder for JSON, CSV, page and plot", show_default="bench/out")] = HERE
+    / "out",
     save: Annotated[bool, typer.Option("--save", help="write to bench/results/<device> instead")] = False,
 ) -> None:
     """Checks every answer against float64, times it beside the strongest form of PyTorch, and reports.

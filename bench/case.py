@@ -62,6 +62,11 @@ class Case:
     def name(self) -> str:
         return f"{self.op} | {self.shape} | {self.dtype}"
 
+    @property
+    def plain_name(self) -> str:
+        """The name in characters that every keyboard has: ``attention forward 1x12x128x64 full float32``."""
+        return f"{self.op} {self.shape} {self.dtype}".replace("×", "x").replace("→", "-")
+
 
 def torch_dtype(name: str) -> torch.dtype:
     return getattr(torch, name)

@@ -16,7 +16,7 @@ from bench.case import Case
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         cases = select_cases(quick=not metafunc.config.getoption("--bench-all"))
-        metafunc.parametrize("case", cases, ids=[case.name for case in cases])
+        metafunc.parametrize("case", cases, ids=[case.plain_name for case in cases])
 
 
 @pytest.mark.parametrize("whose", ["fastattn", "pytorch"])
