@@ -1,0 +1,218 @@
+"""What the arguments of the attention ops mean, checked: errors name op, argument, what was expected and what came.
+
+Every call pays for the checks, so they are quick comparisons; what is wrong is looked for only when one fails.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+
+def operands(op: str, query: Any, key: Any, value: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """query, key and value, converted if torch.autocast is on: floating tensors of one dtype on one device."""
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        name, other = next((n, x) for n, x in _named(query, key, value) if not isinstance(x, Tensor))
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(other).__name__}.")
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    if not (query.dtype == key.dtype == value.dtype and query.device == key.device == value.device):
+        _raise_mixed(op, query, key, value)
+    if not query.is_floating_point():
+        raise TypeError(f"{op}: query must be float32, float16, bfloat16 or float64, got {name_of(query.dtype)}.")
+    return query, key, value
+
+
+def options(
+    op: str, head_dim: int, dropout_p: float, scale: float | None, softcap: float, window: Any, alignment: str
+) -> tuple[float, int, int]:
+    """(scale, window_left, window_right)."""
+    if head_dim < 1:
+        raise ValueError(f"{op}: query must have a head_dim of at least 1, got 0.")
+    if scale is None:
+        scale = head_dim**-0.5
+    elif not isinstance(scale, (int, float)):
+        raise TypeError(f"{op}: scale must be a number or None, got {type(scale).__name__}; fold a tensor into query.")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p must be between 0 and 1, got {dropout_p}.")
+    if not 0.0 <= softcap < float("inf"):
+        raise ValueError(f"{op}: softcap must be a finite number >= 0 (0 = none), got {softcap}.")
+    if alignment != "top_left" and alignment != "bottom_right":
+        raise ValueError(f"{op}: alignment must be 'top_left' or 'bottom_right', got {alignment!r}.")
+    if window is None:
+        return float(scale), -1, -1
+    valid = isinstance(window, (tuple, list)) and len(window) == 2
+    if not (valid and all(isinstance(side, int) and side >= -1 for side in window)):
+        raise ValueError(
+            f"{op}: window must be (left, right), two integers >= -1, with -1 for no limit; got {window!r}. "
+            "For no window pass None."
+        )
+    return float(scale), window[0], window[1]
+
+
+def attn_mask(
+    op: str, mask: Any, query: Tensor, scores: tuple[int, ...], lead: tuple[int, ...] | None = None
+) -> Tensor:
+    """The mask with at most 4 dims; ``scores`` is (batch, heads, seqlen_q, seqlen_k)."""
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        got = name_of(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"{op}: attn_mask must be a bool Tensor (True = attend) or a floating one (added to the scores), "
+            f"got {got}; convert 0/1 masks with .bool()."
+        )
+    if mask.device != query.device:
+        raise ValueError(f"{op}: query is on {query.device} but attn_mask on {mask.device}; move it there.")
+    expected = scores if lead is None else (*lead, *scores[2:])
+    shape = mask.shape
+    if len(shape) > len(expected) or any(
+        size not in (1, full) for size, full in zip(reversed(shape), reversed(expected), strict=False)
+    ):
+        raise ValueError(f"{op}: attn_mask {tuple(shape)} does not broadcast to the scores, {tuple(expected)}.")
+    if lead is None or len(shape) <= 3:
+        return mask
+    # More leading dims than one batch: merge them.
+    mask = mask[(None,) * (len(expected) - len(shape))]
+    return mask.expand(*lead[:-1], *mask.shape[-3:]).reshape(scores[0], *mask.shape[-3:])
+
+
+def alibi_slopes(
+    op: str, slopes: Any, query: Tensor, batch_and_heads: tuple[int, int], lead: tuple[int, ...] | None = None
+) -> Tensor:
+    """(heads,) or (batch, heads); ``lead`` = (batch..., heads) of a call that had more leading dims."""
+    _floating_on_device(op, "alibi_slopes", slopes, query)
+    batch, heads = batch_and_heads
+    if slopes.shape == (heads,) or slopes.shape == (batch, heads):
+        return slopes
+    if lead and tuple(slopes.shape) == lead:
+        return slopes.reshape(batch, heads)
+    raise ValueError(
+        f"{op}: alibi_slopes must be (heads,) = ({heads},) or (batch, heads) = ({batch}, {heads}), "
+        f"got shape {tuple(slopes.shape)}."
+    )
+
+
+def sinks(op: str, sinks: Any, query: Tensor, heads: int) -> Tensor:
+    _floating_on_device(op, "sinks", sinks, query)
+    if sinks.shape != (heads,):
+        raise ValueError(f"{op}: sinks must be (heads,) = ({heads},), got shape {tuple(sinks.shape)}.")
+    return sinks
+
+
+def _floating_on_device(op: str, name: str, tensor: Any, query: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        got = name_of(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{op}: {name} must be a floating Tensor, got {got}.")
+    if tensor.device != query.device:
+        raise ValueError(f"{op}: query is on {query.device} but {name} on {tensor.device}; move it there.")
+
+
+def _named(query: Any, key: Any, value: Any) -> tuple[tuple[str, Any], ...]:
+    return ("query", query), ("key", key), ("value", value)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _autocast(operand: Tensor) -> Tensor:
+    """What torch.autocast does to SDPA's operands: everything floating but float64 to the lower precision."""
+    if not operand.is_floating_point() or operand.dtype == torch.float64:
+        return operand
+    return operand.to(torch.get_autocast_dtype(operand.device.type))
+
+
+def _raise_mixed(op: str, query: Tensor, key: Tensor, value: Tensor) -> NoReturn:
+    for name, other in (("key", key), ("value", value)):
+        if other.device != query.device:
+            raise ValueError(f"{op}: query is on {query.device} but {name} on {other.device}; move them to one device.")
+        if other.dtype != query.dtype:
+            raise TypeError(
+                f"{op}: query is {name_of(query.dtype)} but {name} {name_of(other.dtype)}; convert them to one dtype."
+            )
+    raise AssertionError("operands agree")
+
+
+def broadcast(
+    op: str, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...] | None]:
+    """4-dim operands by SDPA's rules: heads are the third dim from the end, leading dims and one head broadcast."""
+    operands = {"query": query, "key": key, "value": value}
+    for name, operand in operands.items():
+        if operand.dim() < 2:
+            raise ValueError(f"{op}: {name} must have at least 2 dims (seqlen, head_dim), got {tuple(operand.shape)}.")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"{op}: query has head_dim {query.shape[-1]} but key has head_dim {key.shape[-1]} "
+            f"(key: {tuple(key.shape)}); they must be equal."
+        )
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(
+            f"{op}: key has seqlen {key.shape[-2]} but value has seqlen {value.shape[-2]} "
+            f"(value: {tuple(value.shape)}); they must be equal."
+        )
+
+    dims = max(operand.dim() for operand in operands.values())
+    heads, heads_k, heads_v = (x.shape[-3] if x.dim() > 2 else 1 for x in (query, key, value))
+    heads_kv = heads_k if heads_v == 1 else heads_v
+    if heads_k not in (1, heads_kv):
+        raise ValueError(f"{op}: key has {heads_k} heads but value has {heads_v}; they must be equal.")
+    heads = heads_kv if heads == 1 else heads
+    if heads != heads_kv and heads_kv != 1:
+        if not enable_gqa:
+            raise ValueError(
+                f"{op}: query has {heads} heads but key and value have {heads_kv}; "
+                "pass enable_gqa=True to share each of theirs among several query heads."
+            )
+        if heads_kv == 0 or heads % heads_kv:
+            raise ValueError(
+                f"{op}: query has {heads} heads, which is not a multiple of the {heads_kv} heads of key and value."
+            )
+    try:
+        batch = torch.broadcast_shapes(*(operand.shape[:-3] for operand in operands.values()))
+    except RuntimeError:
+        shapes = ", ".join(f"{name} {tuple(operand.shape)}" for name, operand in operands.items())
+        raise ValueError(f"{op}: the leading dims must be equal or 1, got {shapes}.") from None
+
+    def expand(operand: Tensor, operand_heads: int) -> Tensor:
+        expanded = operand.expand(*batch, operand_heads, *operand.shape[-2:])
+        if len(batch) == 1:
+            return expanded
+        return expanded.reshape(math.prod(batch), *expanded.shape[-3:]) if batch else expanded[None]
+
+    lead = None if dims == 4 else (*batch, heads) if dims > 2 else ()
+    return expand(query, heads), expand(key, heads_kv), expand(value, heads_kv), lead
+
+
+def restore(result: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """(batch, heads, ...) with the caller's leading dims (batch..., heads)."""
+    if len(lead) == 0:
+        return result[0, 0]
+    return result[0] if len(lead) == 1 else result.unflatten(0, lead[:-1])
+
+
+def heads_and_dims(op: str, query: Tensor, key: Tensor, value: Tensor, layout: str, heads_dim: int) -> None:
+    """That operands in ``layout`` have its dims, one head_dim, and heads that are a multiple of those of key."""
+    for name, operand in _named(query, key, value):
+        if operand.dim() != layout.count(",") + 1:
+            raise ValueError(f"{op}: {name} must be {layout}, got shape {tuple(operand.shape)}.")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"{op}: query has head_dim {query.shape[-1]} but key has head_dim {key.shape[-1]} "
+            f"(key: {tuple(key.shape)}); they must be equal."
+        )
+    heads, heads_kv = query.shape[heads_dim], key.shape[heads_dim]
+    if value.shape[heads_dim] != heads_kv:
+        raise ValueError(f"{op}: key has {heads_kv} heads but value has {value.shape[heads_dim]}; they must be equal.")
+    if heads != heads_kv and (heads_kv == 0 or heads % heads_kv):
+        raise ValueError(f"{op}: query has {heads} heads, which is not a multiple of the {heads_kv} heads of key.")
+
+
+def integers_on_device(op: str, name: str, tensor: Any, query: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
+        got = name_of(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{op}: {name} must be an int32 or int64 Tensor, got {got}.")
+    if tensor.device != query.device:
+        raise ValueError(f"{op}: query is on {query.device} but {name} on {tensor.device}; move it there.")

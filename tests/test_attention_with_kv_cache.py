@@ -1,0 +1,240 @@
+"""Decoding steps against eager attention over each sequence's own keys, put together by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import assert_as_accurate_as_eager
+from attention_cases import DTYPES, KERNEL_BACKENDS, dtype_id
+
+import fastattn
+
+BACKENDS = [*KERNEL_BACKENDS, "eager"]
+BATCH, HEADS, HEADS_KV, HEAD_DIM, CAPACITY = 3, 4, 2, 16, 48
+NAN = float("nan")
+
+
+def rotated(x, position, angles, interleaved):
+    """x (..., head_dim) at one position, as a complex rotation of its first 2 * angles.shape[1] elements."""
+    half = angles.shape[1]
+    pairs = torch.arange(2 * half).view(half, 2) if interleaved else torch.arange(2 * half).view(2, half).T
+    turned = torch.view_as_complex(x[..., pairs].double().contiguous()) * torch.polar(
+        torch.ones(half).double(), angles[position]
+    )
+    result = x.double().clone()
+    result[..., pairs] = torch.view_as_real(turned)
+    return result.to(x.dtype)
+
+
+class Problem:
+    """Caches filled with NaN past each sequence's length, contiguous or paged with shuffled blocks."""
+
+    def __init__(self, dtype, lengths=(5, 0, 40), new=3, seqlen_q=3, block_size=None):
+        torch.manual_seed(4)
+        self.lengths, self.new, self.seqlen_q, self.block_size = lengths, new, seqlen_q, block_size
+        self.history = [torch.randn(2, length, HEADS_KV, HEAD_DIM).to(dtype) for length in lengths]
+        self.query = torch.randn(BATCH, seqlen_q, HEADS, HEAD_DIM).to(dtype)
+        self.fresh = torch.randn(2, BATCH, new, HEADS_KV, HEAD_DIM).to(dtype)
+        rows, self.table = CAPACITY, None
+        if block_size:
+            self.table = torch.randperm(BATCH * CAPACITY // block_size + 2, dtype=torch.int32)[:-2].view(BATCH, -1)
+            rows = block_size
+        blocks = self.table.numel() + 2 if block_size else BATCH
+        self.caches = torch.full((2, blocks, rows, HEADS_KV, HEAD_DIM), NAN, dtype=dtype)
+        for b, history in enumerate(self.history):
+            for t in range(lengths[b]):
+                self.caches[(slice(None), *self.place(b, t))] = history[:, t]
+
+    def place(self, b, t):
+        return (int(self.table[b, t // self.block_size]), t % self.block_size) if self.block_size else (b, t)
+
+    def lengths_as(self, kind):
+        return self.lengths[0] if kind is int else torch.tensor(self.lengths, dtype=kind)
+
+    def expected(self, wide, angles=None, interleaved=False, **options):
+        """out (batch, seqlen_q, heads, head_dim) and lse, one sequence at a time."""
+        to = (lambda x: x.double()) if wide else (lambda x: x)
+        outs, lses = [], []
+        for b, length in enumerate(self.lengths):
+            query, fresh = self.query[b].clone(), self.fresh[:, b].clone()
+            if angles is not None:
+                for i in range(self.seqlen_q):
+                    query[i] = rotated(query[i], length + i, angles, interleaved)
+                for i in range(self.new):
+                    fresh[0, i] = rotated(fresh[0, i], length + i, angles, interleaved)
+            key, value = torch.cat((self.history[b], fresh), dim=1).transpose(1, 2)
+            out, lse = fastattn.attention(
+                *(to(x)[None] for x in (query.transpose(0, 1), key, value)), enable_gqa=True,
+                alignment="bottom_right", return_lse=True, backend="eager", **{"is_causal": True} | options
+            )  # fmt: skip
+            outs.append(out.transpose(1, 2))
+            lses.append(lse)
+        return torch.cat(outs), torch.cat(lses)
+
+    def check(self, backend, lengths, angles=None, interleaved=False, **options):
+        key, value = self.fresh if self.new else (None, None)
+        rotary = {} if angles is None else {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
+        before = self.caches.clone()
+        out, lse = fastattn.attention_with_kv_cache(
+            self.query, *self.caches, key, value, cache_seqlens=lengths, block_table=self.table, return_lse=True,
+            backend=backend, rotary_interleaved=interleaved, **rotary, **options
+        )  # fmt: skip
+        eager, exact = (
+            self.expected(False, angles, interleaved, **options),
+            self.expected(True, angles, interleaved, **options),
+        )
+        assert_as_accurate_as_eager(out, eager[0], exact[0], "out")
+        assert_as_accurate_as_eager(lse, eager[1], exact[1], "lse")
+        self.check_caches(before, angles, interleaved)
+
+    def check_caches(self, before, angles, interleaved):
+        """Exactly the new tokens were written."""
+        for b, length in enumerate(self.lengths):
+            for i in range(self.new):
+                fresh = self.fresh[:, b, i].clone()
+                if angles is not None:
+                    fresh[0] = rotated(fresh[0], length + i, angles, interleaved)
+                before[(slice(None), *self.place(b, length + i))] = fresh
+        torch.testing.assert_close(self.caches, before, equal_nan=True)
+
+
+OPTIONS = {
+    "causal": {},
+    "not_causal": {"is_causal": False},
+    "window": {"window": (7, 0)},
+    "softcap_scale": {"softcap": 1.5, "scale": 0.5},
+    "alibi": {"alibi_slopes": torch.tensor([0.1, 0.2, 0.4, 0.8])},
+    "sinks": {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block_size", [None, 8], ids=["contiguous", "paged"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options(options, block_size, backend):
+    Problem(torch.float32, block_size=block_size).check(backend, torch.tensor([5, 0, 40]), **OPTIONS[options])
+    Problem(torch.float32, lengths=(21,) * 3, block_size=block_size).check(backend, 21, **OPTIONS[options])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("seqlen_q", [1, 3, 9])
+def test_dtypes_and_query_lengths(seqlen_q, dtype, backend):
+    Problem(dtype, new=seqlen_q, seqlen_q=seqlen_q, lengths=(5, 0, 38)).check(backend, torch.tensor([5, 0, 38]))
+    Problem(dtype, new=seqlen_q, seqlen_q=seqlen_q, lengths=(17,) * 3).check(backend, 17)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [int, torch.int32, torch.int64], ids=["int", "int32", "int64"])
+def test_kinds_of_lengths(kind, backend):
+    problem = Problem(torch.float32, lengths=(12, 12, 12))
+    problem.check(backend, problem.lengths_as(kind))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths", ["one", "each"])
+def test_nothing_to_append(lengths, backend):
+    problem = Problem(torch.float32, lengths=(12, 12, 12) if lengths == "one" else (12, 1, 30), new=0, seqlen_q=1)
+    problem.check(backend, 12 if lengths == "one" else torch.tensor([12, 1, 30]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+@pytest.mark.parametrize("rotary_dim", [16, 8, 2])
+@pytest.mark.parametrize("block_size", [None, 16], ids=["contiguous", "paged"])
+def test_rotation(block_size, rotary_dim, interleaved, backend):
+    angles = torch.outer(torch.arange(CAPACITY), torch.rand(rotary_dim // 2)).double()
+    Problem(torch.float64, block_size=block_size).check(backend, torch.tensor([5, 0, 40]), angles, interleaved)
+    Problem(torch.float64, lengths=(9,) * 3, block_size=block_size).check(backend, 9, angles, interleaved)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_slopes_per_batch(backend):
+    """(batch, heads) slopes give each sequence its own: the reference takes them one sequence at a time."""
+    problem, slopes = Problem(torch.float64), torch.rand(BATCH, HEADS)
+    out = fastattn.attention_with_kv_cache(
+        problem.query, *problem.caches, *problem.fresh, cache_seqlens=torch.tensor(problem.lengths),
+        alibi_slopes=slopes, backend=backend
+    )  # fmt: skip
+    for b in range(BATCH):
+        torch.testing.assert_close(out[b], problem.expected(True, alibi_slopes=slopes[b])[0][b])
+
+
+def test_table_entries_past_the_length_are_not_looked_at():
+    problem = Problem(torch.float32, lengths=(5, 0, 20), block_size=8)
+    problem.table[0, 1:], problem.table[1, 1:], problem.table[2, 3:] = -1, 10**6, -(2**31)
+    problem.check("auto", torch.tensor([5, 0, 20]))
+
+
+@pytest.mark.parametrize("lengths", [7, torch.tensor([5, 0, 40])], ids=["one_length", "lengths"])
+@pytest.mark.parametrize("block_size", [None, 8], ids=["contiguous", "paged"])
+def test_compiles_without_a_graph_break(block_size, lengths):
+    sizes = (7,) * 3 if isinstance(lengths, int) else (5, 0, 40)
+    first, second = (Problem(torch.float32, lengths=sizes, block_size=block_size) for _ in range(2))
+
+    def step(query, caches, key, value, table):
+        return fastattn.attention_with_kv_cache(query, *caches, key, value, cache_seqlens=lengths, block_table=table)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    expected = step(first.query, first.caches.unbind(), *first.fresh, first.table)
+    actual = compiled(second.query, second.caches.unbind(), *second.fresh, second.table)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(second.caches, first.caches, equal_nan=True)
+
+
+def test_opcheck():
+    table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
+    for block_table in (None, table):
+        torch.library.opcheck(
+            torch.ops.fastattn.kv_cache_positions, (torch.tensor([3, 5]), block_table, 1, 1, 8, 4, 4, -1)
+        )
+
+
+_ROTARY = torch.zeros(20, 8)
+BAD_INPUTS = [
+    ({"cache_seqlens": 46}, ValueError, "cache_seqlens 46 and 3 new tokens exceed the cache, which holds 48"),
+    ({"cache_seqlens": torch.tensor([0, 46, 1])}, ValueError, "cache_seqlens 46 and 3 new tokens exceed the cache"),
+    ({"cache_seqlens": -1}, ValueError, "cache_seqlens must be >= 0, got -1"),
+    ({"cache_seqlens": torch.tensor([0, -2, 1])}, ValueError, "cache_seqlens must be >= 0, got -2"),
+    ({"cache_seqlens": torch.tensor([1, 2])}, ValueError, r"cache_seqlens must be an int or \(batch,\) = \(3,\), got"),
+    ({"cache_seqlens": torch.ones(3)}, TypeError, "cache_seqlens must be an int32 or int64 Tensor, got float32"),
+    ({"cache_seqlens": 1.0}, TypeError, "cache_seqlens must be an int or a Tensor, got float"),
+    ({"rotary_cos": _ROTARY, "rotary_sin": _ROTARY, "cache_seqlens": 18}, ValueError,
+     "rotary_cos has 20 positions, but 21 are needed"),
+    ({"rotary_cos": _ROTARY}, TypeError, "rotary_cos and rotary_sin must be Tensors and be given together"),
+    ({"rotary_cos": torch.zeros(20, 9), "rotary_sin": torch.zeros(20, 9)}, ValueError, "rotary_dim <= head_dim 16"),
+    ({"key": None}, TypeError, "key and value must be given together, or neither; key is NoneType"),
+    ({"key": torch.zeros(3, 3, 2, 16).half()}, TypeError, "key must be float32 on cpu, like its cache, got float16"),
+    ({"key": torch.zeros(2, 3, 2, 16)}, ValueError, r"key must be .* = \(3, seqlen_new, 2, 16\), got shape \(2, 3"),
+    ({"key": torch.zeros(3, 2, 2, 16)}, ValueError, "key has 2 new tokens but value has 3"),
+    ({"query": torch.zeros(2, 3, 4, 16)}, ValueError, "query has batch 2 but key_cache has 3"),
+    ({"query": torch.zeros(3, 3, 3, 16)}, ValueError, "query has 3 heads, which is not a multiple of the 2"),
+    ({"query": torch.zeros(3, 3, 4, 16, requires_grad=True)}, NotImplementedError, "it has no gradients"),
+    ({"value_cache": torch.zeros(3, 40, 2, 16)}, ValueError, "must agree in their first two dims"),
+    ({"block_table": torch.zeros(2, 4, dtype=torch.int32)}, ValueError, "block_table must be .* with batch 3"),
+    ({"block_table": torch.zeros(3, 4)}, TypeError, "block_table must be an int32 or int64 Tensor"),
+    ({"block_table": torch.tensor([[0], [1], [3]])}, ValueError, r"block_table\[2, 0\] is 3, but key_cache has"),
+    ({"block_table": torch.tensor([[0], [-1], [2]])}, ValueError, r"block_table\[1, 0\] is -1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_INPUTS, ids=[case[2][:40] for case in BAD_INPUTS])
+def test_rejects_and_writes_nothing(change, error, message):
+    arguments = {
+        "query": torch.zeros(3, 3, 4, 16), "key_cache": torch.zeros(3, 48, 2, 16),
+        "value_cache": torch.zeros(3, 48, 2, 16), "key": torch.ones(3, 3, 2, 16), "value": torch.ones(3, 3, 2, 16),
+        "cache_seqlens": 5,
+    } | change  # fmt: skip
+    with pytest.raises(error, match=f"attention_with_kv_cache: .*{message}"):
+        fastattn.attention_with_kv_cache(**arguments)
+    assert not arguments["key_cache"].any() and not arguments["value_cache"].any()
+
+
+def test_explain_writes_nothing():
+    problem = Problem(torch.float32)
+    before = problem.caches.clone()
+    text = fastattn.explain(
+        fastattn.attention_with_kv_cache, problem.query, *problem.caches, *problem.fresh, cache_seqlens=5
+    )
+    assert text.startswith("attention_with_kv_cache: ")
+    torch.testing.assert_close(problem.caches, before, equal_nan=True)
