@@ -291,7 +291,11 @@ Tensor attention_weights_cpu(const Tensor& query, const Tensor& key, const Tenso
   const Tensor weights = average_heads ? at::empty({p.batch, p.seqlen_q, p.seqlen_k}, query.options())
                                        : at::empty({p.batch, p.heads, p.seqlen_q, p.seqlen_k}, query.options());
   p.weights = weights.data_ptr();
-  if (weights.numel() > 0) FASTATTN_CPU_DISPATCH(attention_weights_cpu, p);
+  if (p.heads == 0) {
+    weights.zero_();
+  } else if (weights.numel() > 0) {
+    FASTATTN_CPU_DISPATCH(attention_weights_cpu, p);
+  }
   return weights;
 }
 

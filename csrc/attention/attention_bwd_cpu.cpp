@@ -103,7 +103,7 @@ class AttentionBackward {
   struct ThreadArrays {
     TileBuffers<T> tile;
     T *k_t, *v_t, *k, *dk, *dv;
-    HeadRows<T>* heads;
+    QuerySide<T>* heads;
   };
   static constexpr int64_t kTileElements = int64_t{kTileQueries} * kTileKeys;
 
@@ -123,10 +123,10 @@ class AttentionBackward {
     shared_heads_ = splits_ ? take_heads(cursor, heads) : nullptr;
   }
 
-  HeadRows<T>* take_heads(ScratchCursor& cursor, int64_t count) const {
-    HeadRows<T>* heads = cursor.take<HeadRows<T>>(count);
+  QuerySide<T>* take_heads(ScratchCursor& cursor, int64_t count) const {
+    QuerySide<T>* heads = cursor.take<QuerySide<T>>(count);
     for (int64_t i = 0; i < count; ++i) {
-      HeadRows<T> head;
+      QuerySide<T> head;
       head.q = {cursor.take<T>(is_direct(p_.q, p_.head_dim) ? 0 : p_.seqlen_q * width_), width_};
       head.dout = {cursor.take<T>(is_direct(p_.dout, p_.head_dim_v) ? 0 : p_.seqlen_q * width_v_), width_v_};
       head.dq = {cursor.take<T>(is_direct(p_.dq, p_.head_dim) ? 0 : p_.seqlen_q * width_), width_};
@@ -153,7 +153,7 @@ class AttentionBackward {
     return arrays;
   }
 
-  void point_at_tensors(HeadRows<T>& head, int64_t batch, int64_t head_index) const {
+  void point_at_tensors(QuerySide<T>& head, int64_t batch, int64_t head_index) const {
     if constexpr (std::is_same_v<T, Element>) {
       if (is_direct(p_.q, p_.head_dim)) head.q.data = row_of<T>(p_.q, batch, head_index, 0);
       if (is_direct(p_.dout, p_.head_dim_v)) head.dout.data = row_of<T>(p_.dout, batch, head_index, 0);
@@ -161,8 +161,8 @@ class AttentionBackward {
     }
   }
 
-  // Brings the query side of one block of rows into the form of HeadRows.
-  void prepare_rows(const HeadRows<T>& head, int64_t batch, int64_t head_index, int64_t block) const {
+  // Brings the query side of one block of rows into the form of QuerySide.
+  void prepare_rows(const QuerySide<T>& head, int64_t batch, int64_t head_index, int64_t block) const {
     const int64_t row0 = block * kTileQueries;
     const int rows = static_cast<int>(min_of<int64_t>(kTileQueries, p_.seqlen_q - row0));
     const int head_dim = static_cast<int>(p_.head_dim), head_dim_v = static_cast<int>(p_.head_dim_v);
@@ -179,7 +179,7 @@ class AttentionBackward {
     prepare_statistics(head, batch, head_index, row0, rows);
   }
 
-  void prepare_statistics(const HeadRows<T>& head, int64_t batch, int64_t head_index, int64_t row0, int rows) const {
+  void prepare_statistics(const QuerySide<T>& head, int64_t batch, int64_t head_index, int64_t row0, int rows) const {
     using V = Vec<T>;
     const int64_t first = (batch * p_.heads + head_index) * p_.seqlen_q + row0;
     const T* lse = static_cast<const T*>(p_.lse) + first;
@@ -210,7 +210,7 @@ class AttentionBackward {
   void run_task(const ThreadArrays& arrays, const MaskGradient<T>& mask, int64_t pair, int64_t first_block,
                 int64_t blocks) const {
     const int64_t batch = pair / p_.heads_kv, head_kv = pair % p_.heads_kv;
-    HeadRows<T>* heads = splits_ ? shared_heads_ + batch * p_.heads + head_kv * group_ : arrays.heads;
+    QuerySide<T>* heads = splits_ ? shared_heads_ + batch * p_.heads + head_kv * group_ : arrays.heads;
     if (!splits_) {
       for (int64_t g = 0; g < group_; ++g) {
         point_at_tensors(heads[g], batch, head_kv * group_ + g);
@@ -225,7 +225,7 @@ class AttentionBackward {
   }
 
   // All rows of all heads of the group against one block of keys.
-  void run_block(const ThreadArrays& arrays, const MaskGradient<T>& mask, const HeadRows<T>* heads, int64_t batch,
+  void run_block(const ThreadArrays& arrays, const MaskGradient<T>& mask, const QuerySide<T>* heads, int64_t batch,
                  int64_t head_kv, int64_t block) const {
     const int64_t key0 = block * block_tiles_ * kTileKeys;
     const int keys = static_cast<int>(min_of<int64_t>(block_tiles_ * kTileKeys, p_.seqlen_k - key0));
@@ -237,7 +237,7 @@ class AttentionBackward {
       pack_keys(arrays.k_t + key * head_dim, k + key * p_.k.stride_row, p_.k.stride_row, in_tile, head_dim);
       pack_keys(arrays.v_t + key * head_dim_v, v + key * p_.v.stride_row, p_.v.stride_row, in_tile, head_dim_v);
     }
-    KeyTile<T> first{arrays.k_t, arrays.v_t, {arrays.k, width_}, {arrays.dk, width_}, {arrays.dv, width_v_}};
+    KeySide<T> first{arrays.k_t, arrays.v_t, {arrays.k, width_}, {arrays.dk, width_}, {arrays.dv, width_v_}};
     Element* dk = row_of<Element>(p_.dk, batch, head_kv, key0);
     Element* dv = row_of<Element>(p_.dv, batch, head_kv, key0);
     const bool dk_direct = is_direct(p_.dk, p_.head_dim), dv_direct = is_direct(p_.dv, p_.head_dim_v);
@@ -257,8 +257,8 @@ class AttentionBackward {
     if (!dv_direct) store_rows<T>(dv, p_.dv.stride_row, Rows<const T>{first.dv.data, width_v_}, keys, head_dim_v);
   }
 
-  void run_head(const TileBuffers<T>& buffers, const MaskGradient<T>& mask, const HeadRows<T>& head,
-                const KeyTile<T>& first, int64_t batch, int64_t head_index, int64_t block) const {
+  void run_head(const TileBuffers<T>& buffers, const MaskGradient<T>& mask, const QuerySide<T>& head,
+                const KeySide<T>& first, int64_t batch, int64_t head_index, int64_t block) const {
     const HeadScores<T> scores = make_head_scores<T>(p_, batch, head_index);
     const int64_t batch_head = batch * p_.heads + head_index;
     const OrderedTurns dq_turns(splits_ ? dq_counters_ + batch_head * query_blocks_ : nullptr);
@@ -315,7 +315,7 @@ class AttentionBackward {
     }
   }
 
-  KeyTile<T> tile_at(const KeyTile<T>& first, int64_t key) const {
+  KeySide<T> tile_at(const KeySide<T>& first, int64_t key) const {
     return {first.k_t + key * p_.head_dim,
             first.v_t + key * p_.head_dim_v,
             {first.k.data + key * width_, width_},
@@ -349,7 +349,7 @@ class AttentionBackward {
   T* mask_partials_ = nullptr;
   double* sink_partials_ = nullptr;
   int32_t *mask_counters_ = nullptr, *dq_counters_ = nullptr;
-  HeadRows<T>* shared_heads_ = nullptr;
+  QuerySide<T>* shared_heads_ = nullptr;
 };
 
 }  // namespace

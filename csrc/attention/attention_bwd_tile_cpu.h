@@ -2,8 +2,7 @@
 // what turns dot products into probabilities p and their gradients into those of the scores, ds.
 #pragma once
 
-#include "attention/attention_gemm_cpu.h"
-#include "attention/attention_scores_cpu.h"
+#include "attention/attention_probs_cpu.h"
 #include "common/simd.h"
 
 namespace fastattn {
@@ -11,7 +10,7 @@ namespace FASTATTN_ISA {
 
 // The query side of one head. Operands are T, padded with zeros to whole vectors.
 template <typename T>
-struct HeadRows {
+struct QuerySide {
   Rows<const T> q, dout;
   Rows<T> dq;
   // Per row: lse (+inf for a row that sees nothing, which makes its p 0), and sum(dout * out) - dlse.
@@ -20,7 +19,7 @@ struct HeadRows {
 
 // The key side of one tile. k_t and v_t are transposed by pack_keys.
 template <typename T>
-struct KeyTile {
+struct KeySide {
   const T *k_t, *v_t;
   Rows<const T> k;
   Rows<T> dk, dv;
@@ -31,44 +30,6 @@ template <typename T>
 struct TileBuffers {
   T *p, *ds, *dropped, *slope;
 };
-
-// Where a tile is and what its rows see.
-struct TilePlace {
-  int64_t row0, key0;
-  int rows, keys;
-  // One word a row; visible == nullptr: every key is. kept == nullptr: no dropout.
-  const uint64_t *visible, *kept;
-};
-
-// p = e^(factor * dot - lse) where visible, else 0. In base 2 the rounding of factor * log2(e) and of lse * log2(e)
-// would cost as much accuracy again.
-template <typename T, bool kPartial>
-FASTATTN_INLINE void probabilities(T* p, const T* lse, T factor, const TilePlace& place) {
-  using V = Vec<T>;
-  const V scale = V::set1(factor);
-  for (int r = 0; r < place.rows; ++r, p += kTileKeys) {
-    const V minus_lse = V::set1(-lse[r]);
-    for (int key = 0; key < kTileKeys; key += V::kLanes) {
-      V x = exp(fma(V::load(p + key), scale, minus_lse));
-      if constexpr (kPartial) {
-        x = select(V::mask_from_bits(static_cast<uint32_t>(place.visible[r] >> key)), x, V::zero());
-      }
-      x.store(p + key);
-    }
-  }
-}
-
-template <typename T>
-FASTATTN_INLINE void drop(T* dropped, const T* p, T keep_scale, const TilePlace& place) {
-  using V = Vec<T>;
-  for (int r = 0; r < place.rows; ++r) {
-    for (int key = 0; key < kTileKeys; key += V::kLanes) {
-      const auto kept = V::mask_from_bits(static_cast<uint32_t>(place.kept[r] >> key));
-      const int at = r * kTileKeys + key;
-      select(kept, V::load(p + at) * V::set1(keep_scale), V::zero()).store(dropped + at);
-    }
-  }
-}
 
 // ds = factor * p * (dp - delta), in place of dp, where dp is the gradient of p: through dropout, 0 or keep_scale times
 // the product dout v^T. Hidden elements are chosen to be 0, not multiplied by p = 0: their dp was never computed.
@@ -131,9 +92,10 @@ FASTATTN_INLINE void set_limits(TileLimits& limits, const TilePlace& place, bool
 // Adds the tile's part to dk, dv and dq. `add_to_mask(ds)` sees the gradients of the scores after softcap;
 // `before_dq()` comes just before dq is touched.
 template <typename T, bool kPartial, typename AddToMask, typename BeforeDq>
-FASTATTN_INLINE void backward_tile_as(const AttentionBwdParams& p, const HeadScores<T>& scores, const HeadRows<T>& head,
-                                      const KeyTile<T>& tile, const TileBuffers<T>& buffers, const TilePlace& place,
-                                      T keep_scale, bool wants_dmask, AddToMask&& add_to_mask, BeforeDq&& before_dq) {
+FASTATTN_INLINE void backward_tile_as(const AttentionBwdParams& p, const HeadScores<T>& scores,
+                                      const QuerySide<T>& head, const KeySide<T>& tile, const TileBuffers<T>& buffers,
+                                      const TilePlace& place, T keep_scale, bool wants_dmask, AddToMask&& add_to_mask,
+                                      BeforeDq&& before_dq) {
   const int rows = place.rows, head_dim = static_cast<int>(p.head_dim), head_dim_v = static_cast<int>(p.head_dim_v);
   const Rows<const T> q = {head.q.data + place.row0 * head.q.stride, head.q.stride};
   const Rows<const T> dout = {head.dout.data + place.row0 * head.dout.stride, head.dout.stride};
@@ -148,17 +110,7 @@ FASTATTN_INLINE void backward_tile_as(const AttentionBwdParams& p, const HeadSco
   const T scale = static_cast<T>(p.scale);
 
   set_depth(head_dim);
-  gemm<T>({buffers.p, kTileKeys}, {q.data, q.stride, 1}, {tile.k_t, kTileKeys}, rows, kTileKeys, false, limits.scores);
-  if (scores.has_terms()) {
-    using V = Vec<T>;
-    const V factor = V::set1(scores.dot_factor);
-    for (int at = 0; at < rows * kTileKeys; at += V::kLanes) (V::load(buffers.p + at) * factor).store(buffers.p + at);
-    if (scores.softcap != 0) scores.cap(buffers.p, kTileKeys, rows, buffers.slope);
-    scores.add_terms(buffers.p, kTileKeys, place.row0, rows, place.key0);
-    probabilities<T, kPartial>(buffers.p, lse, T(1), place);
-  } else {
-    probabilities<T, kPartial>(buffers.p, lse, scores.dot_factor, place);
-  }
+  recompute_probabilities<T, kPartial>(buffers.p, buffers.slope, scores, q, tile.k_t, lse, place, limits.scores);
 
   const T* weights = buffers.p;
   if (place.kept) {
@@ -192,8 +144,8 @@ FASTATTN_INLINE void backward_tile_as(const AttentionBwdParams& p, const HeadSco
 }
 
 template <typename T, typename AddToMask, typename BeforeDq>
-FASTATTN_INLINE void backward_tile(const AttentionBwdParams& p, const HeadScores<T>& scores, const HeadRows<T>& head,
-                                   const KeyTile<T>& tile, const TileBuffers<T>& buffers, const TilePlace& place,
+FASTATTN_INLINE void backward_tile(const AttentionBwdParams& p, const HeadScores<T>& scores, const QuerySide<T>& head,
+                                   const KeySide<T>& tile, const TileBuffers<T>& buffers, const TilePlace& place,
                                    T keep_scale, bool wants_dmask, AddToMask&& add_to_mask, BeforeDq&& before_dq) {
   if (place.visible) {
     backward_tile_as<T, true>(p, scores, head, tile, buffers, place, keep_scale, wants_dmask, add_to_mask, before_dq);
