@@ -32,24 +32,27 @@ TORCH_LIBRARY(fastattn, m) {
       "bool bottom_right, float softcap, bool average_heads) -> Tensor");
 
   // --- layer_norm ---
-  // Normalises the last dimension of (..., N); rows at any stride, last dim contiguous. rms = no mean, no bias.
-  // mean (absent for rms: no elements) and rstd are (...), fp32 (fp64 for fp64 inputs).
+  // Normalises the last normalized_dims dims of input together, a row of them at a time; rows at any stride, their elements
+  // contiguous. weight and bias have the shape of a row. rms = no mean, no bias.
+  // mean (absent for rms: no elements) and rstd have the leading dims, fp32 (fp64 for fp64 inputs).
   m.def(
-      "layer_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, bool rms) -> "
+      "layer_norm(Tensor input, Tensor? weight, Tensor? bias, int normalized_dims, float eps, bool rms) -> "
       "(Tensor out, Tensor mean, Tensor rstd)");
-  // dweight and dbias have no elements where there is no weight, bias, or they need no gradient.
+  // dweight and dbias have no elements where they are not needed.
   m.def(
-      "layer_norm_backward(Tensor dout, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, bool rms, "
-      "bool need_dweight, bool need_dbias, ScalarType? bias_dtype) -> (Tensor dinput, Tensor dweight, Tensor dbias)");
-  // new_residual = residual + dropout(input); out = norm(new_residual).
+      "layer_norm_backward(Tensor dout, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, int normalized_dims, "
+      "bool rms, bool need_dweight, bool need_dbias, ScalarType? bias_dtype) -> "
+      "(Tensor dinput, Tensor dweight, Tensor dbias)");
+  // new_residual = residual + dropout(input), in residual's dtype; out = norm(new_residual), in input's.
   m.def(
       "add_layer_norm(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, Tensor? rng_state, float dropout_p, "
-      "float eps, bool rms) -> (Tensor out, Tensor new_residual, Tensor mean, Tensor rstd)");
+      "int normalized_dims, float eps, bool rms) -> (Tensor out, Tensor new_residual, Tensor mean, Tensor rstd)");
+  // dinput has no elements where it equals dresidual: without dropout, if the dtypes are the same.
   m.def(
       "add_layer_norm_backward(Tensor dout, Tensor? dnew_residual, Tensor new_residual, Tensor mean, Tensor rstd, "
-      "Tensor? weight, Tensor? rng_state, float dropout_p, bool rms, bool need_dweight, bool need_dbias, "
-      "ScalarType? bias_dtype, ScalarType input_dtype) -> (Tensor dinput, Tensor dresidual, Tensor dweight, Tensor "
-      "dbias)");
+      "Tensor? weight, Tensor? rng_state, float dropout_p, int normalized_dims, bool rms, bool need_dweight, "
+      "bool need_dbias, ScalarType? bias_dtype, ScalarType input_dtype) -> "
+      "(Tensor dinput, Tensor dresidual, Tensor dweight, Tensor dbias)");
 
   // --- int8_matmul ---
   // (..., K) -> q (..., K) int8 and scale (...) fp32; input ~ q * scale.

@@ -1,23 +1,30 @@
 """Hand-written attention, layer norm and INT8 matmul kernels for PyTorch Transformers."""
 
 from fastattn.dispatch import available_backends, explain, use_backend
-from fastattn.modules import Int8Linear
+from fastattn.modules import Int8Linear, LayerNorm, RMSNorm
 from fastattn.multi_head_attention import MultiHeadAttention
 from fastattn.ops.attention import attention
 from fastattn.ops.attention_with_kv_cache import attention_with_kv_cache
 from fastattn.ops.int8_matmul import int8_linear, int8_matmul, quantize_int8
+from fastattn.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastattn.ops.varlen_attention import varlen_attention
 
 __all__ = [
     "Int8Linear",
+    "LayerNorm",
     "MultiHeadAttention",
+    "RMSNorm",
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "attention_with_kv_cache",
     "available_backends",
     "explain",
     "int8_linear",
     "int8_matmul",
+    "layer_norm",
     "quantize_int8",
+    "rms_norm",
     "use_backend",
     "varlen_attention",
 ]

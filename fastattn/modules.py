@@ -11,6 +11,7 @@ from fastattn import dispatch
 from fastattn._extension import extension
 from fastattn.ops import int8_matmul as int8_ops
 from fastattn.ops import int8_matmul_compiled
+from fastattn.ops.layer_norm import layer_norm, rms_norm
 
 
 def _packing_key(weight: Tensor) -> tuple[int, int] | None:
@@ -135,3 +136,17 @@ class Int8Linear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._pack()
+
+
+class LayerNorm(nn.LayerNorm):
+    """``torch.nn.LayerNorm`` on fastattn's kernels: same arguments, parameters and ``state_dict``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """``torch.nn.RMSNorm`` on fastattn's kernels: same arguments, parameters and ``state_dict``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.normalized_shape, self.weight, self.eps)

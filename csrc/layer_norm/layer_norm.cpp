@@ -1,0 +1,320 @@
+// Torch glue of layer norm on the CPU: checks what memory safety needs, copies what the kernels cannot address,
+// allocates outputs and fills the parameters. layer_norm_autograd.cpp holds the gradients.
+#include "layer_norm/layer_norm.h"
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "common/memory.h"
+
+namespace fastattn {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+DType kernel_dtype(const char* op, at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kDouble:
+      return DType::kFloat64;
+    default:
+      TORCH_CHECK_TYPE(false, op, ": dtype ", type, " is not float32, bfloat16, float16 or float64.");
+  }
+}
+
+at::ScalarType statistics_dtype(at::ScalarType x) { return x == at::kDouble ? at::kDouble : at::kFloat; }
+
+void check_cpu(const char* op, const char* name, const Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.layout() == at::kStrided, op, ": ", name,
+                    " must be a dense tensor on the cpu, got ", tensor.layout(), " on ", tensor.device(), ".");
+}
+
+void check_like(const char* op, const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) {
+  check_cpu(op, name, tensor);
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, op, ": ", name, " must be ", shape, ", got ", tensor.sizes(), ".");
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, op, ": ", name, " must be ", dtype, ", got ", tensor.scalar_type(),
+                   ".");
+}
+
+void check_input(const char* op, const Tensor& input, int64_t normalized_dims) {
+  check_cpu(op, "input", input);
+  kernel_dtype(op, input.scalar_type());
+  TORCH_CHECK_VALUE(normalized_dims >= 1 && normalized_dims <= input.dim(), op,
+                    ": normalized_dims must be from 1 to the dims of input, got ", normalized_dims, " for input ",
+                    input.sizes(), ".");
+}
+
+// --- Operands --------------------------------------------------------------------------------------------------------
+
+// A tensor's dims as rows and columns.
+struct Shape {
+  Shape(const Tensor& x, int64_t normalized_dims)
+      : leading(x.sizes().slice(0, x.dim() - normalized_dims)),
+        normalized(x.sizes().slice(x.dim() - normalized_dims)),
+        rows(c10::multiply_integers(leading)),
+        cols(c10::multiply_integers(normalized)) {}
+  at::IntArrayRef leading, normalized;
+  int64_t rows, cols;
+};
+
+// The stride of dims [begin, end) walked as one, in C order, if there is one; `fallback` where they hold one element.
+std::optional<int64_t> joint_stride(const Tensor& tensor, int64_t begin, int64_t end, int64_t fallback) {
+  int64_t stride = fallback, expected = -1;
+  for (int64_t dim = end - 1; dim >= begin; --dim) {
+    if (tensor.size(dim) == 1) continue;
+    if (expected == -1) {
+      stride = expected = tensor.stride(dim);
+    } else if (tensor.stride(dim) != expected) {
+      return std::nullopt;
+    }
+    expected *= tensor.size(dim);
+  }
+  return stride;
+}
+
+// A tensor that the kernel can address; a copy only where the caller's cannot be.
+struct Rows {
+  Rows(const Tensor& original, const Shape& shape) : tensor(original) {
+    const int64_t leading_dims = original.dim() - static_cast<int64_t>(shape.normalized.size());
+    std::optional<int64_t> stride;
+    if (joint_stride(original, leading_dims, original.dim(), 1) == 1) {
+      stride = joint_stride(original, 0, leading_dims, shape.cols);
+    }
+    if (!stride) {
+      tensor = original.contiguous();
+      stride = shape.cols;
+    }
+    view = {tensor.data_ptr(), *stride};
+  }
+  Tensor tensor;
+  RowTensor view;
+};
+
+Tensor empty_output(const Tensor& like, at::ScalarType dtype) {
+  Tensor output = at::empty(like.sizes(), like.options().dtype(dtype));
+  advise_huge_pages(output.data_ptr(), static_cast<int64_t>(output.nbytes()));
+  return output;
+}
+
+RowTensor output_rows(const Tensor& output, const Shape& shape) { return {output.data_ptr(), shape.cols}; }
+
+// A weight or bias as the kernels read it: contiguous, of the statistics' dtype.
+Tensor parameter(const char* op, const char* name, const Tensor& given, at::IntArrayRef shape, at::ScalarType dtype) {
+  check_cpu(op, name, given);
+  TORCH_CHECK_TYPE(given.is_floating_point(), op, ": ", name, " must be floating, got ", given.scalar_type(), ".");
+  TORCH_CHECK_VALUE(given.sizes() == shape, op, ": ", name, " must be ", shape, ", got ", given.sizes(), ".");
+  return given.scalar_type() == dtype && given.is_contiguous() ? given : given.to(dtype).contiguous();
+}
+
+// Checks rng_state and fills in dropout.
+template <typename Params>
+void fill_dropout(const char* op, Params& p, const OptionalTensor& rng_state, double dropout_p) {
+  TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p <= 1.0, op, ": dropout_p must be in [0, 1], got ", dropout_p, ".");
+  if (dropout_p == 0.0) return;
+  TORCH_CHECK_VALUE(rng_state.has_value(), op, ": dropout_p = ", dropout_p, " needs rng_state.");
+  check_like(op, "rng_state", *rng_state, {2}, at::kLong);
+  TORCH_CHECK_VALUE(rng_state->is_contiguous(), op, ": rng_state must be contiguous.");
+  p.dropout_p = dropout_p;
+  p.rng_state = rng_state->data_ptr<int64_t>();
+}
+
+// --- Forward ---------------------------------------------------------------------------------------------------------
+
+struct Statistics {
+  Tensor mean, rstd;
+};
+
+// Runs the kernel, `p` holding what is normalised and where the result goes; `x` has its shape and dtype.
+Statistics run_forward(const char* op, LayerNormParams& p, const Tensor& x, const Shape& shape,
+                       const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms) {
+  const at::ScalarType dtype = statistics_dtype(x.scalar_type());
+  const at::TensorOptions options = x.options().dtype(dtype);
+  TORCH_CHECK_VALUE(!(rms && bias), op, ": RMS norm has no bias.");
+  Tensor weights, biases;
+  if (weight) weights = parameter(op, "weight", *weight, shape.normalized, dtype);
+  if (bias) biases = parameter(op, "bias", *bias, shape.normalized, dtype);
+  if (bias && !weight) weights = at::ones({shape.cols}, options);
+
+  Statistics statistics{rms ? at::empty({0}, options) : at::empty(shape.leading, options),
+                        at::empty(shape.leading, options)};
+  p.rows = shape.rows;
+  p.cols = shape.cols;
+  p.rms = rms;
+  p.eps = eps;
+  p.x_dtype = kernel_dtype(op, x.scalar_type());
+  p.weight = weights.defined() ? weights.const_data_ptr() : nullptr;
+  p.bias = biases.defined() ? biases.const_data_ptr() : nullptr;
+  p.mean = statistics.mean.data_ptr();
+  p.rstd = statistics.rstd.data_ptr();
+  FASTATTN_CPU_DISPATCH(layer_norm_fwd_cpu, p);
+  return statistics;
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input, const OptionalTensor& weight,
+                                              const OptionalTensor& bias, int64_t normalized_dims, double eps,
+                                              bool rms) {
+  const char* op = rms ? "rms_norm" : "layer_norm";
+  check_input(op, input, normalized_dims);
+  const Shape shape(input, normalized_dims);
+  const Rows x(input, shape);
+  Tensor out = empty_output(input, input.scalar_type());
+  LayerNormParams p;
+  p.x = x.view;
+  p.out = output_rows(out, shape);
+  p.out_dtype = kernel_dtype(op, out.scalar_type());
+  auto [mean, rstd] = run_forward(op, p, input, shape, weight, bias, eps, rms);
+  return {std::move(out), std::move(mean), std::move(rstd)};
+}
+
+void check_pair(const char* op, at::ScalarType input, at::ScalarType residual) {
+  const bool half = input == at::kBFloat16 || input == at::kHalf;
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      input == residual || (half && residual == at::kFloat), op,
+      ": the cpu kernels take a residual of the input's dtype, or float32 with a 16-bit input; got input ", input,
+      ", residual ", residual, ". Use backend='eager'.");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& input, const Tensor& residual,
+                                                          const OptionalTensor& weight, const OptionalTensor& bias,
+                                                          const OptionalTensor& rng_state, double dropout_p,
+                                                          int64_t normalized_dims, double eps, bool rms) {
+  const char* op = rms ? "add_rms_norm" : "add_layer_norm";
+  check_input(op, input, normalized_dims);
+  check_pair(op, input.scalar_type(), residual.scalar_type());
+  check_like(op, "residual", residual, input.sizes(), residual.scalar_type());
+  const Shape shape(input, normalized_dims);
+  const Rows input_rows(input, shape), residual_rows(residual, shape);
+  Tensor out = empty_output(input, input.scalar_type());
+  Tensor new_residual = empty_output(input, residual.scalar_type());
+  LayerNormParams p;
+  fill_dropout(op, p, rng_state, dropout_p);
+  p.x = output_rows(new_residual, shape);
+  p.out = output_rows(out, shape);
+  p.out_dtype = kernel_dtype(op, out.scalar_type());
+  p.input = input_rows.view;
+  p.residual = residual_rows.view;
+  auto [mean, rstd] = run_forward(op, p, new_residual, shape, weight, bias, eps, rms);
+  return {std::move(out), std::move(new_residual), std::move(mean), std::move(rstd)};
+}
+
+// --- Backward --------------------------------------------------------------------------------------------------------
+
+// How many rows' shares of dweight and dbias are added into one partial sum: a function of the shape alone, so that the
+// order of the sums is too. Few enough blocks that the partial sums cost little beside the rows, enough to share out; a
+// multiple of the rows that the kernel takes at once.
+int64_t rows_per_block(const Shape& shape) {
+  constexpr int64_t kMaxBlocks = 128, kElements = 32768, kGroup = 4;
+  const int64_t worthwhile = std::clamp<int64_t>(kElements / std::max<int64_t>(shape.cols, 1), kGroup, 32);
+  const int64_t rows = std::max((shape.rows + kMaxBlocks - 1) / kMaxBlocks, worthwhile);
+  return (rows + kGroup - 1) / kGroup * kGroup;
+}
+
+struct ParamGradients {
+  Tensor dweight, dbias;
+};
+
+// Runs the kernel, `p` holding where dx (and dinput) go; `x` is what was normalised.
+ParamGradients run_backward(const char* op, LayerNormBwdParams& p, const Tensor& dout, const Tensor& x,
+                            const Shape& shape, const Tensor& mean, const Tensor& rstd, const OptionalTensor& weight,
+                            bool rms, bool need_dweight, bool need_dbias, std::optional<at::ScalarType> bias_dtype) {
+  const at::ScalarType dtype = statistics_dtype(x.scalar_type());
+  const at::TensorOptions options = x.options().dtype(dtype);
+  TORCH_CHECK_VALUE(weight.has_value() || !need_dweight, op, ": dweight needs a weight.");
+  TORCH_CHECK_VALUE(bias_dtype.has_value() || !need_dbias, op, ": dbias needs bias_dtype.");
+  check_like(op, "rstd", rstd, shape.leading, dtype);
+  if (!rms) check_like(op, "mean", mean, shape.leading, dtype);
+  const Tensor weights =
+      weight ? parameter(op, "weight", *weight, shape.normalized, dtype) : at::ones({shape.cols}, options);
+  const Tensor row_mean = mean.contiguous(), row_rstd = rstd.contiguous();
+  const Rows dout_rows(dout, shape), x_rows(x, shape);
+
+  p.rows = shape.rows;
+  p.cols = shape.cols;
+  p.rms = rms;
+  p.x_dtype = kernel_dtype(op, x.scalar_type());
+  p.x = x_rows.view;
+  p.out_dtype = kernel_dtype(op, dout.scalar_type());
+  p.dout = dout_rows.view;
+  p.weight = weights.const_data_ptr();
+  p.mean = row_mean.const_data_ptr();
+  p.rstd = row_rstd.const_data_ptr();
+  p.rows_per_block = rows_per_block(shape);
+
+  constexpr int64_t kNothing = 0;
+  const at::IntArrayRef none(kNothing);
+  ParamGradients gradients{at::empty(need_dweight ? shape.normalized : none, options),
+                           at::empty(need_dbias ? shape.normalized : none, options)};
+  Tensor partial;
+  if (need_dweight || need_dbias) {
+    partial = at::empty({(shape.rows + p.rows_per_block - 1) / p.rows_per_block, 4, shape.cols}, options);
+    p.partial = partial.data_ptr();
+    p.dweight = need_dweight ? gradients.dweight.data_ptr() : nullptr;
+    p.dbias = need_dbias ? gradients.dbias.data_ptr() : nullptr;
+  }
+  FASTATTN_CPU_DISPATCH(layer_norm_bwd_cpu, p);
+  return {gradients.dweight.to(weight ? weight->scalar_type() : dtype), gradients.dbias.to(bias_dtype.value_or(dtype))};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dout, const Tensor& input, const Tensor& mean,
+                                                       const Tensor& rstd, const OptionalTensor& weight,
+                                                       int64_t normalized_dims, bool rms, bool need_dweight,
+                                                       bool need_dbias, std::optional<at::ScalarType> bias_dtype) {
+  const char* op = rms ? "rms_norm_backward" : "layer_norm_backward";
+  check_input(op, input, normalized_dims);
+  const Shape shape(input, normalized_dims);
+  check_like(op, "dout", dout, input.sizes(), input.scalar_type());
+  Tensor dinput = empty_output(input, input.scalar_type());
+  LayerNormBwdParams p;
+  p.dx = output_rows(dinput, shape);
+  auto [dweight, dbias] =
+      run_backward(op, p, dout, input, shape, mean, rstd, weight, rms, need_dweight, need_dbias, bias_dtype);
+  return {std::move(dinput), std::move(dweight), std::move(dbias)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
+    const Tensor& dout, const OptionalTensor& dnew_residual, const Tensor& new_residual, const Tensor& mean,
+    const Tensor& rstd, const OptionalTensor& weight, const OptionalTensor& rng_state, double dropout_p,
+    int64_t normalized_dims, bool rms, bool need_dweight, bool need_dbias, std::optional<at::ScalarType> bias_dtype,
+    at::ScalarType input_dtype) {
+  const char* op = rms ? "add_rms_norm_backward" : "add_layer_norm_backward";
+  check_input(op, new_residual, normalized_dims);
+  const Shape shape(new_residual, normalized_dims);
+  check_pair(op, input_dtype, new_residual.scalar_type());
+  check_like(op, "dout", dout, new_residual.sizes(), input_dtype);
+  LayerNormBwdParams p;
+  fill_dropout(op, p, rng_state, dropout_p);
+  std::optional<Rows> dnew_residual_rows;
+  if (dnew_residual) {
+    check_like(op, "dnew_residual", *dnew_residual, new_residual.sizes(), new_residual.scalar_type());
+    p.dnew_residual = dnew_residual_rows.emplace(*dnew_residual, shape).view;
+  }
+  Tensor dresidual = empty_output(new_residual, new_residual.scalar_type());
+  p.dx = output_rows(dresidual, shape);
+  const bool same = dropout_p == 0.0 && input_dtype == new_residual.scalar_type();
+  Tensor dinput = same ? at::empty({0}, dout.options()) : empty_output(dout, input_dtype);
+  if (!same) p.dinput = output_rows(dinput, shape);
+  auto [dweight, dbias] =
+      run_backward(op, p, dout, new_residual, shape, mean, rstd, weight, rms, need_dweight, need_dbias, bias_dtype);
+  return {std::move(dinput), std::move(dresidual), std::move(dweight), std::move(dbias)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
+  m.impl("layer_norm", layer_norm);
+  m.impl("layer_norm_backward", layer_norm_backward);
+  m.impl("add_layer_norm", add_layer_norm);
+  m.impl("add_layer_norm_backward", add_layer_norm_backward);
+}
+
+}  // namespace fastattn

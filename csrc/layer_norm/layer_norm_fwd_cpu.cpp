@@ -1,0 +1,173 @@
+// Forward layer norm and RMS norm on the CPU.
+// Work:    a thread takes neighbouring rows.
+// Memory:  a row is read from memory once; the second and third pass find it in the first-level cache (rows of more
+// than
+//          kBlock elements: in the cache that holds them).
+// Numbers: two passes, so that a large mean costs no accuracy: squares are summed about the mean, and what rounding
+// left
+//          of the sum about the mean corrects it. fp32 statistics (fp64 for fp64), combined over blocks in fp64.
+// Source:  Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983, eqs. 1.7 and 2.1.
+#include "common/parallel.h"
+#include "common/simd.h"
+#include "layer_norm/layer_norm.h"
+#include "layer_norm/row_ops.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+namespace {
+
+// 16 KiB of fp32: two passes over a block stay in any first-level cache.
+constexpr int64_t kBlock = 4096;
+// Fewer elements than this are not worth waking a thread.
+constexpr int64_t kElementsPerThread = 16384;
+
+enum class Affine { kNone, kWeight, kWeightBias };
+
+template <typename T>
+struct Statistics {
+  // The mean is center + correction: their sum is more exact than T holds.
+  T center, correction, rstd;
+};
+
+template <typename T, typename Element>
+FASTATTN_INLINE T sum_of_squares(const Element* x, int64_t n) {
+  Vec<T> sums[4] = {Vec<T>::zero(), Vec<T>::zero(), Vec<T>::zero(), Vec<T>::zero()};
+  for_each_vector_slotted<T, 4>(n, [&](auto slot, int64_t j, auto width) __attribute__((always_inline)) {
+    const Vec<T> value = load<T>(x + j, width);
+    sums[slot] = fma(value, value, sums[slot]);
+  });
+  return sum_of(sums).reduce_add();
+}
+
+template <typename T, typename Element>
+FASTATTN_INLINE T sum_of_values(const Element* x, int64_t n) {
+  Vec<T> sums[4] = {Vec<T>::zero(), Vec<T>::zero(), Vec<T>::zero(), Vec<T>::zero()};
+  for_each_vector_slotted<T, 4>(n, [&](auto slot, int64_t j, auto width) __attribute__((always_inline)) {
+    sums[slot] = sums[slot] + load<T>(x + j, width);
+  });
+  return sum_of(sums).reduce_add();
+}
+
+// Sums of (x - center) and of its square.
+template <typename T, typename Element>
+FASTATTN_INLINE void deviations(const Element* x, int64_t n, T center, T& sum, T& sum_squares) {
+  Vec<T> sums[4] = {Vec<T>::zero(), Vec<T>::zero(), Vec<T>::zero(), Vec<T>::zero()};
+  Vec<T> squares[4] = {Vec<T>::zero(), Vec<T>::zero(), Vec<T>::zero(), Vec<T>::zero()};
+  const Vec<T> about = Vec<T>::set1(center);
+  for_each_vector_slotted<T, 4>(n, [&](auto slot, int64_t j, auto width) __attribute__((always_inline)) {
+    const Vec<T> deviation = zero_past_end(load<T>(x + j, width) - about, width);
+    sums[slot] = sums[slot] + deviation;
+    squares[slot] = fma(deviation, deviation, squares[slot]);
+  });
+  sum = sum_of(sums).reduce_add();
+  sum_squares = sum_of(squares).reduce_add();
+}
+
+template <typename T, bool kRms, typename Element>
+FASTATTN_INLINE Statistics<T> row_statistics(const Element* x, int64_t n, double inverse_n, double eps) {
+  double mean = 0.0, squares = 0.0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t count = min_of(n - begin, kBlock);
+    if constexpr (kRms) {
+      squares += sum_of_squares<T>(x + begin, count);
+    } else {
+      const double inverse_count = count == n ? inverse_n : 1.0 / static_cast<double>(count);
+      const T center = static_cast<T>(sum_of_values<T>(x + begin, count) * inverse_count);
+      T rest, block_squares;
+      deviations(x + begin, count, center, rest, block_squares);
+      const double block_mean = center + rest * inverse_count;
+      const double about_mean = block_squares - rest * (rest * inverse_count);
+      if (begin == 0) {
+        mean = block_mean;
+        squares = about_mean;
+      } else {
+        const double seen = static_cast<double>(begin), total = static_cast<double>(begin + count);
+        const double delta = block_mean - mean;
+        mean += delta * (static_cast<double>(count) / total);
+        squares += about_mean + delta * delta * (seen * static_cast<double>(count) / total);
+      }
+    }
+  }
+  // Rounding may leave an equal row a variance just below 0; a comparison, unlike max, lets NaN through.
+  const double variance = squares * inverse_n;
+  const double rstd = 1.0 / __builtin_sqrt((variance < 0.0 ? 0.0 : variance) + eps);
+  const T center = static_cast<T>(mean);
+  return {center, static_cast<T>(mean - center), static_cast<T>(rstd)};
+}
+
+template <typename T, bool kRms, Affine kAffine, typename Element, typename OutElement>
+FASTATTN_INLINE void normalize_row(OutElement* out, const Element* x, int64_t n, const Statistics<T>& statistics,
+                                   const T* weight, const T* bias) {
+  const Vec<T> center = Vec<T>::set1(statistics.center), rstd = Vec<T>::set1(statistics.rstd);
+  const Vec<T> offset = Vec<T>::set1(-statistics.correction * statistics.rstd);
+  for_each_vector<T>(n, [&](int64_t j, auto width) __attribute__((always_inline)) {
+    Vec<T> value = load<T>(x + j, width);
+    if constexpr (kRms) {
+      value = value * rstd;
+    } else {
+      value = fma(value - center, rstd, offset);
+    }
+    if constexpr (kAffine == Affine::kWeight) value = value * load<T>(weight + j, width);
+    if constexpr (kAffine == Affine::kWeightBias)
+      value = fma(value, load<T>(weight + j, width), load<T>(bias + j, width));
+    store(value, out + j, width);
+  });
+}
+
+// new_residual = residual + dropout(input). The row is read again, rounded as it is stored, by what normalises it.
+template <typename Element, typename InputElement>
+FASTATTN_INLINE void add_row(const LayerNormParams& p, int64_t row) {
+  using T = StatisticsOf<Element>;
+  Element* sum = row_of<Element>(p.x, row);
+  const Element* residual = row_of<const Element>(p.residual, row);
+  const InputElement* input = row_of<const InputElement>(p.input, row);
+  if (p.dropout_p > 0.0) {
+    const Dropout dropout = make_dropout(p.dropout_p, p.rng_state);
+    for_each_dropped_vector<T>(p.cols, dropout, row,
+                               [&](int64_t j, auto width, auto drop) __attribute__((always_inline)) {
+                                 store(drop(load<T>(input + j, width)) + load<T>(residual + j, width), sum + j, width);
+                               });
+  } else {
+    for_each_vector<T>(p.cols, [&](int64_t j, auto width) __attribute__((always_inline)) {
+      store(load<T>(input + j, width) + load<T>(residual + j, width), sum + j, width);
+    });
+  }
+}
+
+template <typename Element, typename OutElement, bool kRms, Affine kAffine>
+void forward_rows(const LayerNormParams& p, int64_t begin, int64_t end) {
+  using T = StatisticsOf<Element>;
+  const double inverse_n = p.cols > 0 ? 1.0 / static_cast<double>(p.cols) : 0.0;
+  for (int64_t row = begin; row < end; ++row) {
+    if (p.residual.data != nullptr) add_row<Element, OutElement>(p, row);
+    const Element* x = row_of<const Element>(p.x, row);
+    const Statistics<T> statistics = row_statistics<T, kRms>(x, p.cols, inverse_n, p.eps);
+    if constexpr (!kRms) static_cast<T*>(p.mean)[row] = statistics.center;
+    static_cast<T*>(p.rstd)[row] = statistics.rstd;
+    normalize_row<T, kRms, kAffine>(row_of<OutElement>(p.out, row), x, p.cols, statistics,
+                                    static_cast<const T*>(p.weight), static_cast<const T*>(p.bias));
+  }
+}
+
+}  // namespace
+
+void layer_norm_fwd_cpu(const LayerNormParams& p) {
+  const int64_t grain = kElementsPerThread / max_of<int64_t>(p.cols, 1) + 1;
+  dispatch_elements(p.x_dtype, p.out_dtype, [&](auto x, auto out) __attribute__((always_inline)) {
+    using Element = typename decltype(x)::type;
+    using OutElement = typename decltype(out)::type;
+    void (*rows)(const LayerNormParams&, int64_t, int64_t);
+    if (p.rms) {
+      rows = p.weight == nullptr ? forward_rows<Element, OutElement, true, Affine::kNone>
+                                 : forward_rows<Element, OutElement, true, Affine::kWeight>;
+    } else {
+      rows = p.weight == nullptr ? forward_rows<Element, OutElement, false, Affine::kNone>
+             : p.bias == nullptr ? forward_rows<Element, OutElement, false, Affine::kWeight>
+                                 : forward_rows<Element, OutElement, false, Affine::kWeightBias>;
+    }
+    parallel_ranges(p.rows, grain, [&](int64_t begin, int64_t end) { rows(p, begin, end); });
+  });
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,235 @@
+"""Layer norm and RMS norm, and both fused with the residual addition before them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.dispatch import Kernel, register, select
+from fastattn.ops import layer_norm_compiled, layer_norm_eager
+
+
+class LayerNormCall(NamedTuple):
+    """A call of one of the four functions, its meaning checked."""
+
+    op: str
+    input: Tensor
+    residual: Tensor | None  # add_* only
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    dropout_p: float
+    normalized_dims: int
+    rms: bool
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Layer norm, ``(x - mean) / sqrt(variance + eps) * weight + bias`` over the last dims of ``input``.
+
+    Args:
+        input: (..., *normalized_shape), float32, float16, bfloat16 or float64. Rows at any stride are read where they
+            are; a last dim that is not contiguous is copied.
+        normalized_shape: the sizes of the last dims, over which mean and (biased) variance are taken.
+        weight, bias: ``normalized_shape``, any floating dtype: float32 parameters with 16-bit inputs are fine. Either
+            may be None.
+        eps: added to the variance.
+        backend: which kernel runs, see ``fastattn.use_backend``.
+    Returns: shape and dtype of ``input``, contiguous. Statistics are float32 (float64 for float64 inputs).
+    Raises: ValueError for shapes or devices that disagree; TypeError for dtypes that are not floating;
+        NotImplementedError, with the reason, if ``backend`` cannot run the inputs.
+    Source: Ba, Kiros, Hinton 2016 (arXiv:1607.06450).
+    """
+    call = _prepare_layer_norm(input, normalized_shape, weight, bias, eps)
+    return select("layer_norm", call, backend).run(call)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """RMS norm, ``x / sqrt(mean(x * x) + eps) * weight`` over the last dims of ``input``.
+
+    Args:
+        input, normalized_shape, weight, backend: as in :func:`layer_norm`.
+        eps: added to the mean square. None = the machine epsilon of the dtype that statistics have (float32, or float64
+            for float64 inputs), as ``torch.nn.functional.rms_norm`` has it.
+    Returns: shape and dtype of ``input``, contiguous.
+    Raises: as :func:`layer_norm`.
+    Source: Zhang, Sennrich 2019 (arXiv:1910.07467).
+    """
+    call = _prepare_rms_norm(input, normalized_shape, weight, eps)
+    return select("rms_norm", call, backend).run(call)
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The end of one Transformer sub-layer and the start of the next, in one pass over memory::
+
+        new_residual = residual + dropout(input)
+        output = layer_norm(new_residual, normalized_shape, weight, bias, eps)
+
+    Args:
+        input: (..., *normalized_shape), as in :func:`layer_norm`; what a sub-layer returned.
+        residual: shape and device of ``input``. Its dtype may differ: a float32 residual stream keeps its precision
+            through 16-bit sub-layers.
+        normalized_shape, weight, bias, eps, backend: as in :func:`layer_norm`.
+        dropout_p: probability that an element of ``input`` is dropped, the others being divided by ``1 - dropout_p``.
+            The seed comes from torch's generator, which is left alone when ``dropout_p`` is 0.
+    Returns: ``(output, new_residual)``, contiguous, shape of ``input``; ``output`` has the dtype of ``input``,
+        ``new_residual`` that of ``residual``. What is normalised is ``new_residual`` as it is returned, rounded.
+    Raises: as :func:`layer_norm`; ValueError for a ``dropout_p`` outside [0, 1].
+    """
+    call = _prepare_add_layer_norm(input, residual, normalized_shape, weight, bias, eps, dropout_p=dropout_p)
+    return select("add_layer_norm", call, backend).run(call)
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """:func:`add_layer_norm` with RMS norm::
+
+        new_residual = residual + dropout(input)
+        output = rms_norm(new_residual, normalized_shape, weight, eps)
+
+    Args, returns and raises: as :func:`add_layer_norm`, ``eps`` as in :func:`rms_norm`.
+    """
+    call = _prepare_add_rms_norm(input, residual, normalized_shape, weight, eps, dropout_p=dropout_p)
+    return select("add_rms_norm", call, backend).run(call)
+
+
+# --- What the arguments mean -----------------------------------------------------------------------------------------
+
+
+def _describe(shape: Sequence[int]) -> str:
+    return str(tuple(shape))
+
+
+def _check_norm(
+    op: str, input: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None, bias: Tensor | None
+) -> int:
+    """Checks what the four functions share; returns how many dims are normalised."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{op}: input must be a tensor, got {type(input).__name__}.")
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    dims = len(shape)
+    if dims == 0:
+        raise ValueError(f"{op}: normalized_shape is empty; it must name at least the last dim of input.")
+    if input.shape[-dims:] != shape:
+        raise ValueError(
+            f"{op}: normalized_shape is {_describe(shape)} but input is {_describe(input.shape)}; "
+            f"the last {dims} dim(s) of input must be equal to it."
+        )
+    if not input.is_floating_point():
+        raise TypeError(f"{op}: input must be floating, got {input.dtype}. Convert it, e.g. with input.float().")
+    if weight is not None:
+        _check_parameter(op, "weight", weight, shape, input)
+    if bias is not None:
+        _check_parameter(op, "bias", bias, shape, input)
+    return dims
+
+
+def _check_parameter(op: str, name: str, parameter: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
+    if not isinstance(parameter, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor or None, got {type(parameter).__name__}.")
+    if parameter.shape != shape:
+        raise ValueError(
+            f"{op}: {name} is {_describe(parameter.shape)} but normalized_shape is {_describe(shape)}; "
+            "they must be equal."
+        )
+    if not parameter.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floating, got {parameter.dtype}.")
+    if parameter.device != input.device:
+        raise ValueError(f"{op}: {name} is on {parameter.device} but input is on {input.device}; move one of them.")
+
+
+def _check_residual(op: str, input: Tensor, residual: Tensor, dropout_p: float) -> None:
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"{op}: residual must be a tensor, got {type(residual).__name__}.")
+    if residual.shape != input.shape:
+        raise ValueError(
+            f"{op}: residual is {_describe(residual.shape)} but input is {_describe(input.shape)}; they must be equal."
+        )
+    if not residual.is_floating_point():
+        raise TypeError(f"{op}: residual must be floating, got {residual.dtype}.")
+    if residual.device != input.device:
+        raise ValueError(f"{op}: residual is on {residual.device} but input is on {input.device}; move one of them.")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}.")
+
+
+def _rms_eps(eps: float | None, dtype: torch.dtype) -> float:
+    if eps is not None:
+        return eps
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+
+
+def _prepare_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5) -> LayerNormCall:
+    dims = _check_norm("layer_norm", input, normalized_shape, weight, bias)
+    return LayerNormCall("layer_norm", input, None, weight, bias, eps, 0.0, dims, False)
+
+
+def _prepare_rms_norm(input, normalized_shape, weight=None, eps=None) -> LayerNormCall:
+    dims = _check_norm("rms_norm", input, normalized_shape, weight, None)
+    return LayerNormCall("rms_norm", input, None, weight, None, _rms_eps(eps, input.dtype), 0.0, dims, True)
+
+
+def _prepare_add_layer_norm(
+    input, residual, normalized_shape, weight=None, bias=None, eps=1e-5, *, dropout_p=0.0
+) -> LayerNormCall:
+    dims = _check_norm("add_layer_norm", input, normalized_shape, weight, bias)
+    _check_residual("add_layer_norm", input, residual, dropout_p)
+    return LayerNormCall("add_layer_norm", input, residual, weight, bias, eps, dropout_p, dims, False)
+
+
+def _prepare_add_rms_norm(input, residual, normalized_shape, weight=None, eps=None, *, dropout_p=0.0) -> LayerNormCall:
+    dims = _check_norm("add_rms_norm", input, normalized_shape, weight, None)
+    _check_residual("add_rms_norm", input, residual, dropout_p)
+    eps = _rms_eps(eps, residual.dtype)
+    return LayerNormCall("add_rms_norm", input, residual, weight, None, eps, dropout_p, dims, True)
+
+
+# --- The table -------------------------------------------------------------------------------------------------------
+
+_NORM = (
+    Kernel("cpu", layer_norm_compiled.refuses_cpu, layer_norm_compiled.norm),
+    Kernel("eager", lambda call: None, layer_norm_eager.norm),
+)
+_ADD_NORM = (
+    Kernel("cpu", layer_norm_compiled.refuses_cpu, layer_norm_compiled.add_norm),
+    Kernel("eager", lambda call: None, layer_norm_eager.add_norm),
+)
+register("layer_norm", *_NORM, prepare=_prepare_layer_norm)
+register("rms_norm", *_NORM, prepare=_prepare_rms_norm)
+register("add_layer_norm", *_ADD_NORM, prepare=_prepare_add_layer_norm)
+register("add_rms_norm", *_ADD_NORM, prepare=_prepare_add_rms_norm)
