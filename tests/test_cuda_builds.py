@@ -30,7 +30,9 @@ def test_nvcc_compiles_without_warnings(source, architecture, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True)
     output = run.stdout + run.stderr
     assert run.returncode == 0, output
-    warnings = [line for line in output.splitlines() if re.search(r"warning|Potential Performance Loss", line, re.I)]
+    # nvcc notices some of the bugs that bugs_*.cu have on purpose: enum value 0 is the right kernel.
+    complaint = re.compile(r"warning|Potential Performance Loss(?!.*L3Bug[1-9])", re.I)
+    warnings = [line for line in output.splitlines() if complaint.search(line)]
     assert not warnings, "\n".join(warnings)
     if source in KERNELS:
         spills = [line for line in output.splitlines() if re.search(r"[1-9]\d* bytes spill", line)]
