@@ -11,6 +11,11 @@ import torch
 GEMM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
+def streams(flops: float, bytes_: float) -> bool:
+    """Whether a kernel does so little for each byte that only the speed of a copy, and no GEMM's, is its roof."""
+    return flops < 5 * bytes_
+
+
 @dataclass(frozen=True)
 class Peaks:
     """Best speeds seen. GEMMs in GFLOP/s (int8: Gop/s), copies in GB/s of bytes read plus bytes written."""
@@ -33,11 +38,10 @@ class Peaks:
 
     def percent(self, dtype: str, flops: float, bytes_: float, seconds: float) -> float:
         """How near the roofline a kernel came: 100 = as fast as the slower of arithmetic and memory allows."""
-        least = max(flops / self.flops(dtype), bytes_ / self.bandwidth(bytes_)) * 1e-9
-        return 100 * least / seconds
-
-    def memory_bound(self, dtype: str, flops: float, bytes_: float) -> bool:
-        return bytes_ / self.bandwidth(bytes_) > flops / self.flops(dtype)
+        least = bytes_ / self.bandwidth(bytes_)
+        if not streams(flops, bytes_):
+            least = max(least, flops / self.flops(dtype))
+        return 100 * least * 1e-9 / seconds
 
     def best_of(self, other: Peaks) -> Peaks:
         """The higher of two measurements, for a machine that others may have slowed during one of them."""

@@ -43,7 +43,6 @@ class Row:
     bytes: float = 0.0
     compute_dtype: str = "float32"
     percent_of_peak: float | None = None  # of the nearer roof
-    memory_bound: bool = False  # the nearer roof is the memory's
     error: float | None = None
     allowed: float | None = None
     foreign_cpus: float | None = None
@@ -70,8 +69,7 @@ class Row:
         if self.times is None or not (self.flops or self.bytes):
             return self
         work = self.compute_dtype, self.flops, self.bytes
-        percent = peaks.percent(*work, self.times.median_us * 1e-6)
-        return replace(self, percent_of_peak=percent, memory_bound=peaks.memory_bound(*work))
+        return replace(self, percent_of_peak=peaks.percent(*work, self.times.median_us * 1e-6))
 
     def as_dict(self) -> dict:
         row = asdict(self)

@@ -7,6 +7,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from bench.peaks import streams
 from bench.report import Run
 from bench.run import FAILED, OK, Peer, Row
 
@@ -31,10 +32,9 @@ def microseconds(value: float) -> str:
 
 
 def speed(row: Row) -> str:
-    """The rate that limits the row: arithmetic, or bytes where the machine's memory is the nearer roof."""
-    if row.memory_bound:
-        return f"{row.gigabytes_per_s:.3g} GB/s"
-    return f"{row.gflops:.0f} GF/s" if row.gflops >= 10 else f"{row.gflops:.1f} GF/s"
+    """Bytes a second for what streams, arithmetic for the rest."""
+    unit, value = ("GB/s", row.gigabytes_per_s) if streams(row.flops, row.bytes) else ("GF/s", row.gflops)
+    return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
 
 
 def header_lines(run: Run) -> list[tuple[str, str]]:

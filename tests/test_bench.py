@@ -196,7 +196,7 @@ def test_percent_of_peak_is_of_the_nearer_roof():
     assert peaks.percent("int8", flops=1e9, bytes_=10, seconds=0.02) == pytest.approx(12.5)
     assert peaks.percent("bfloat16", flops=1e9, bytes_=10, seconds=0.02) == pytest.approx(50)  # float32 is faster
     assert peaks.percent("float32", flops=1, bytes_=1e7, seconds=0.02) == pytest.approx(50)
-    assert peaks.memory_bound("float32", 1, 1e7) and not peaks.memory_bound("float32", 1e9, 10)
+    assert peaks.percent("float32", flops=2e7, bytes_=5e6, seconds=0.01) == pytest.approx(50)  # streams
 
 
 # --- Reports ---------------------------------------------------------------------------------------------------------
