@@ -1,5 +1,6 @@
 """Hand-written attention, layer norm and INT8 matmul kernels for PyTorch Transformers."""
 
+from fastattn.accelerate import accelerate, restore
 from fastattn.dispatch import available_backends, explain, use_backend
 from fastattn.modules import Int8Linear, LayerNorm, RMSNorm
 from fastattn.multi_head_attention import MultiHeadAttention
@@ -14,6 +15,7 @@ __all__ = [
     "LayerNorm",
     "MultiHeadAttention",
     "RMSNorm",
+    "accelerate",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
@@ -24,6 +26,7 @@ __all__ = [
     "int8_matmul",
     "layer_norm",
     "quantize_int8",
+    "restore",
     "rms_norm",
     "use_backend",
     "varlen_attention",

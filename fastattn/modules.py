@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastattn import dispatch
 from fastattn._extension import extension
+from fastattn._nested import nested_like, packed_tokens
 from fastattn.ops import int8_matmul as int8_ops
 from fastattn.ops import int8_matmul_compiled
 from fastattn.ops.layer_norm import layer_norm, rms_norm
@@ -84,6 +85,8 @@ class Int8Linear(nn.Module):
         return module
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            return nested_like(self.forward(packed_tokens(input)), input)
         if torch.compiler.is_compiling():
             # What was packed last; the op checks that it was made of this weight. An exported program has no cache.
             packed = None if torch.compiler.is_exporting() else self._packed
@@ -142,6 +145,8 @@ class LayerNorm(nn.LayerNorm):
     """``torch.nn.LayerNorm`` on fastattn's kernels: same arguments, parameters and ``state_dict``."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            return nested_like(self.forward(packed_tokens(input)), input)
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
@@ -149,4 +154,6 @@ class RMSNorm(nn.RMSNorm):
     """``torch.nn.RMSNorm`` on fastattn's kernels: same arguments, parameters and ``state_dict``."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_nested:
+            return nested_like(self.forward(packed_tokens(x)), x)
         return rms_norm(x, self.normalized_shape, self.weight, self.eps)
