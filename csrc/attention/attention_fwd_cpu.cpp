@@ -8,6 +8,8 @@
 #include <limits>
 
 #include "attention/attention.h"
+#include "attention/attention_decode_cpu.h"
+#include "attention/attention_finish_cpu.h"
 #include "attention/attention_pack_cpu.h"
 #include "attention/attention_scores_cpu.h"
 #include "attention/attention_tile_cpu.h"
@@ -123,14 +125,14 @@ struct Forward {
 
   void run_block(Workspace<T>& w, const HeadScores<T>& scores, int64_t batch, int64_t head, IndexRange range) {
     const int rows = static_cast<int>(range.end - range.begin);
-    const Element* q = element_at<Element>(p.q, batch, head) + range.begin * p.q.stride_row;
+    const Element* q = head_of<const Element>(p.q, batch, head) + range.begin * p.q.stride_row;
     pack_rows(w.q, depth, q, p.q.stride_row, rows, depth, scores.dot_factor);
     // The last register tile computes rows that do not exist.
     const int padded = (rows + kTileRows - 1) / kTileRows * kTileRows;
     for (int64_t i = int64_t{rows} * depth; i < int64_t{padded} * depth; ++i) w.q[i] = 0;
 
-    const Element* k = element_at<Element>(p.k, batch, head / group);
-    const Element* v = element_at<Element>(p.v, batch, head / group);
+    const Element* k = head_of<const Element>(p.k, batch, head / group);
+    const Element* v = head_of<const Element>(p.v, batch, head / group);
     const IndexRange seen = scores.band.keys_seen_by_any(range);
     bool first = true;
     for (int64_t tile = seen.begin / kTileKeys; tile * kTileKeys < seen.end; ++tile) {
@@ -159,11 +161,6 @@ struct Forward {
       first = false;
     }
     finish_rows(w, batch, head, range, !first);
-  }
-
-  template <typename E>
-  static FASTATTN_INLINE const E* element_at(const AttentionTensor& t, int64_t batch, int64_t head) {
-    return static_cast<const E*>(t.data) + batch * t.stride_batch + head * t.stride_head;
   }
 
   // Packs the tile unless that was done; returns its values, row after row of `columns`.
@@ -239,38 +236,11 @@ struct Forward {
   }
 
   void finish_rows(Workspace<T>& w, int64_t batch, int64_t head, IndexRange range, bool visited) {
-    T* lse = static_cast<T*>(p.lse) + (batch * p.heads + head) * p.seqlen_q;
-    Element* out = const_cast<Element*>(element_at<Element>(p.out, batch, head));
     for (int64_t row = range.begin; row < range.end; ++row) {
       const int64_t r = row - range.begin;
-      double largest = visited ? w.row_max[r] : -std::numeric_limits<double>::infinity();
-      double sum = visited ? V::load(w.row_sum + r * V::kLanes).reduce_add() : 0.0;
-      double factor = dropout.keep_scale;
-      // A row that saw nothing is 0, whatever the values hold.
-      const bool empty = sum == 0;
-      if (p.sinks) add_sink(static_cast<const T*>(p.sinks)[head], largest, sum, factor);
-      lse[row] = static_cast<T>(sum == 0 ? -std::numeric_limits<double>::infinity() : largest + __builtin_log(sum));
-      store_row(out + row * p.out.stride_row, w.out + r * columns, empty, static_cast<T>(factor / sum));
-    }
-  }
-
-  // One more logit without a value. The sums so far are scaled by e^largest.
-  static FASTATTN_INLINE void add_sink(double sink, double& largest, double& sum, double& factor) {
-    const double both = max_of(largest, sink);
-    if (both == -std::numeric_limits<double>::infinity()) return;
-    const double rescale = __builtin_exp(largest - both);
-    sum = sum * rescale + __builtin_exp(sink - both);
-    factor *= rescale;
-    largest = both;
-  }
-
-  FASTATTN_INLINE void store_row(Element* dst, const T* src, bool empty, T factor) const {
-    const V scale = V::set1(factor);
-    const int whole = static_cast<int>(p.head_dim_v) / V::kLanes * V::kLanes;
-    for (int c = 0; c < whole; c += V::kLanes) (empty ? V::zero() : V::load(src + c) * scale).store_as(dst + c);
-    if (whole < p.head_dim_v) {
-      const V tail = empty ? V::zero() : V::load(src + whole) * scale;
-      tail.store_as_partial(dst + whole, static_cast<int>(p.head_dim_v) - whole);
+      RowStatistics statistics;
+      if (visited) statistics = {w.row_max[r], V::load(w.row_sum + r * V::kLanes).reduce_add()};
+      finish_row<T, Element>(p, batch, head, row, statistics, dropout.keep_scale, w.out + r * columns);
     }
   }
 };
@@ -279,6 +249,7 @@ struct Forward {
 
 void attention_fwd_cpu(const AttentionParams& p) {
   if (p.batch == 0 || p.heads == 0 || p.seqlen_q == 0) return;
+  if (decode_suits(p)) return attention_decode_cpu(p);
   switch (p.dtype) {
     case DType::kFloat64:
       return Forward<double, double>(p).run();

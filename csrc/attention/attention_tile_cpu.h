@@ -145,8 +145,9 @@ __attribute__((noinline)) void add_score_terms(const RowBlock<T>& rows, const Ke
 }
 
 // out[r][0, kVecs vectors) (+)= sum over keys of p[r][key] * v[key]
-template <int kRows, int kVecs, typename T>
-FASTATTN_INLINE void value_tile(const T* p, const T* v, int64_t ld_v, int keys, T* out, int64_t ld_out, bool first) {
+template <int kRows, int kVecs, typename T, typename Element>
+FASTATTN_INLINE void value_tile(const T* p, const Element* v, int64_t ld_v, int keys, T* out, int64_t ld_out,
+                                bool first) {
   using V = Vec<T>;
   V acc[kRows][kVecs];
   unroll<kRows>(FASTATTN_LAMBDA(r) {
@@ -158,8 +159,8 @@ FASTATTN_INLINE void value_tile(const T* p, const T* v, int64_t ld_v, int keys, 
 }
 
 // Keys [key_begin, key_end) of the tile; v points at the tile's first key.
-template <int kRows, typename T>
-__attribute__((noinline)) void accumulate_values(const RowBlock<T>& rows, const T* v, int64_t ld_v, int key_begin,
+template <int kRows, typename T, typename Element>
+__attribute__((noinline)) void accumulate_values(const RowBlock<T>& rows, const Element* v, int64_t ld_v, int key_begin,
                                                  int key_end, bool first) {
   constexpr int kLanes = Vec<T>::kLanes;
   const T* p = rows.p + key_begin;

@@ -17,13 +17,14 @@ constexpr int kTileVecs = 2;
 #endif
 
 // acc[r][v] += sum over k < depth of a[r * a_row_stride + k * a_k_stride] * b[k * ldb + v * kLanes ...]
-// A is broadcast element by element (from L1 that is nearly free), B is read in vectors.
-template <int kRows, int kVecs, typename T>
+// A is broadcast element by element (from L1 that is nearly free), B is read in vectors, and converted if it is not of
+// T.
+template <int kRows, int kVecs, typename T, typename B>
 FASTATTN_INLINE void gemm_tile(Vec<T> (&acc)[kRows][kVecs], const T* a, int64_t a_row_stride, int64_t a_k_stride,
-                               const T* b, int64_t ldb, int depth) {
+                               const B* b, int64_t ldb, int depth) {
   for (int k = 0; k < depth; ++k) {
     Vec<T> b_row[kVecs];
-    unroll<kVecs>(FASTATTN_LAMBDA(v) { b_row[v] = Vec<T>::load(b + v * Vec<T>::kLanes); });
+    unroll<kVecs>(FASTATTN_LAMBDA(v) { b_row[v] = Vec<T>::load_as(b + v * Vec<T>::kLanes); });
     unroll<kRows>(FASTATTN_LAMBDA(r) {
       const Vec<T> a_value = Vec<T>::set1(a[r * a_row_stride]);
       unroll<kVecs>(FASTATTN_LAMBDA(v) { acc[r][v] = fma(a_value, b_row[v], acc[r][v]); });
