@@ -10,6 +10,8 @@ from fastattn.ops.int8_matmul import int8_linear, int8_matmul, quantize_int8
 from fastattn.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastattn.ops.varlen_attention import varlen_attention
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Int8Linear",
     "LayerNorm",

@@ -24,7 +24,7 @@ class Kernel:
 
     backend: str
     refuses: Callable[[Any], str | None]  # None = runs it, else the reason, without the backend's name
-    run: Callable[[Any], Any]
+    run: Callable[..., Any]
 
 
 # Filled by the modules in fastattn/ops, each of which ends with `register(op, ...)`: backends in order of preference.

@@ -122,5 +122,6 @@ def _weights(score: Tensor, lse: Tensor, rng_state: Tensor | None, dropout_p: fl
     weights = torch.exp(score - lse.masked_fill(lse == _NEGATIVE_INFINITY, 0.0)[..., None])
     if rng_state is None:
         return weights
-    kept = dropout_mask(rng_state, *score.shape, dropout_p)
+    batch, heads, seqlen_q, seqlen_k = score.shape
+    kept = dropout_mask(rng_state, batch, heads, seqlen_q, seqlen_k, dropout_p)
     return weights.masked_fill(~kept, 0.0) * (1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0)

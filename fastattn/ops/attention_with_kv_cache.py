@@ -270,13 +270,15 @@ def _rotate(x: Tensor, first: int | Tensor, rotary: tuple[Tensor, Tensor], inter
 @torch.no_grad()
 def _step(call: KvCacheCall, attend: Callable[[AttentionCall], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     query, key_cache, value_cache, new_key, new_value = call[:5]
+    lengths: Any = call.cache_seqlens
+    table = call.block_table
     batch, seqlen_q = query.shape[:2]
     new = 0 if new_key is None else new_key.shape[1]
     block_size, blocks = key_cache.shape[1], key_cache.shape[0]
-    paged, one_length = call.block_table is not None, not isinstance(call.cache_seqlens, Tensor)
-    capacity = call.block_table.shape[1] * block_size if paged else block_size
+    paged, one_length = table is not None, not isinstance(lengths, Tensor)
+    capacity = block_size if table is None else table.shape[1] * block_size
     positions = -1 if call.rotary is None else call.rotary[0].shape[0]
-    lengths, table, rotated = call.cache_seqlens, call.block_table, max(new, seqlen_q)
+    rotated = max(new, seqlen_q)
     if one_length:
         _check_length("attention_with_kv_cache", lengths, new, rotated, capacity, positions)
     if paged or not one_length:
@@ -288,7 +290,7 @@ def _step(call: KvCacheCall, attend: Callable[[AttentionCall], tuple[Tensor, Ten
         query = _rotate(query, lengths, call.rotary, call.rotary_interleaved)
         if new_key is not None:
             new_key = _rotate(new_key, lengths, call.rotary, call.rotary_interleaved)
-    if new_key is not None:
+    if new_key is not None and new_value is not None:
         _append(key_cache, new_key, lengths, table if paged else None)
         _append(value_cache, new_value, lengths, table if paged else None)
 

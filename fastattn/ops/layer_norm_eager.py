@@ -46,6 +46,7 @@ def norm(call: LayerNormCall) -> Tensor:
 def add_norm(call: LayerNormCall, rng_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``add_layer_norm`` and ``add_rms_norm``; draws ``rng_state`` if it has to drop and none is given."""
     input, residual = call.input, call.residual
+    assert residual is not None  # add_* calls have one
     dtype = _statistics_dtype(residual)
     added = input.to(dtype)
     if call.dropout_p > 0.0:

@@ -51,7 +51,7 @@ def dropout_mask(rng_state: Tensor, batch: int, heads: int, seqlen_q: int, seqle
     words = philox_4x32_10((group, row, batch_head, offset), (seed & _WORD, (seed >> 32) & _WORD))
 
     # (batch_head, row, block, t, word, half) -> columns in order: 8 * word + 2 * t + half of each block.
-    words = torch.stack(words, -1).expand(batch * heads, seqlen_q, 4 * blocks, 4)
-    halves = torch.stack((words & 0xFFFF, words >> 16), -1).view(batch, heads, seqlen_q, blocks, 4, 4, 2)
+    draws = torch.stack(words, -1).expand(batch * heads, seqlen_q, 4 * blocks, 4)
+    halves = torch.stack((draws & 0xFFFF, draws >> 16), -1).view(batch, heads, seqlen_q, blocks, 4, 4, 2)
     bits = halves.transpose(-3, -2).reshape(batch, heads, seqlen_q, 32 * blocks)[..., :seqlen_k]
     return bits >= int(dropout_p * 65536.0 + 0.5)
