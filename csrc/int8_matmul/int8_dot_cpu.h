@@ -142,9 +142,8 @@ void dot_tile(const Dot::A* a, const int8_t* b, int64_t groups, const int32_t* s
               int32_t* c) {
   constexpr int kChains = dot_chains(kRows);
   constexpr int kColumns = Dot::kTileVecs * Dot::kVecColumns;
-  // A whole tile keeps the multipliers busy; with few rows B streams through, and the prefetcher stops at each 4 KiB
-  // page.
-  constexpr int64_t kPrefetchBytes = kRows <= Dot::kTileRows / 2 ? 4096 : 0;
+  // B comes from L3 or memory the first time, in a stream that the hardware prefetcher leaves at each 4 KiB page.
+  constexpr int64_t kPrefetchBytes = 4096;
   for (int64_t column = 0; column < kPanelColumns; column += kColumns) {
     Dot::Vec acc[kChains][kRows][Dot::kTileVecs];
     unroll<kChains>(FASTATTN_LAMBDA(chain) {
@@ -156,10 +155,8 @@ void dot_tile(const Dot::A* a, const int8_t* b, int64_t groups, const int32_t* s
     int64_t group = 0;
     for (; group + kChains <= groups; group += kChains) {
       unroll<kChains>(FASTATTN_LAMBDA(chain) {
-        if constexpr (kPrefetchBytes > 0) {
-          __builtin_prefetch(b_group + kPrefetchBytes);
-          __builtin_prefetch(b_group + kPrefetchBytes + 64);
-        }
+        __builtin_prefetch(b_group + kPrefetchBytes);
+        __builtin_prefetch(b_group + kPrefetchBytes + 64);
         dot_step<kRows>(acc[chain], a_group, b_group);
         a_group += kPanelRowGroup;
         b_group += kPanelColumnGroup;

@@ -18,6 +18,35 @@ FASTATTN_INLINE uint32_t load_group(const int8_t* row, int64_t k, int64_t depth)
   return group;
 }
 
+#if defined(__AVX512F__)
+// Transposes 16 rows of 16 groups: group g of row r goes to target + g * kPanelColumnGroup + r * 4.
+inline void transpose_groups(const int8_t* rows, int64_t stride, int8_t* target) {
+  __m512i r[16], pairs[16], quads[16];
+  unroll<16>(FASTATTN_LAMBDA(i) { r[i] = _mm512_loadu_si512(rows + i * stride); });
+  unroll<8>(FASTATTN_LAMBDA(i) {
+    pairs[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    pairs[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  });
+  // 128-bit lane l of quads[4 * i + j] holds group 4 * l + j of rows 4 * i to 4 * i + 3.
+  unroll<4>(FASTATTN_LAMBDA(i) {
+    quads[4 * i] = _mm512_unpacklo_epi64(pairs[4 * i], pairs[4 * i + 2]);
+    quads[4 * i + 1] = _mm512_unpackhi_epi64(pairs[4 * i], pairs[4 * i + 2]);
+    quads[4 * i + 2] = _mm512_unpacklo_epi64(pairs[4 * i + 1], pairs[4 * i + 3]);
+    quads[4 * i + 3] = _mm512_unpackhi_epi64(pairs[4 * i + 1], pairs[4 * i + 3]);
+  });
+  unroll<4>(FASTATTN_LAMBDA(j) {
+    const __m512i even_low = _mm512_shuffle_i32x4(quads[j], quads[4 + j], 0x88);
+    const __m512i odd_low = _mm512_shuffle_i32x4(quads[j], quads[4 + j], 0xDD);
+    const __m512i even_high = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], 0x88);
+    const __m512i odd_high = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], 0xDD);
+    _mm512_storeu_si512(target + j * kPanelColumnGroup, _mm512_shuffle_i32x4(even_low, even_high, 0x88));
+    _mm512_storeu_si512(target + (4 + j) * kPanelColumnGroup, _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
+    _mm512_storeu_si512(target + (8 + j) * kPanelColumnGroup, _mm512_shuffle_i32x4(even_low, even_high, 0xDD));
+    _mm512_storeu_si512(target + (12 + j) * kPanelColumnGroup, _mm512_shuffle_i32x4(odd_low, odd_high, 0xDD));
+  });
+}
+#endif
+
 // panel[g][c][0..4) = b[c][4g..4g+4) for `columns` (1 to 32) rows of b, zero elsewhere.
 inline void pack_b_panel(const int8_t* b, int64_t stride_b, int64_t columns, int64_t depth, int8_t* panel) {
   const int64_t groups = int8_groups(depth);
@@ -25,10 +54,18 @@ inline void pack_b_panel(const int8_t* b, int64_t stride_b, int64_t columns, int
   constexpr int64_t kVisit = 16;
   for (int64_t first = 0; first < groups; first += kVisit) {
     const int64_t last = min_of(first + kVisit, groups);
+    int8_t* target = panel + first * kPanelColumnGroup;
+#if defined(__AVX512F__)
+    if (columns == kPanelColumns && (first + kVisit) * kGroupDepth <= depth) {
+      transpose_groups(b + first * kGroupDepth, stride_b, target);
+      transpose_groups(b + first * kGroupDepth + 16 * stride_b, stride_b, target + 64);
+      continue;
+    }
+#endif
     for (int64_t c = 0; c < kPanelColumns; ++c) {
       for (int64_t g = first; g < last; ++g) {
         const uint32_t group = c < columns ? load_group(b + c * stride_b, g * kGroupDepth, depth) : 0;
-        std::memcpy(panel + g * kPanelColumnGroup + c * kGroupDepth, &group, 4);
+        std::memcpy(target + (g - first) * kPanelColumnGroup + c * kGroupDepth, &group, 4);
       }
     }
   }
@@ -36,14 +73,24 @@ inline void pack_b_panel(const int8_t* b, int64_t stride_b, int64_t columns, int
 
 // -128 * sum over k of the panel, per column: undoes the 128 that is added to A for VNNI (see int8_dot_cpu.h).
 inline void panel_compensation(const int8_t* panel, int64_t depth, int32_t* compensation) {
-  uint32_t sums[kPanelColumns] = {};
-  for (int64_t g = 0; g < int8_groups(depth); ++g) {
-    for (int64_t c = 0; c < kPanelColumns; ++c) {
-      const int8_t* group = panel + g * kPanelColumnGroup + c * kGroupDepth;
-      sums[c] += static_cast<uint32_t>(group[0] + group[1] + group[2] + group[3]);
+  constexpr Dot::A kOnes[kGroupDepth] = {1, 1, 1, 1};
+  constexpr int64_t kColumns = Dot::kTileVecs * Dot::kVecColumns;
+  constexpr int32_t kFromZero[kColumns] = {};
+  const Dot::Vec one = Dot::broadcast_a(kOnes);
+  for (int64_t column = 0; column < kPanelColumns; column += kColumns) {
+    Dot::Vec sums[Dot::kTileVecs];
+    unroll<Dot::kTileVecs>(FASTATTN_LAMBDA(v) { sums[v] = Dot::zero(); });
+    for (int64_t g = 0; g < int8_groups(depth); ++g) {
+      const int8_t* group = panel + g * kPanelColumnGroup + column * kGroupDepth;
+      unroll<Dot::kTileVecs>(FASTATTN_LAMBDA(v) {
+        sums[v] = Dot::multiply_add(sums[v], one, Dot::load_b(group + v * Dot::kVecColumns * kGroupDepth));
+      });
     }
+    Dot::store(sums, kFromZero, compensation + column);
   }
-  for (int64_t c = 0; c < kPanelColumns; ++c) compensation[c] = static_cast<int32_t>(-128 * sums[c]);
+  for (int64_t c = 0; c < kPanelColumns; ++c) {
+    compensation[c] = static_cast<int32_t>(-128 * static_cast<uint32_t>(compensation[c]));
+  }
 }
 
 // panel[g][r][0..4) = a[r][4g..4g+4) as Dot::A, for `rows` (1 to kTileRows) rows of a.
