@@ -1,7 +1,7 @@
 """Whole kernels, right and with one synchronisation left out: the emulator must tell the two apart.
 
-Each bug is caught by every seed of the adversarial schedule, by an error or by numbers that are far off. The right kernels
-pass in every combination of schedule and asynchrony, so that a report means a defect.
+Each bug is caught by every seed of the adversarial schedule, by an error or by numbers that are far off. The right
+kernels pass in every combination of schedule and asynchrony, so that a report means a defect.
 """
 
 from __future__ import annotations

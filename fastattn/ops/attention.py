@@ -185,8 +185,9 @@ def run_eager(call: AttentionCall) -> tuple[Tensor, Tensor]:
 def run_weights_eager(call: AttentionCall, lse: Tensor, average_heads: bool) -> Tensor:
     with torch.autocast(call.query.device.type, enabled=False):
         return attention_weights_eager(
-            call.query, call.key, lse, call.attn_mask, call.alibi_slopes, call.rng_state, call.dropout_p, call.is_causal,
-            call.scale, call.window_left, call.window_right, call.bottom_right, call.softcap, average_heads,
+            call.query, call.key, lse, call.attn_mask, call.alibi_slopes, call.rng_state, call.dropout_p,
+            call.is_causal, call.scale, call.window_left, call.window_right, call.bottom_right, call.softcap,
+            average_heads,
         )  # fmt: skip
 
 
