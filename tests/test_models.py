@@ -1,11 +1,15 @@
 """Models against formulas written out from their papers, from the very weights that they load."""
 
+import copy
+import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import assert_as_accurate_as_eager
 
+import fastattn
 from models.bert import BertConfig, BertEncoder, convert_state_dict
 from models.minilm import SentenceEncoder, find_weights, mean_pool, tokenize
 
@@ -91,6 +95,29 @@ def test_padding_does_not_change_embeddings(minilm):
         torch.testing.assert_close(minilm(padded_ids, padded_mask), minilm(ids), rtol=0, atol=1e-6)
 
 
+@needs_minilm
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "alone"])
+def test_accelerated_minilm_is_as_accurate_as_torch(minilm, padded):
+    inputs = tokenize(SENTENCES) if padded else tokenize(SENTENCES[:1])[:1]
+    ours = fastattn.accelerate(copy.deepcopy(minilm))
+    assert any(isinstance(module, fastattn.MultiHeadAttention) for module in ours.modules())
+    with torch.no_grad():
+        reference = copy.deepcopy(minilm).double()(*inputs)
+        assert_as_accurate_as_eager(ours(*inputs), minilm(*inputs), reference)
+
+
+@needs_minilm
+def test_int8_minilm_keeps_the_direction_of_every_sentence(minilm):
+    inputs = tokenize(SENTENCES)
+    ours = fastattn.accelerate(copy.deepcopy(minilm), int8=True)
+    assert any(isinstance(module, fastattn.Int8Linear) for module in ours.modules())
+    with torch.no_grad():
+        cosine = F.cosine_similarity(ours(*inputs), minilm(*inputs))
+        alone = F.cosine_similarity(ours(*tokenize(SENTENCES[:1])), ours(*inputs)[:1])
+    assert cosine.min() > 0.99 and cosine.max() < 1 - 1e-6, "INT8 is near float32, and is not float32"
+    assert alone.item() > 1 - 1e-5, "each row has its scale: padding and neighbours change nothing"
+
+
 def test_mean_pool_ignores_what_padding_holds():
     hidden = torch.tensor([[[3.0, 0.0], [0.0, 4.0], [float("nan"), 9.0]]])
     pooled = mean_pool(hidden, torch.tensor([[1, 1, 0]]))
@@ -145,8 +172,6 @@ def test_convert_state_dict_names_a_missing_parameter():
     "change", [{"model_type": "roberta"}, {"position_embedding_type": "relative_key"}, {"hidden_act": "mish"}]
 )
 def test_config_rejects_other_models(tmp_path, change):
-    import json
-
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 16} | change))
     with pytest.raises(ValueError, match="BertConfig"):
         BertConfig.from_json(tmp_path / "config.json")
