@@ -252,6 +252,17 @@ def test_partly_swapped_encoder_calls_what_is_ours(swap, expected, padding, grad
     assert sorted(calls) == expected
 
 
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm, nn.Linear], ids=lambda kind: kind.__name__)
+def test_nested_input_is_computed_token_by_token(kind):
+    module = randomised(nn.Linear(EMBED, 9) if kind is nn.Linear else kind(EMBED))
+    fastattn.accelerate(module, int8=True)
+    sequences = [torch.randn(length, EMBED) for length in (3, 0, 5)]
+    out = module(torch.nested.nested_tensor(sequences))
+    assert out.is_nested
+    for actual, sequence in zip(out.unbind(), sequences, strict=True):
+        torch.testing.assert_close(actual, module(sequence), rtol=0, atol=0)
+
+
 def test_compiles_without_graph_breaks():
     model = fastattn.accelerate(make_encoder().eval())
     source = torch.randn(BATCH, SEQLEN_K, EMBED)
