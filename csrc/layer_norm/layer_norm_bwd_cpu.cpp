@@ -149,14 +149,15 @@ FASTATTN_INLINE T* block_sums(const LayerNormBwdParams& p, int64_t block) {
 template <typename Traits>
 void backward_block(const LayerNormBwdParams& p, int64_t block) {
   using T = typename Traits::T;
+  const int64_t begin = block * p.rows_per_block, end = min_of(begin + p.rows_per_block, p.rows);
+  const bool chunked = end - begin > kChunk;
   T *total = nullptr, *dweight = nullptr, *dbias = nullptr;
   if constexpr (Traits::kParamGrads) {
     total = block_sums<T>(p, block);
-    dweight = total + 2 * p.cols;
+    dweight = chunked ? total + 2 * p.cols : total;
     dbias = dweight + p.cols;
-    std::memset(total, 0, sizeof(T) * 4 * p.cols);
+    std::memset(total, 0, sizeof(T) * (chunked ? 4 : 2) * p.cols);
   }
-  const int64_t begin = block * p.rows_per_block, end = min_of(begin + p.rows_per_block, p.rows);
   for (int64_t row = begin, count = 0; row < end; row += count) {
     if (row + kGroup <= end) {
       count = kGroup;
@@ -170,7 +171,7 @@ void backward_block(const LayerNormBwdParams& p, int64_t block) {
     }
     if constexpr (Traits::kParamGrads) {
       const bool last = row + count == end;
-      if (last || (row + count - begin) % kChunk == 0) move_sums(total, dweight, 2 * p.cols);
+      if (chunked && (last || (row + count - begin) % kChunk == 0)) move_sums(total, dweight, 2 * p.cols);
     }
   }
 }

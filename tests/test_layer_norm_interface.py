@@ -1,0 +1,278 @@
+"""Norms under autograd, torch.compile and opcheck, as modules, and given what they cannot run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from layer_norm_cases import OPS, dtype_id, evaluate, make_inputs, needs_cpu
+
+import fastattn
+from fastattn.dispatch import TABLE, available_backends
+
+
+@pytest.fixture(params=[kernel.backend for kernel in TABLE["layer_norm"]])
+def backend(request: pytest.FixtureRequest) -> str:
+    reason = available_backends()[request.param]
+    if reason is not None:
+        pytest.skip(f"no {request.param} backend: {reason}")
+    return request.param
+
+
+# --- Autograd and the compiler ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,)], ids=["out", "new_residual"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("op", ["add_layer_norm", "add_rms_norm"])
+def test_one_of_two_outputs_is_used(op, dropout_p, wanted, backend):
+    inputs = make_inputs(op, (6, 97), torch.float32)
+    options = {"dropout_p": dropout_p, "wanted": wanted}
+    actual, expected = (evaluate(op, inputs, each, **options) for each in (backend, "eager"))
+    for name in ("dinput", "dresidual"):
+        torch.testing.assert_close(actual[name], expected[name])
+
+
+@pytest.mark.parametrize("names", [("input",), ("weight",), ("bias",), ("weight", "bias"), ("input", "bias")], ids=str)
+def test_only_some_inputs_require_grad(names, backend):
+    inputs = make_inputs("add_layer_norm", (6, 97), torch.float32)
+    expected = evaluate("add_layer_norm", inputs, "eager", wanted=(0,))
+    leaves = {name: t.clone().requires_grad_(name in names) for name, t in inputs.items()}
+    torch.manual_seed(8)
+    out, _ = fastattn.add_layer_norm(normalized_shape=97, backend=backend, **leaves)
+    generator = torch.Generator().manual_seed(8)
+    out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64).float())
+    for name, leaf in leaves.items():
+        if name in names:
+            torch.testing.assert_close(leaf.grad, expected[f"d{name}"], rtol=1e-4, atol=1e-5)
+        else:
+            assert leaf.grad is None
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("affine", ["none", "bias", "weight bias"])
+def test_gradcheck(op, affine, backend):
+    inputs = {n: t.requires_grad_() for n, t in make_inputs(op, (5, 7), torch.float64, affine=affine).items()}
+
+    def function(*tensors):
+        torch.manual_seed(0)
+        options = {"dropout_p": 0.3} if op.startswith("add") else {}
+        return getattr(fastattn, op)(
+            normalized_shape=7, backend=backend, **dict(zip(inputs, tensors, strict=True)), **options
+        )
+
+    assert torch.autograd.gradcheck(function, tuple(inputs.values()))
+    if backend == "eager":
+        assert torch.autograd.gradgradcheck(function, tuple(inputs.values()), fast_mode=True)
+
+
+@needs_cpu
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_of_gradients_are_refused(op):
+    inputs = {n: t.requires_grad_() for n, t in make_inputs(op, (5, 7), torch.float32).items()}
+    outputs = getattr(fastattn, op)(normalized_shape=7, backend="cpu", **inputs)
+    out = outputs[0] if isinstance(outputs, tuple) else outputs
+    (dinput,) = torch.autograd.grad(out.square().sum(), inputs["input"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="do not compute gradients of gradients"):
+        dinput.square().sum().backward()
+
+
+@needs_cpu
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_opcheck(dtype, rms):
+    x, dout = (torch.randn(3, 5, 65).to(dtype).requires_grad_() for _ in range(2))
+    residual = torch.randn(3, 5, 65).requires_grad_()
+    weight = torch.randn(65).requires_grad_()
+    bias = None if rms else torch.randn(65).to(dtype).requires_grad_()
+    rng_state = torch.tensor([5, 6])
+    ops = torch.ops.fastattn
+    torch.library.opcheck(ops.layer_norm.default, (x, weight, bias, 1, 1e-5, rms))
+    torch.library.opcheck(ops.layer_norm.default, (x, None, None, 1, 1e-5, rms))
+    torch.library.opcheck(ops.add_layer_norm.default, (x, residual, weight, bias, rng_state, 0.3, 1, 1e-5, rms))
+    torch.library.opcheck(ops.add_layer_norm.default, (x, x, weight, bias, None, 0.0, 1, 1e-5, rms))
+    # The backward ops have no gradient of their own: they are checked on inputs that require none.
+    x, dout, residual, weight = x.detach(), dout.detach(), residual.detach(), weight.detach()
+    bias_dtype = None if rms else dtype
+    _, mean, rstd = ops.layer_norm.default(x, weight, None, 1, 1e-5, rms)
+    for needs in ((True, not rms), (False, False)):
+        torch.library.opcheck(
+            ops.layer_norm_backward.default, (dout, x, mean, rstd, weight, 1, rms, *needs, bias_dtype)
+        )
+        for rng, dropout_p in ((rng_state, 0.3), (None, 0.0)):
+            torch.library.opcheck(
+                ops.add_layer_norm_backward.default,
+                (dout, residual, residual, mean, rstd, weight, rng, dropout_p, 1, rms, *needs, bias_dtype, dtype),
+            )
+    torch.library.opcheck(
+        ops.add_layer_norm_backward.default,
+        (dout, None, x, mean, rstd, weight, None, 0.0, 1, rms, True, False, bias_dtype, dtype),
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_without_a_graph_break(op, dynamic, backend):
+    torch.compiler.reset()
+
+    def make_leaves(rows):
+        inputs = make_inputs(op, (rows, 4, 65), torch.float32, normalized_dims=2)
+        return {name: t.requires_grad_() for name, t in inputs.items()}
+
+    def function(tensors):
+        outputs = getattr(fastattn, op)(normalized_shape=(4, 65), backend=backend, **tensors)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in (3, 6):
+        leaves = make_leaves(rows)
+        results = []
+        for each in (function, compiled):
+            outputs = each(leaves)
+            results.append([*outputs, *torch.autograd.grad([o.square().sum() for o in outputs], leaves.values())])
+        torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("normalized_dims", [1, 2])
+def test_gradients_of_both_inputs_have_memory_of_their_own(normalized_dims, backend):
+    inputs = make_inputs("add_layer_norm", (6, 4, 65), torch.float32, normalized_dims=normalized_dims)
+    leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+    for _ in range(2):  # The second backward adds to the gradients in place.
+        outputs = fastattn.add_layer_norm(normalized_shape=(4, 65)[2 - normalized_dims :], backend=backend, **leaves)
+        losses = [o.square().sum() for o in outputs]
+        expected = torch.autograd.grad(losses, leaves.values(), retain_graph=True)
+        torch.autograd.backward(losses)
+    for leaf, once in zip(leaves.values(), expected, strict=True):
+        torch.testing.assert_close(leaf.grad, 2 * once)
+
+
+@needs_cpu
+def test_compiles_with_dropout():
+    inputs = make_inputs("add_layer_norm", (6, 65), torch.float32)
+
+    def function(tensors):
+        return fastattn.add_layer_norm(normalized_shape=65, dropout_p=0.5, **tensors)
+
+    out, new_residual = torch.compile(function, fullgraph=True)(inputs)
+    dropped = (new_residual == inputs["residual"]).float().mean()
+    assert 0.3 < dropped < 0.7
+    torch.testing.assert_close(out, F.layer_norm(new_residual, (65,), inputs["weight"], inputs["bias"]))
+
+
+# --- Modules ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [(65,), ((5, 13), 1e-3), (65, 1e-5, False)], ids=str)
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_modules_are_those_of_torch(name, arguments):
+    ours, theirs = getattr(fastattn, name)(*arguments), getattr(torch.nn, name)(*arguments)
+    assert [(n, p.shape) for n, p in ours.named_parameters()] == [(n, p.shape) for n, p in theirs.named_parameters()]
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_()
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert repr(ours) == repr(theirs)
+    x = torch.randn(4, *theirs.normalized_shape)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_layer_norm_module_without_bias_in_half():
+    ours, theirs = fastattn.LayerNorm(65, bias=False), torch.nn.LayerNorm(65, bias=False)
+    x = torch.randn(4, 65).bfloat16()
+    torch.testing.assert_close(ours.bfloat16()(x), theirs.bfloat16()(x))
+    assert torch.compile(ours, fullgraph=True, backend="aot_eager")(x).dtype == torch.bfloat16
+
+
+# --- Refusals and errors ---------------------------------------------------------------------------------------------
+
+
+@needs_cpu
+def test_auto_takes_the_cpu_kernel_and_explains_itself():
+    x = torch.randn(4, 65)
+    for op in OPS:
+        tensors = {"input": x, "residual": x} if op.startswith("add") else {"input": x}
+        assert fastattn.explain(getattr(fastattn, op), normalized_shape=65, **tensors).startswith(f"{op}: cpu runs")
+    assert "cpu       no: input is on meta" in fastattn.explain("layer_norm", x.to("meta"), 65)
+    with pytest.raises(NotImplementedError, match="layer_norm: backend 'cpu' cannot run this: input is on meta"):
+        fastattn.layer_norm(x.to("meta"), 65, backend="cpu")
+
+
+X = torch.zeros(4, 65)
+BAD = {
+    "wrong normalized_shape": (ValueError, r"normalized_shape is \(64,\) but input is \(4, 65\)", (X, 64), {}),
+    "more dims than input has": (ValueError, r"normalized_shape is \(1, 4, 65\) but input", (X, (1, 4, 65)), {}),
+    "empty normalized_shape": (ValueError, "normalized_shape is empty", (X, ()), {}),
+    "scalar input": (ValueError, r"but input is \(\)", (torch.zeros(()), 1), {}),
+    "integer input": (TypeError, r"input must be floating, got torch\.int64", (X.long(), 65), {}),
+    "no tensor": (TypeError, "input must be a tensor, got list", ([1.0], 1), {}),
+    "long weight": (ValueError, r"weight is \(66,\) but normalized_shape is \(65,\)", (X, 65, torch.zeros(66)), {}),
+    "integer weight": (TypeError, r"weight must be floating, got torch\.int64", (X, 65, torch.zeros(65).long()), {}),
+    "weight elsewhere": (ValueError, "weight is on meta but input is on cpu", (X, 65, torch.zeros(65).to("meta")), {}),
+    "weight no tensor": (TypeError, "weight must be a tensor or None, got float", (X, 65, 1.0), {}),
+    "unknown backend": (ValueError, "backend must be 'auto' or one of", (X, 65), {"backend": "gpu"}),
+}  # fmt: skip
+BAD_BIAS = {
+    "short bias": (ValueError, r"bias is \(64,\) but normalized_shape is \(65,\)", (X, 65, None, torch.zeros(64)), {}),
+}
+BAD_ADD = {
+    "residual of another shape": (ValueError, r"residual is \(65,\) but input is \(4, 65\)", (X, X[0], 65), {}),
+    "integer residual": (TypeError, "residual must be floating", (X, X.long(), 65), {}),
+    "residual elsewhere": (ValueError, "residual is on meta but input is on cpu", (X, X.to("meta"), 65), {}),
+    "residual no tensor": (TypeError, "residual must be a tensor, got NoneType", (X, None, 65), {}),
+    "dropout above 1": (ValueError, r"dropout_p must be in \[0, 1\], got 1.5", (X, X, 65), {"dropout_p": 1.5}),
+    "dropout not a number": (ValueError, "dropout_p must be in", (X, X, 65), {"dropout_p": float("nan")}),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+def test_rejects(op, case):
+    error, message, arguments, options = BAD[case]
+    with pytest.raises(error, match=message):
+        getattr(fastattn, op)(*arguments, **options)
+
+
+@pytest.mark.parametrize("case", BAD_BIAS)
+def test_rejects_bias(case):
+    error, message, arguments, options = BAD_BIAS[case]
+    with pytest.raises(error, match=f"layer_norm: {message}"):
+        fastattn.layer_norm(*arguments, **options)
+
+
+@pytest.mark.parametrize("case", BAD_ADD)
+@pytest.mark.parametrize("op", ["add_layer_norm", "add_rms_norm"])
+def test_rejects_with_residual(op, case):
+    error, message, arguments, options = BAD_ADD[case]
+    with pytest.raises(error, match=f"{op}: {message}"):
+        getattr(fastattn, op)(*arguments, **options)
+
+
+@needs_cpu
+def test_ops_check_what_memory_safety_needs():
+    ops, x, short = torch.ops.fastattn, torch.zeros(4, 65), torch.zeros(4, 64)
+    forward, backward, add = ops.layer_norm, ops.layer_norm_backward, ops.add_layer_norm
+    weight, rstd = torch.zeros(65), torch.zeros(4)
+    bad = [
+        (ValueError, "normalized_dims must be", forward, (torch.zeros(()), None, None, 1, 1e-5, False)),
+        (ValueError, "normalized_dims must be", forward, (x, None, None, 3, 1e-5, False)),
+        (ValueError, "normalized_dims must be", forward, (x, None, None, 0, 1e-5, False)),
+        (ValueError, "weight must be", forward, (x, weight, None, 2, 1e-5, False)),
+        (TypeError, "not float32", forward, (x.long(), None, None, 1, 1e-5, False)),
+        (ValueError, "weight must be", forward, (x, weight[:64], None, 1, 1e-5, False)),
+        (ValueError, "bias must be", forward, (x, None, weight[:64], 1, 1e-5, False)),
+        (ValueError, "no bias", forward, (x, None, weight, 1, 1e-5, True)),
+        (ValueError, "residual must be", add, (x, short, None, None, None, 0.0, 1, 1e-5, False)),
+        (ValueError, "needs rng_state", add, (x, x, None, None, None, 0.5, 1, 1e-5, False)),
+        (ValueError, "rng_state must", add, (x, x, None, None, torch.zeros(1).long(), 0.5, 1, 0.1, True)),
+        (NotImplementedError, "take a residual", add, (x, x.half(), None, None, None, 0.0, 1, 1e-5, False)),
+        (ValueError, "dout must be", backward, (short, x, rstd, rstd, None, 1, False, False, False, None)),
+        (ValueError, "rstd must be", backward, (x, x, rstd, rstd[:3], None, 1, False, False, False, None)),
+        (ValueError, "mean must be", backward, (x, x, rstd[:3], rstd, None, 1, False, False, False, None)),
+        (TypeError, "rstd must be", backward, (x, x, rstd, rstd.half(), None, 1, True, False, False, None)),
+        (ValueError, "dweight needs", backward, (x, x, rstd, rstd, None, 1, False, True, False, None)),
+        (ValueError, "dbias needs", backward, (x, x, rstd, rstd, None, 1, False, False, True, None)),
+    ]  # fmt: skip
+    for error, message, op, arguments in bad:
+        with pytest.raises(error, match=message):
+            op(*arguments)
