@@ -79,11 +79,12 @@ def _cotangents(out: Tensor, lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
 
 
 def _roundings(case: Case, inputs: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
-    """What a kernel that recomputes probabilities rounds in float32 and eager does not, for each gradient.
+    """What a kernel that recomputes probabilities rounds in float32 and eager does not, for each result.
 
     Its dS = P * (dP - D) is a difference of two dot products over head_dim_v, dP = dout.v and D = dout.out, and cancels
     exactly for a row with one key; eager subtracts a sum of the same dP. The other part is the sum over rows, tiles or
-    heads, whose order is the kernel's own: a random walk of half an ulp a step.
+    heads, whose order is the kernel's own: a random walk of half an ulp a step. Third, P = exp2(s * log2e - lse * log2e) is
+    as exact as its exponents, of the lse's size, and the lse changes its base once.
     """
     dtype = torch.float64 if inputs["query"].dtype == torch.float64 else torch.float32
     dout, _ = _cotangents(reference["out"], reference["lse"], inputs["query"].dtype)
@@ -100,8 +101,12 @@ def _roundings(case: Case, inputs: dict[str, Tensor], reference: dict[str, Tenso
         elements = gradient.numel() / (gradient.shape[-1] if gradient.dim() == 4 else 1)
         return case.batch * case.heads * case.seqlen_q * case.seqlen_k / max(elements, 1)
 
-    return {
-        name: factors.get(name, 1.0) * ds + 0.5 * summed(gradient) ** 0.5 * ulp(_largest(gradient), dtype)
+    lse = reference["lse"][reference["lse"].isfinite()]
+    probability = 4 * ulp(1.5 * _largest(lse), dtype)
+    return {"lse": probability, "out": ulp(_largest(value), dtype)} | {
+        name: factors.get(name, 1.0) * (ds + probability * dp)
+        + probability * _largest(dout)
+        + 0.5 * summed(gradient) ** 0.5 * ulp(_largest(gradient), dtype)
         for name, gradient in reference.items()
         if name.startswith("d")
     }
@@ -128,7 +133,7 @@ def check(case: Case, dtype: torch.dtype, backend: str, inputs: dict[str, Tensor
                 result, eager[name], reference[name], name, terms=1.0, dtype=dtype, rounding=roundings[name]
             )
         else:
-            assert_as_accurate_as_eager(result, eager[name], reference[name], name)
+            assert_as_accurate_as_eager(result, eager[name], reference[name], name, rounding=roundings[name])
     return actual
 
 

@@ -80,8 +80,12 @@ def attention_eager(
     if sinks is not None:
         sink = sinks.to(score.dtype)[:, None, None].expand(*score.shape[:-1], 1)
         logits = torch.cat((score, sink), dim=-1)
-    lse = _log_sum_exp(logits)
-    weights = _weights(score, lse, rng_state, dropout_p)
+    # A row of -inf has neither a softmax nor a gradient: it is computed as a row of 0 and then overwritten.
+    empty = (logits == _NEGATIVE_INFINITY).all(dim=-1, keepdim=True)
+    logits = logits.masked_fill(empty, 0.0)
+    lse = torch.logsumexp(logits, dim=-1).masked_fill(empty.squeeze(-1), _NEGATIVE_INFINITY)
+    weights = torch.softmax(logits, dim=-1)[..., : score.shape[-1]].masked_fill(empty, 0.0)
+    weights = _dropout(weights, rng_state, dropout_p)
     value = value.to(score.dtype).repeat_interleave(query.shape[1] // max(value.shape[1], 1), dim=1)
     return (weights @ value).to(query.dtype), lse
 
@@ -106,22 +110,15 @@ def attention_weights_eager(
     score = scores(
         query, key, attn_mask, alibi_slopes, is_causal, scale, window_left, window_right, bottom_right, softcap
     )
-    weights = _weights(score, lse, rng_state, dropout_p)
+    # A row with lse = -inf has only -inf scores: taking 0 for its lse gives exp(-inf) = 0 instead of NaN.
+    weights = torch.exp(score - lse.masked_fill(lse == _NEGATIVE_INFINITY, 0.0)[..., None])
+    weights = _dropout(weights, rng_state, dropout_p)
     return (weights.mean(dim=1) if average_heads else weights).to(query.dtype)
 
 
-def _log_sum_exp(logits: Tensor) -> Tensor:
-    """-inf, with gradient 0, for a row whose logits are all -inf."""
-    empty = (logits == _NEGATIVE_INFINITY).all(dim=-1, keepdim=True)
-    lse = torch.logsumexp(logits.masked_fill(empty, 0.0), dim=-1)
-    return lse.masked_fill(empty.squeeze(-1), _NEGATIVE_INFINITY)
-
-
-def _weights(score: Tensor, lse: Tensor, rng_state: Tensor | None, dropout_p: float) -> Tensor:
-    # A row with lse = -inf has only -inf scores: taking 0 for its lse gives exp(-inf) = 0 instead of NaN.
-    weights = torch.exp(score - lse.masked_fill(lse == _NEGATIVE_INFINITY, 0.0)[..., None])
+def _dropout(weights: Tensor, rng_state: Tensor | None, dropout_p: float) -> Tensor:
     if rng_state is None:
         return weights
-    batch, heads, seqlen_q, seqlen_k = score.shape
+    batch, heads, seqlen_q, seqlen_k = weights.shape
     kept = dropout_mask(rng_state, batch, heads, seqlen_q, seqlen_k, dropout_p)
     return weights.masked_fill(~kept, 0.0) * (1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0)
