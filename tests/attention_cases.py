@@ -82,9 +82,9 @@ def _roundings(case: Case, inputs: dict[str, Tensor], reference: dict[str, Tenso
     """What a kernel that recomputes probabilities rounds in float32 and eager does not, for each result.
 
     Its dS = P * (dP - D) is a difference of two dot products over head_dim_v, dP = dout.v and D = dout.out, and cancels
-    exactly for a row with one key; eager subtracts a sum of the same dP. The other part is the sum over rows, tiles or
-    heads, whose order is the kernel's own: a random walk of half an ulp a step. Third, P = exp2(s * log2e - lse * log2e) is
-    as exact as its exponents, of the lse's size, and the lse changes its base once.
+    exactly for a row with one key; eager subtracts a sum of the same dP. Second, the sum over rows, tiles or heads, in
+    the kernel's own order: a random walk of half an ulp a step. Third, P = exp2(s * log2e - lse * log2e) is as exact
+    as its exponents, of the size of the lse, and the lse changes its base once.
     """
     dtype = torch.float64 if inputs["query"].dtype == torch.float64 else torch.float32
     dout, _ = _cotangents(reference["out"], reference["lse"], inputs["query"].dtype)
