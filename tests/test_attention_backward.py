@@ -37,14 +37,20 @@ ORDER_CASES = {
     "one_head_causal": Case(batch=1, heads=1, seqlen_q=300, seqlen_k=300, options={"is_causal": True}),
     "three_heads": Case(batch=1, heads=3, seqlen_q=150, seqlen_k=270, options={"dropout_p": 0.2}),
     "one_kv_head": Case(batch=1, heads=4, heads_kv=1, seqlen_q=150, seqlen_k=270, head_dim_v=24),
-    # Many (batch, head) add to one place of the mask's gradient.
-    "shared_mask": Case(batch=3, heads=4, seqlen_q=70, seqlen_k=131, tensors={"attn_mask": _bias("q", "k")}),
+    # Many (batch, head) add to one place of the mask's gradient; long enough for threads to meet there.
+    "shared_mask": Case(
+        batch=3, heads=4, seqlen_q=300, seqlen_k=500, tensors={"attn_mask": lambda case: torch.randn(300, 500)}
+    ),
     "shared_mask_causal": Case(
-        batch=3, heads=4, seqlen_q=70, seqlen_k=131, options={"is_causal": True},
-        tensors={"attn_mask": _bias("1", "heads", "q", "k")},
+        batch=6,
+        heads=2,
+        seqlen_q=300,
+        seqlen_k=500,
+        options={"is_causal": True},
+        tensors={"attn_mask": lambda case: torch.randn(1, 2, 300, 500)},
     ),
     "shared_mask_one_head": Case(
-        batch=3, heads=1, seqlen_q=70, seqlen_k=131, tensors={"attn_mask": _bias("1", "1", "q", "k")}
+        batch=3, heads=1, seqlen_q=300, seqlen_k=500, tensors={"attn_mask": lambda case: torch.randn(1, 1, 300, 500)}
     ),
     "mask_per_query": Case(batch=1, heads=1, seqlen_q=70, seqlen_k=331, tensors={"attn_mask": _bias("q", "1")}),
     "mask_per_key": Case(batch=3, heads=1, seqlen_q=270, seqlen_k=131, tensors={"attn_mask": _bias("k")}),

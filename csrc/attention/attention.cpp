@@ -70,13 +70,20 @@ Tensor with_contiguous_rows(const Tensor& tensor) {
   return tensor.stride(-1) == 1 || tensor.size(-1) <= 1 ? tensor : tensor.contiguous();
 }
 
+// Memory that a kernel is about to write whole.
+Tensor empty_output(at::IntArrayRef shape, const at::TensorOptions& options) {
+  Tensor output = at::empty(shape, options);
+  advise_huge_pages(output.data_ptr(), static_cast<int64_t>(output.nbytes()));
+  return output;
+}
+
 // Heads inside rows if `like` has them so: then transpose(1, 2).reshape(batch, seqlen, heads * head_dim) is free.
 Tensor empty_rows(const Tensor& like, int64_t head_dim) {
   const int64_t batch = like.size(0), heads = like.size(1), seqlen = like.size(2);
   if (like.stride(1) < like.stride(2)) {
-    return at::empty({batch, seqlen, heads, head_dim}, like.options()).transpose(1, 2);
+    return empty_output({batch, seqlen, heads, head_dim}, like.options()).transpose(1, 2);
   }
-  return at::empty({batch, heads, seqlen, head_dim}, like.options());
+  return empty_output({batch, heads, seqlen, head_dim}, like.options());
 }
 
 AttentionTensor operand(const Tensor& tensor) {
@@ -206,7 +213,6 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor& query, const Tensor& key,
   const Tensor lse = at::empty({p.batch, p.heads, p.seqlen_q}, query.options().dtype(statistics_dtype(query)));
   p.out = operand(out);
   p.lse = lse.data_ptr();
-  advise_huge_pages(out.data_ptr(), static_cast<int64_t>(out.nbytes()));
   if (lse.numel() > 0) FASTATTN_CPU_DISPATCH(attention_fwd_cpu, p);
   return {out, lse};
 }
@@ -250,7 +256,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
   if (need_dmask) {
     TORCH_CHECK_VALUE(attn_mask.has_value() && attn_mask->is_floating_point(),
                       "attention: need_dmask needs a floating attn_mask.");
-    dmask = at::empty(attn_mask->sizes(), query.options().dtype(statistics));
+    dmask = empty_output(attn_mask->sizes(), query.options().dtype(statistics));
     const Tensor expanded = dmask.expand({p.batch, p.heads, p.seqlen_q, p.seqlen_k});
     p.dmask = dmask.data_ptr();
     p.stride_dmask_batch = expanded.stride(0), p.stride_dmask_head = expanded.stride(1);
@@ -288,8 +294,8 @@ Tensor attention_weights_cpu(const Tensor& query, const Tensor& key, const Tenso
   p.lse = lse_rows.data_ptr();
   p.average_heads = average_heads;
 
-  const Tensor weights = average_heads ? at::empty({p.batch, p.seqlen_q, p.seqlen_k}, query.options())
-                                       : at::empty({p.batch, p.heads, p.seqlen_q, p.seqlen_k}, query.options());
+  const Tensor weights = average_heads ? empty_output({p.batch, p.seqlen_q, p.seqlen_k}, query.options())
+                                       : empty_output({p.batch, p.heads, p.seqlen_q, p.seqlen_k}, query.options());
   p.weights = weights.data_ptr();
   if (p.heads == 0) {
     weights.zero_();
