@@ -14,6 +14,7 @@ from torch.nn.parameter import Parameter
 from fastattn._nested import nested_like, packed_tokens, pad_tokens, token_positions
 from fastattn.dispatch import BACKENDS
 from fastattn.ops.attention import attention, attention_and_weights
+from fastattn.ops.attention_checks import autocast_is_on
 
 
 class MultiHeadAttention(nn.MultiheadAttention):
@@ -218,7 +219,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
     def _in_projection(self, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
         """The projected query, key and value, in as few matmuls as their being the same tensor allows."""
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
-        if query.dtype != weight.dtype and not torch.is_autocast_enabled(query.device.type):
+        if query.dtype != weight.dtype and not autocast_is_on(query.device):
             raise TypeError(
                 f"MultiHeadAttention: query is {query.dtype} but the module's weights are {weight.dtype}; they must be "
                 "equal. Convert one of them with .to(dtype), or use torch.autocast."

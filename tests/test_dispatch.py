@@ -182,3 +182,10 @@ def test_available_backends_names_all_of_them():
     assert tuple(reasons) == dispatch.BACKENDS
     assert reasons["eager"] is None
     assert all(reason is None or reason for reason in reasons.values())
+
+
+def test_meta_tensors_give_shapes():
+    query = torch.empty(1, 2, 5, 8, device="meta")
+    assert fastattn.attention(query, query, query).shape == query.shape
+    module = fastattn.MultiHeadAttention(8, 2, device="meta")
+    assert module(query[0], query[0], query[0])[0].shape == (2, 5, 8)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastattn import dispatch
@@ -178,12 +177,12 @@ def _is_multiple(heads: int, heads_kv: int) -> bool:
 
 def run_eager(call: AttentionCall) -> tuple[Tensor, Tensor]:
     # Under autocast the products in float32 would be rounded to 16 bits.
-    with torch.autocast(call.query.device.type, enabled=False):
+    with checks.without_autocast(call.query.device):
         return attention_eager(*call)
 
 
 def run_weights_eager(call: AttentionCall, lse: Tensor, average_heads: bool) -> Tensor:
-    with torch.autocast(call.query.device.type, enabled=False):
+    with checks.without_autocast(call.query.device):
         return attention_weights_eager(
             call.query, call.key, lse, call.attn_mask, call.alibi_slopes, call.rng_state, call.dropout_p,
             call.is_causal, call.scale, call.window_left, call.window_right, call.bottom_right, call.softcap,

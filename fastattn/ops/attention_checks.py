@@ -6,10 +6,21 @@ Every call pays for the checks, so they are quick comparisons; what is wrong is 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+
+def autocast_is_on(device: torch.device) -> bool:
+    """``torch.is_autocast_enabled`` raises for devices that have no autocast, such as meta."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which torch.autocast rounds no product to 16 bits."""
+    return torch.autocast(device.type, enabled=False) if autocast_is_on(device) else nullcontext()
 
 
 def operands(op: str, query: Any, key: Any, value: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -17,7 +28,7 @@ def operands(op: str, query: Any, key: Any, value: Any) -> tuple[Tensor, Tensor,
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         name, other = next((n, x) for n, x in _named(query, key, value) if not isinstance(x, Tensor))
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(other).__name__}.")
-    if torch.is_autocast_enabled(query.device.type):
+    if autocast_is_on(query.device):
         query, key, value = _autocast(query), _autocast(key), _autocast(value)
     if not (query.dtype == key.dtype == value.dtype and query.device == key.device == value.device):
         _raise_mixed(op, query, key, value)

@@ -118,7 +118,7 @@ def _prepare(
     return_lse: bool = False,
 ) -> KvCacheCall:
     op = "attention_with_kv_cache"
-    if torch.is_autocast_enabled(query.device.type):
+    if checks.autocast_is_on(query.device):
         raise NotImplementedError(f"{op}: it writes into caches of a fixed dtype; call it outside torch.autocast.")
     checks.operands(op, query, key_cache, value_cache)
     checks.heads_and_dims(op, query, key_cache, value_cache, "(batch, seqlen, heads, head_dim)", heads_dim=2)
