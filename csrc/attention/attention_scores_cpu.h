@@ -121,8 +121,10 @@ struct HeadScores {
     }
   }
 
-  // Adds ALiBi and the additive mask to rows [row0, row0 + rows) x [key0, key0 + 64).
+  // Adds ALiBi and the additive mask to rows [row0, row0 + rows) x [key0, key0 + 64). Rows that only fill up a register
+  // tile, past seqlen_q, are left alone: the mask ends before them.
   FASTATTN_INLINE void add_terms(T* scores, int64_t ld, int64_t row0, int rows, int64_t key0) const {
+    rows = static_cast<int>(min_of<int64_t>(rows, band.seqlen_q - row0));
     if (alibi_slope != 0) add_alibi(scores, ld, row0, rows, key0);
     if (additive_mask == nullptr) return;
     switch (additive_dtype) {
