@@ -44,8 +44,10 @@ format: $(VENV)/.installed  ## rewrites the sources in the house style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-sanitize: build  ## runs the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: build  ## runs the kernel tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 	VENV=$(VENV) tests/run_sanitized.sh $(ARGS)
+	VENV=$(VENV) tests/run_sanitized_emulator.sh address
+	VENV=$(VENV) tests/run_sanitized_emulator.sh thread
 
 clean:  ## removes what was built, keeps .venv
 	rm -rf build *.egg-info fastattn/_C*.so fastattn/_build_report.json $(VENV)/.built

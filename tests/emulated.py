@@ -32,6 +32,16 @@ HOST_FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fno-strict-aliasing", "-ffp
 NVCC_FLAGS = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr"]
 
 
+# (flags of the runtime, flags of the kernels, link flags), chosen by tests/run_sanitized_emulator.sh. ThreadSanitizer
+# instruments the kernels only; the runtime tells it what the kernels' instructions do (csrc/emulator/sanitizers.h).
+_ADDRESS = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+_SANITIZERS = {
+    "none": ([], [], []),
+    "address": (_ADDRESS, _ADDRESS, _ADDRESS),
+    "thread": (["-DFASTATTN_EMULATOR_TSAN=1"], ["-O1", "-fsanitize=thread"], ["-fsanitize=thread"]),
+}
+
+
 class Schedule(IntEnum):
     IN_ORDER = 0
     UNIFORM = 1
@@ -141,24 +151,31 @@ def _ninja(directory: Path, text: str) -> None:
         if not file.exists() or file.read_text() != text:
             file.write_text(text)
         ninja = shutil.which("ninja") or str(Path(sysconfig.get_path("scripts")) / "ninja")
-        run = subprocess.run([ninja, "-C", str(directory)], capture_output=True, text=True)
+        environment = {
+            name: value for name, value in os.environ.items() if name != "LD_PRELOAD"
+        }  # a sanitizer's runtime
+        run = subprocess.run([ninja, "-C", str(directory)], capture_output=True, text=True, env=environment)
         if run.returncode != 0:
             raise RuntimeError(f"building {directory.relative_to(ROOT)} failed:\n{run.stdout}{run.stderr}")
 
 
-def _ninja_text(compiler: str, flags: Sequence[str], link_flags: Sequence[str], sources: Sequence[Path], output: str,
-                source_kind: str) -> str:  # fmt: skip
-    objects = [f"{source.parent.name}_{source.name}.o" for source in sources]
+def _ninja_text(
+    compiler: str, units: Sequence[tuple[Path, Sequence[str]]], link_flags: Sequence[str], output: str
+) -> str:
+    """A ninja file that compiles each (source, flags) and links them into a shared library."""
     lines = [
         "rule compile",
-        f"  command = {compiler} {' '.join(flags)} -MMD -MF $out.d {source_kind} -c $in -o $out",
+        f"  command = {compiler} $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {compiler} {' '.join(link_flags)} $in -o $out",
-        *(f"build {target}: compile {source}" for target, source in zip(objects, sources, strict=True)),
-        f"build {output}: link {' '.join(objects)}",
+        f"  command = {compiler} -shared $in -o $out {' '.join(link_flags)}",
     ]
+    objects = []
+    for source, flags in units:
+        objects.append(f"{source.parent.name}_{source.name}.o")
+        lines += [f"build {objects[-1]}: compile {source}", f"  flags = {' '.join(flags)}"]
+    lines.append(f"build {output}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
@@ -172,11 +189,16 @@ def emulated_library() -> EmulatedLibrary:
     compiler = host_compiler()
     if compiler is None:
         raise RuntimeError("no C++ compiler on PATH")
-    sources = [*sorted((ROOT / "csrc" / "emulator").glob("*.cpp")), *sorted(PTX_TESTS.glob("*.cu"))]
+    variant = os.environ.get("FASTATTN_TEST_SANITIZER", "none")
+    runtime_flags, kernel_flags, link_flags = _SANITIZERS[variant]
+    runtime = sorted((ROOT / "csrc" / "emulator").glob("*.cpp"))
+    kernels = sorted(PTX_TESTS.glob("*.cu"))
+    units = [(source, [*HOST_FLAGS, *runtime_flags]) for source in runtime]
+    units += [(source, [*HOST_FLAGS, *kernel_flags, "-x", "c++"]) for source in kernels]
     name = "libfastattn_emulated.so"
-    text = _ninja_text(compiler, HOST_FLAGS, ["-shared", "-pthread"], sources, name, "-x c++")
-    _ninja(BUILD / "host", text)
-    return EmulatedLibrary(BUILD / "host" / name)
+    directory = BUILD / f"host-{variant}"
+    _ninja(directory, _ninja_text(compiler, units, ["-pthread", *link_flags], name))
+    return EmulatedLibrary(directory / name)
 
 
 @cache
@@ -186,5 +208,5 @@ def device_library(source: Path) -> KernelLibrary:
     architecture = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
     flags = [*NVCC_FLAGS, "-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
     name = f"lib{source.stem}.so"
-    _ninja(BUILD / f"device_{source.stem}", _ninja_text("nvcc", flags, ["-shared"], [source], name, ""))
+    _ninja(BUILD / f"device_{source.stem}", _ninja_text("nvcc", [(source, flags)], [], name))
     return KernelLibrary(BUILD / f"device_{source.stem}" / name, "cuda")

@@ -59,7 +59,7 @@ class BlockRunner {
   }
 
   ~BlockRunner() {
-    for (Thread& thread : block_.threads) release_fiber(thread.fiber);
+    for (Thread& thread : block_.threads) release_fiber(thread.fiber, !thread.done);
   }
 
   std::string run(uint3 index, uint64_t seed) {

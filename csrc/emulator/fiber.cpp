@@ -123,11 +123,11 @@ void enter_fiber([[maybe_unused]] Fiber& os_thread) {
 #endif
 }
 
-void release_fiber(Fiber& fiber) {
+void release_fiber(Fiber& fiber, [[maybe_unused]] bool abandoned) {
   free_context(fiber.stack_pointer);
   fiber.stack_pointer = nullptr;
 #if defined(FASTATTN_EMULATOR_TSAN)
-  if (fiber.stack != nullptr) __tsan_destroy_fiber(fiber.tsan_fiber);
+  if (fiber.stack != nullptr && !abandoned) __tsan_destroy_fiber(fiber.tsan_fiber);
   fiber.tsan_fiber = nullptr;
 #endif
 }

@@ -26,6 +26,7 @@ void switch_fiber(Fiber& from, Fiber& to, bool from_is_finished);
 // To be called first in an entry function; `os_thread` learns the bounds of its stack (AddressSanitizer asks for them).
 void enter_fiber(Fiber& os_thread);
 
-void release_fiber(Fiber& fiber);
+// `abandoned` if it was left in the middle of something: ThreadSanitizer would complain about what it had open.
+void release_fiber(Fiber& fiber, bool abandoned);
 
 }  // namespace fastattn::emu

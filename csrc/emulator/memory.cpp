@@ -74,7 +74,7 @@ void* static_shared(const void* key, size_t bytes, size_t alignment, Site site) 
     fail(site, "static shared memory exceeds the emulator's %zu bytes; use dynamic shared memory", kStaticSharedBytes);
   }
   block.static_slots.push_back({key, block.shared + start, bytes});
-  asan_unpoison(block.shared + start, bytes);
+  asan_unpoison(block.shared + start, bytes + kRedZoneBytes);
   block.static_bytes = start + bytes;
   std::memset(block.shared + block.static_bytes, kRedZoneByte, kRedZoneBytes);
   asan_poison(block.shared + block.static_bytes, kRedZoneBytes);

@@ -195,11 +195,11 @@ Rendezvous* enter_collective(uint32_t mask, const Site& site, void* argument, bo
 void leave_collective(Rendezvous& rendezvous, bool orders_memory);
 
 template <typename Argument, typename Execute>
-void collective(uint32_t mask, const Site& site, Argument& argument, Execute&& execute) {
+void collective(uint32_t mask, const Site& site, Argument& argument, Execute&& execute, bool orders_memory = false) {
   const IgnoreScope hidden;
-  if (Rendezvous* meeting = enter_collective(mask, site, &argument, false)) {
+  if (Rendezvous* meeting = enter_collective(mask, site, &argument, orders_memory)) {
     execute(reinterpret_cast<Argument**>(meeting->arguments), meeting->mask);
-    leave_collective(*meeting, false);
+    leave_collective(*meeting, orders_memory);
   }
 }
 

@@ -24,8 +24,9 @@ namespace fastattn::emu {
 #if defined(FASTATTN_EMULATOR_TSAN)
 inline void tsan_release(void* object) { __tsan_release(object); }
 inline void tsan_acquire(void* object) { __tsan_acquire(object); }
-inline void tsan_read(const void* begin, size_t bytes) { __tsan_read_range(const_cast<void*>(begin), bytes); }
-inline void tsan_write(void* begin, size_t bytes) { __tsan_write_range(begin, bytes); }
+// What an instruction of the running thread reads and writes; seen also from within an IgnoreScope.
+void tsan_read(const void* begin, size_t bytes);
+void tsan_write(void* begin, size_t bytes);
 
 // Hides the runtime's own memory traffic. Nests; a fiber that is abandoned inside one calls close_ignore_scopes.
 void close_ignore_scopes();

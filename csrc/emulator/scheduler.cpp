@@ -40,6 +40,19 @@ IgnoreScope::~IgnoreScope() {
 void close_ignore_scopes() {
   for (; current_view->ignore_scopes > 0; --current_view->ignore_scopes) end_ignore();
 }
+template <typename Access>
+static void seen(Access&& access) {
+  const int scopes = current_view->ignore_scopes;
+  for (int i = 0; i < scopes; ++i) end_ignore();
+  access();
+  for (int i = 0; i < scopes; ++i) begin_ignore();
+}
+void tsan_read(const void* begin, size_t bytes) {
+  seen([&] { __tsan_read_range(const_cast<void*>(begin), bytes); });
+}
+void tsan_write(void* begin, size_t bytes) {
+  seen([&] { __tsan_write_range(begin, bytes); });
+}
 #endif
 
 std::string site_text(const Site& site) {

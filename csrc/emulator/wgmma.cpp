@@ -258,12 +258,14 @@ void wgmma_commit_group(Site site) {
 
 void wgmma_wait_group(int groups_in_flight, Site site) {
   char nothing = 0;
-  collective(kFullMask, site, nothing, [=](char**, uint32_t) {
+  const auto finish = [=](char**, uint32_t) {
     Warp& warp = *current_thread().warp;
     while (!warp.wgmmas.empty() && warp.wgmmas.front()->group < warp.wgmma_group - groups_in_flight) {
       finish_oldest(warp);
     }
-  });
+  };
+  constexpr bool kOrdersMemory = true;  // any lane may then hand the tiles back
+  collective(kFullMask, site, nothing, finish, kOrdersMemory);
 }
 
 void check_wgmmas_done(Thread& thread) {
