@@ -51,14 +51,15 @@ __attribute__((noinline)) void gemm_strip(T* c, int64_t ldc, const T* a, int64_t
                                           const T* b, int64_t ldb, int depth, bool accumulate) {
   using V = Vec<T>;
   V acc[kRows][kVecs];
+  unroll<kRows>(FASTATTN_LAMBDA(r) { unroll<kVecs>(FASTATTN_LAMBDA(v) { acc[r][v] = V::zero(); }); });
+  gemm_tile(acc, a, a_row_stride, a_k_stride, b, ldb, depth);
+  // Each tile's terms are summed from zero and then added: rounding grows with the square roots of 64 and of the number
+  // of tiles, where one running sum over all keys would grow with that of their product.
   if (accumulate) {
     unroll<kRows>(FASTATTN_LAMBDA(r) {
-      unroll<kVecs>(FASTATTN_LAMBDA(v) { acc[r][v] = V::load(c + r * ldc + v * V::kLanes); });
+      unroll<kVecs>(FASTATTN_LAMBDA(v) { acc[r][v] = acc[r][v] + V::load(c + r * ldc + v * V::kLanes); });
     });
-  } else {
-    unroll<kRows>(FASTATTN_LAMBDA(r) { unroll<kVecs>(FASTATTN_LAMBDA(v) { acc[r][v] = V::zero(); }); });
   }
-  gemm_tile(acc, a, a_row_stride, a_k_stride, b, ldb, depth);
   unroll<kRows>(
       FASTATTN_LAMBDA(r) { unroll<kVecs>(FASTATTN_LAMBDA(v) { acc[r][v].store(c + r * ldc + v * V::kLanes); }); });
 }
