@@ -11,14 +11,15 @@ TORCH_LIBRARY(fastattn, m) {
   // seqlen_k), bool (true = attend) or floating; alibi_slopes (heads,) or (batch, heads) fp32; sinks (heads,).
   // rng_state (2,) int64 = (seed, offset), given iff dropout_p > 0. window_left, window_right: -1 = unlimited.
   // Returns out (batch, heads, seqlen_q, head_dim_v) and lse (batch, heads, seqlen_q), fp32 (fp64 for fp64 inputs).
-  // lse is contiguous. out takes the layout of query: if query.stride(1) < query.stride(2), it is the transpose(1, 2) of a
-  // contiguous (batch, seqlen_q, heads, head_dim_v), else contiguous. dq, dk, dv follow query, key, value in the same way.
+  // lse is contiguous. out takes the layout of query: if query.stride(1) < query.stride(2), it is the transpose(1, 2)
+  // of a contiguous (batch, seqlen_q, heads, head_dim_v), else contiguous. dq, dk, dv follow query, key, value in the
+  // same way.
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, "
       "Tensor? rng_state, float dropout_p, bool is_causal, float scale, SymInt window_left, SymInt window_right, "
       "bool bottom_right, float softcap) -> (Tensor out, Tensor lse)");
-  // dlse may be absent (= 0). dmask has the shape and dtype of attn_mask, dsinks those of sinks, both contiguous; they have
-  // shape (0,) unless need_dmask, need_dsinks. Itself not differentiable: its backward raises NotImplementedError.
+  // dlse may be absent (= 0). dmask has the shape and dtype of attn_mask, dsinks those of sinks, both contiguous; they
+  // have shape (0,) unless need_dmask, need_dsinks. Itself not differentiable: its backward raises NotImplementedError.
   m.def(
       "attention_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
       "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_state, float dropout_p, bool is_causal, "
@@ -32,9 +33,9 @@ TORCH_LIBRARY(fastattn, m) {
       "bool bottom_right, float softcap, bool average_heads) -> Tensor");
 
   // --- layer_norm ---
-  // Normalises the last normalized_dims dims of input together, a row of them at a time; rows at any stride, their elements
-  // contiguous. weight and bias have the shape of a row. rms = no mean, no bias.
-  // mean (absent for rms: no elements) and rstd have the leading dims, fp32 (fp64 for fp64 inputs).
+  // Normalises the last normalized_dims dims of input together, a row of them at a time; rows at any stride, their
+  // elements contiguous. weight and bias have the shape of a row. rms = no mean, no bias. mean (absent for rms: no
+  // elements) and rstd have the leading dims, fp32 (fp64 for fp64 inputs).
   m.def(
       "layer_norm(Tensor input, Tensor? weight, Tensor? bias, int normalized_dims, float eps, bool rms) -> "
       "(Tensor out, Tensor mean, Tensor rstd)");

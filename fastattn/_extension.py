@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -21,3 +22,6 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 extension, missing_reason = _load()
+if missing_reason is not None:
+    # Once, at import: whoever installed without kernels should not have to find out by a profile.
+    warnings.warn(f"fastattn runs on PyTorch alone (backend 'eager'): {missing_reason}.", stacklevel=2)

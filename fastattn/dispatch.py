@@ -45,11 +45,6 @@ def register(op: str, *kernels: Kernel, prepare: Callable[..., Any]) -> None:
     _PREPARE[op] = prepare
 
 
-def not_written(op: str) -> Callable[[Any], str | None]:
-    """The refusal of a backend that has no kernel for ``op``."""
-    return lambda call: f"it has no {op} kernel yet"
-
-
 # --- Which backends this machine can run -----------------------------------------------------------------------------
 
 

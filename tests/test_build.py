@@ -18,11 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 needs_extension = pytest.mark.skipif(_extension.extension is None, reason=str(_extension.missing_reason))
 
 
-def run_python(code: str, cwd: Path) -> str:
+def run_python(code: str, cwd: Path, stream: str = "stdout") -> str:
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
-    return result.stdout
+    return getattr(result, stream)
 
 
 def copy_package(target: Path) -> None:
@@ -76,6 +76,8 @@ fastattn.int8_linear(q, *fastattn.quantize_int8(torch.randn(3, 8)))
 print(fastattn.available_backends()["cpu"])
 print(fastattn.explain("attention", q, q, q))
 """
+    warning = "fastattn runs on PyTorch alone (backend 'eager'): the compiled extension is missing: no compiler"
+    assert warning in run_python("import fastattn", tmp_path, "stderr")
     printed = run_python(code, tmp_path)
     assert "the compiled extension is missing: no compiler" in printed.splitlines()[0]
     assert "eager" in printed
