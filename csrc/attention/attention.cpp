@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/check.h"
 #include "common/memory.h"
 
 namespace fastattn {
@@ -15,23 +16,6 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-DType kernel_dtype(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kDouble:
-      return DType::kFloat64;
-    case at::kBool:
-      return DType::kBool;
-    default:
-      TORCH_CHECK_TYPE(false, "attention: dtype ", type, " is not float32, bfloat16, float16 or float64.");
-  }
-}
 
 // Scores, statistics and everything accumulated: double for double inputs, else float.
 at::ScalarType statistics_dtype(const Tensor& query) {
@@ -48,8 +32,7 @@ void check_tensor(const char* name, const Tensor& tensor, at::ScalarType dtype, 
 }
 
 void check_qkv(const Tensor& query, const Tensor& key, const Tensor& value) {
-  kernel_dtype(query.scalar_type());
-  TORCH_CHECK_TYPE(query.scalar_type() != at::kBool, "attention: query must be floating, got bool.");
+  kernel_dtype("attention", query.scalar_type());
   TORCH_CHECK_VALUE(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
                     "attention: query, key and value must have 4 dims (batch, heads, seqlen, head_dim), got ",
                     query.sizes(), ", ", key.sizes(), ", ", value.sizes(), ".");
@@ -134,7 +117,7 @@ struct Scoring {
 // Checks the operands that scores are made of and fills everything but value, out and lse.
 Operands fill_scores(AttentionParams& p, const Tensor& query, const Tensor& key, const OptionalTensor& attn_mask,
                      const OptionalTensor& alibi_slopes, const OptionalTensor& rng_state, const Scoring& scoring) {
-  p.dtype = kernel_dtype(query.scalar_type());
+  p.dtype = kernel_dtype("attention", query.scalar_type());
   p.batch = query.size(0), p.heads = query.size(1), p.heads_kv = key.size(1);
   p.seqlen_q = query.size(2), p.seqlen_k = key.size(2), p.head_dim = query.size(3);
 
@@ -157,7 +140,7 @@ Operands fill_scores(AttentionParams& p, const Tensor& query, const Tensor& key,
     // An empty mask has no storage; the kernel must still know that there is one.
     static const char no_elements = 0;
     p.mask = {mask.numel() > 0 ? mask.data_ptr() : &no_elements,
-              kernel_dtype(mask.scalar_type()),
+              mask.scalar_type() == at::kBool ? DType::kBool : kernel_dtype("attention", mask.scalar_type()),
               mask.stride(0),
               mask.stride(1),
               mask.stride(2),

@@ -9,6 +9,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/check.h"
 #include "common/memory.h"
 
 namespace fastattn {
@@ -16,21 +17,6 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-DType kernel_dtype(const char* op, at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kDouble:
-      return DType::kFloat64;
-    default:
-      TORCH_CHECK_TYPE(false, op, ": dtype ", type, " is not float32, bfloat16, float16 or float64.");
-  }
-}
 
 at::ScalarType statistics_dtype(at::ScalarType x) { return x == at::kDouble ? at::kDouble : at::kFloat; }
 
