@@ -18,8 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 needs_extension = pytest.mark.skipif(_extension.extension is None, reason=str(_extension.missing_reason))
 
 
+# An editable installation finds fastattn._C for any package called fastattn; the tests mean the package in `cwd` alone.
+ONLY_HERE = 'import sys; sys.meta_path = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]\n'
+
+
 def run_python(code: str, cwd: Path, stream: str = "stdout") -> str:
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-c", ONLY_HERE + code]
     result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     return getattr(result, stream)
