@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-# The suite spends its time in many small tests: one process a core. Their threads share the cores, so none may spin.
+# The suite spends its time in many small tests: one process a core.
 JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 
 .PHONY: help build test bench lint format sanitize clean
@@ -28,7 +28,7 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 build: $(VENV)/.built  ## makes .venv and builds the extension in place
 
 test: build  ## runs every test (ARGS="tests/test_attention.py -k causal" for a part)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 bench: build  ## checks and times every kernel against PyTorch (ARGS="attention --quick" for a part)
 	$(BIN)/python -m bench $(ARGS)

@@ -45,6 +45,11 @@ def register(op: str, *kernels: Kernel, prepare: Callable[..., Any]) -> None:
     _PREPARE[op] = prepare
 
 
+def never_refuses(call: Any) -> None:
+    """The ``refuses`` of eager."""
+    return None
+
+
 # --- Which backends this machine can run -----------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.dispatch import Kernel, select
+from fastattn.dispatch import Kernel, never_refuses, select
 from fastattn.ops import attention_checks as checks
 from fastattn.ops import attention_compiled as compiled
 from fastattn.ops.attention_eager import attention_eager, attention_weights_eager
@@ -188,10 +188,6 @@ def run_weights_eager(call: AttentionCall, lse: Tensor, average_heads: bool) -> 
             call.is_causal, call.scale, call.window_left, call.window_right, call.bottom_right, call.softcap,
             average_heads,
         )  # fmt: skip
-
-
-def never_refuses(call: Any) -> None:
-    return None
 
 
 def _prepare(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.dispatch import Kernel, select
+from fastattn.dispatch import Kernel, never_refuses, select
 from fastattn.ops import attention_checks as checks
-from fastattn.ops.attention import AttentionCall, never_refuses, run_eager
+from fastattn.ops.attention import AttentionCall, run_eager
 from fastattn.ops.attention_compiled import refuses_cpu, run_cpu
 from fastattn.ops.varlen_attention import with_diagonals
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.dispatch import Kernel
+from fastattn.dispatch import Kernel, never_refuses
 from fastattn.ops import int8_matmul_compiled as compiled
 from fastattn.ops import int8_matmul_eager as eager
 
@@ -230,25 +230,21 @@ def _prepare_linear(
 # --- Backends --------------------------------------------------------------------------------------------------------
 
 
-def _never(call: object) -> None:
-    return None
-
-
 dispatch.register(
     "quantize_int8",
     Kernel("cpu", compiled.refuses_cpu_quantize, compiled.quantize_int8),
-    Kernel("eager", _never, eager.quantize_int8),
+    Kernel("eager", never_refuses, eager.quantize_int8),
     prepare=_prepare_quantize,
 )
 dispatch.register(
     "int8_matmul",
     Kernel("cpu", compiled.refuses_cpu_matmul, compiled.int8_matmul),
-    Kernel("eager", _never, eager.int8_matmul),
+    Kernel("eager", never_refuses, eager.int8_matmul),
     prepare=_prepare_matmul,
 )
 dispatch.register(
     "int8_linear",
     Kernel("cpu", compiled.refuses_cpu_linear, compiled.int8_linear),
-    Kernel("eager", _never, eager.int8_linear),
+    Kernel("eager", never_refuses, eager.int8_linear),
     prepare=_prepare_linear,
 )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Kernel, register, select
+from fastattn.dispatch import Kernel, never_refuses, register, select
 from fastattn.ops import layer_norm_compiled, layer_norm_eager
 
 
@@ -223,11 +223,11 @@ def _prepare_add_rms_norm(input, residual, normalized_shape, weight=None, eps=No
 
 _NORM = (
     Kernel("cpu", layer_norm_compiled.refuses_cpu, layer_norm_compiled.norm),
-    Kernel("eager", lambda call: None, layer_norm_eager.norm),
+    Kernel("eager", never_refuses, layer_norm_eager.norm),
 )
 _ADD_NORM = (
     Kernel("cpu", layer_norm_compiled.refuses_cpu, layer_norm_compiled.add_norm),
-    Kernel("eager", lambda call: None, layer_norm_eager.add_norm),
+    Kernel("eager", never_refuses, layer_norm_eager.add_norm),
 )
 register("layer_norm", *_NORM, prepare=_prepare_layer_norm)
 register("rms_norm", *_NORM, prepare=_prepare_rms_norm)
