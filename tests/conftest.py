@@ -12,6 +12,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+# Read when Triton's kernels are defined: without a GPU they run in Triton's interpreter, on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from fastattn._extension import extension, missing_reason
 
 _ISAS = extension.usable_cpu_isas() if extension else []
