@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastattn import _extension
+from fastattn import _extension, _triton
 
 BACKENDS = ("cuda", "triton", "cpu", "eager", "emulated")
 
@@ -57,17 +57,13 @@ def _cuda_unavailable() -> str | None:
     return "this version of fastattn has no CUDA kernels"
 
 
-def _triton_unavailable() -> str | None:
-    return "this version of fastattn has no Triton kernels"
-
-
 def _emulated_unavailable() -> str | None:
     return "this version of fastattn has no emulated CUDA kernels"
 
 
 _UNAVAILABLE: dict[str, Callable[[], str | None]] = {
     "cuda": _cuda_unavailable,
-    "triton": _triton_unavailable,
+    "triton": _triton.missing_reason,
     "cpu": lambda: _extension.missing_reason,
     "eager": lambda: None,
     "emulated": _emulated_unavailable,
@@ -140,6 +136,11 @@ class use_backend:
 # --- The choice ------------------------------------------------------------------------------------------------------
 
 
+def _only_by_name(backend: str) -> bool:
+    """Emulated and interpreted kernels are there to be tested; every other backend is many times faster."""
+    return backend == "emulated" or (backend == "triton" and _triton.is_interpreted())
+
+
 def _refusal(op: str, backend: str, call: Any) -> str | None:
     """Why ``backend`` does not run ``call``: first the machine, then the table, then the kernel is asked."""
     reason = _UNAVAILABLE[backend]()
@@ -160,7 +161,7 @@ def select(op: str, call: Any, backend: str = "auto") -> Kernel:
         backend = preference()
     _check_name(backend)
     for kernel in TABLE[op]:
-        wanted = backend == kernel.backend or (backend == "auto" and kernel.backend != "emulated")
+        wanted = backend == kernel.backend or (backend == "auto" and not _only_by_name(kernel.backend))
         if wanted and _UNAVAILABLE[kernel.backend]() is None and kernel.refuses(call) is None:
             return kernel
     raise NotImplementedError(
@@ -177,7 +178,7 @@ def explain(op: str | Callable[..., Any], *args: Any, backend: str = "auto", **k
         >>> print(fastattn.explain(fastattn.attention, q, k, v, is_causal=True))
         attention: cpu runs this call.
           cuda      no: this version of fastattn has no CUDA kernels
-          triton    no: this version of fastattn has no Triton kernels
+          triton    no: no GPU (for tests, TRITON_INTERPRET=1 runs it on CPU tensors)
           cpu       would run
           eager     would run
           emulated  no: this version of fastattn has no emulated CUDA kernels
@@ -196,7 +197,7 @@ def explain(op: str | Callable[..., Any], *args: Any, backend: str = "auto", **k
     refusals = {each: _refusal(name, each, call) for each in BACKENDS}
 
     if wanted == "auto":
-        running = next(k.backend for k in TABLE[name] if k.backend != "emulated" and refusals[k.backend] is None)
+        running = next(k.backend for k in TABLE[name] if refusals[k.backend] is None and not _only_by_name(k.backend))
         verdict = f"{running} runs this call."
     elif refusals[wanted] is None:
         verdict = f"{wanted} runs this call, as asked for by {'use_backend' if backend == 'auto' else 'name'}."
@@ -204,7 +205,7 @@ def explain(op: str | Callable[..., Any], *args: Any, backend: str = "auto", **k
         verdict = f"this call raises NotImplementedError: {wanted} was asked for and cannot run it."
 
     def line(each: str, reason: str | None) -> str:
-        by_name = ", but only when asked for by name" if each == "emulated" else ""
+        by_name = ", but only when asked for by name" if _only_by_name(each) else ""
         return f"  {each:<9} " + (f"would run{by_name}" if reason is None else f"no: {reason}")
 
     return "\n".join([f"{name}: {verdict}", *(line(each, reason) for each, reason in refusals.items())])

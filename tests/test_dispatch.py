@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextvars
+import importlib.util
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -10,7 +14,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import fastattn
-from fastattn import dispatch
+from fastattn import _triton, dispatch
 from fastattn.dispatch import Kernel, register, select
 
 
@@ -44,6 +48,65 @@ def test_auto_takes_the_first_that_does_not_refuse():
 def test_emulated_runs_only_by_name():
     assert select("double", 2).backend != "emulated"
     assert select("double", 2, "emulated").backend == "emulated"
+
+
+def test_interpreted_triton_runs_only_by_name(monkeypatch):
+    monkeypatch.setitem(dispatch._UNAVAILABLE, "triton", lambda: None)
+    register(
+        "treble",
+        Kernel("triton", lambda call: None, lambda call: 3 * call),
+        Kernel("eager", lambda call: None, lambda call: call + call + call),
+        prepare=lambda number: number,
+    )
+    monkeypatch.setattr(_triton, "_INTERPRETED", True)
+    assert select("treble", 2).backend == "eager"
+    assert select("treble", 2, "triton").backend == "triton"
+    assert "triton    would run, but only when asked for by name" in fastattn.explain("treble", 2)
+    monkeypatch.setattr(_triton, "_INTERPRETED", False)
+    assert select("treble", 2).backend == "triton"
+    assert fastattn.explain("treble", 2).startswith("treble: triton runs")
+
+
+@pytest.mark.parametrize(
+    ("devices", "reason"),
+    [([(9, 0)], None), ([(7, 5), (8, 0)], None), ([(7, 5)], "compute capability 7.5, and Triton serves 8.0 and newer")],
+)
+def test_triton_runs_where_a_gpu_is_new_enough(devices, reason, monkeypatch):
+    monkeypatch.setattr(_triton, "_INTERPRETED", False)
+    monkeypatch.setattr(_triton, "_INSTALLED", True)
+    monkeypatch.setattr(_triton, "_known_gpu_reason", [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: devices[index])
+    for _ in range(2):
+        answer = fastattn.available_backends()["triton"]
+        assert answer is None if reason is None else reason in answer
+    assert _triton.refuses_device(torch.zeros(1), "query") == "query is on cpu, not on a GPU"
+
+
+@pytest.mark.parametrize(
+    ("interpret", "installed", "reason"),
+    [("0", True, "no GPU"), ("0", False, "Triton is not installed"), ("1", True, None)],
+)
+def test_importing_fastattn_imports_no_triton_and_says_whether_it_runs(interpret, installed, reason):
+    """In a fresh process: Triton reads its environment once."""
+    if installed and importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    if reason == "no GPU" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    program = f"""
+import sys
+if not {installed}:
+    import importlib.util
+    find_spec = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
+import fastattn
+assert "triton" not in sys.modules
+print(fastattn.available_backends()["triton"])
+"""
+    environment = os.environ | {"TRITON_INTERPRET": interpret}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith(str(reason)), run.stdout
 
 
 def test_a_backend_asked_for_by_name_says_why_it_refuses():
