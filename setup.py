@@ -1,8 +1,18 @@
-"""Builds fastattn._C: the torch-facing sources once, each ``*_cpu.cpp`` once per instruction set, with ninja.
+"""Builds fastattn._C with ninja: the torch-facing sources once, each ``*_cpu.cpp`` once per instruction set, and the
+CUDA kernels (``*.cu``) by nvcc or, for the emulator of csrc/emulator, by the C++ compiler.
 
 The kernels are torch-free, so the three CPU builds share no inline torch code and cannot leak AVX-512 into each other.
-If the extension cannot be built (no compiler, no torch), the package is installed without it and runs on PyTorch alone;
-``fastattn.available_backends()`` then gives the reason, which this script leaves in ``fastattn/_build_report.json``.
+nvcc is used where torch itself is built with CUDA and nvcc is found; where it is not, or fails, the kernels are
+compiled for the emulator, and ``fastattn.available_backends()["cuda"]`` gives the reason. If the extension cannot be
+built at all (no compiler, no torch), the package is installed without it and runs on PyTorch alone. This script leaves
+the reasons in ``fastattn/_build_report.json``.
+
+Environment variables, all optional:
+  CXX                   the C++ compiler
+  CUDA_HOME, CUDA_PATH  where the CUDA toolkit is, if its nvcc is not the one on PATH
+  TORCH_CUDA_ARCH_LIST  what nvcc compiles for, as in "8.0;9.0a;8.0+PTX"; default: the GPUs of this machine, or without
+                        one 8.0, 9.0a and PTX. 9.0 means 9.0a, whose instructions the kernels for Hopper use.
+  FASTATTN_CUDA         "emulated" leaves nvcc alone, "auto" is the default
 """
 
 from __future__ import annotations
@@ -10,10 +20,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,14 +38,21 @@ CSRC = ROOT / "csrc"
 REPORT_NAME = "_build_report.json"
 FALLBACK_TORCH = "torch==2.13.0"
 
-COMMON_FLAGS = ["-std=c++20", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
-                "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]  # fmt: skip
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
+COMMON_FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", f"-I{CSRC}", *WARNINGS]
+CPU_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 # Chosen at run time by common/isa.cpp. No -ffast-math anywhere: it would reassociate exp's round-by-magic-constant.
 ISA_FLAGS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
 }
+# Kernels reinterpret 16-bit memory as 32-bit registers; products and sums are rounded one by one, as written.
+EMULATED_FLAGS = ["-O2", "-fno-strict-aliasing", "-ffp-contract=off", "-DFASTATTN_EMULATED=1",
+                  f"-fmacro-prefix-map={ROOT}/="]  # fmt: skip
+NVCC_FLAGS = ["-std=c++20", "-O3", f"-I{CSRC}", "--expt-relaxed-constexpr", "-lineinfo", "-Xcompiler",
+              "-fPIC,-fvisibility=hidden"]  # fmt: skip
+DEFAULT_ARCHITECTURES = ["80", "90a", "80+PTX"]
 # The stack is left to the compiler's own warnings, and pointers to ASan: checking each of the thousands of inlined
 # vector temporaries makes a kernel file compile for minutes instead of seconds.
 SANITIZER_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize=null,alignment,object-size,vptr", "-O1",
@@ -60,55 +80,186 @@ def host_isas() -> list[str]:
     return list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["portable"]
 
 
+def host_compiler() -> str:
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise BuildFailure("no C++ compiler was found on PATH (looked for c++, g++, clang++; set CXX to name one)")
+    return compiler
+
+
+# --- CUDA ------------------------------------------------------------------------------------------------------------
+
+
+class NoCuda(Exception):
+    """nvcc cannot compile the CUDA kernels for this torch; the message says why."""
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """A CUDA toolkit and what it is to compile for."""
+
+    nvcc: str
+    include_paths: list[str]
+    library_paths: list[str]
+    architectures: list[str]  # "80", "90a"; "80+PTX" is code that the driver compiles for newer GPUs
+
+
+def find_nvcc() -> str | None:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        home = os.environ.get(variable)
+        if home:
+            return shutil.which("nvcc", path=Path(home) / "bin")
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def find_cuda(torch) -> Cuda:
+    wanted = os.environ.get("FASTATTN_CUDA", "auto")
+    if wanted not in ("auto", "emulated"):
+        raise BuildFailure(f"FASTATTN_CUDA must be 'auto' or 'emulated', got {wanted!r}")
+    if wanted == "emulated":
+        raise NoCuda("FASTATTN_CUDA=emulated was set")
+    if torch.version.cuda is None:
+        raise NoCuda("this torch was built without CUDA")
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise NoCuda("nvcc was not found (looked in CUDA_HOME, on PATH and in /usr/local/cuda)")
+    return Cuda(nvcc, *nvcc_paths(nvcc, torch), cuda_architectures(torch))
+
+
+def nvcc_paths(nvcc: str, torch) -> tuple[list[str], list[str]]:
+    """Where CUDA's headers and libraries are, as nvcc itself says: toolkits differ in their layout."""
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.", version)
+    if release is None:
+        raise NoCuda(f"{nvcc} --version failed")
+    if release[1] != torch.version.cuda.split(".")[0]:
+        raise NoCuda(f"{nvcc} is of CUDA {release[1]} but torch was built with CUDA {torch.version.cuda}")
+    dry_run = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
+    text = subprocess.run(dry_run, capture_output=True, text=True).stderr
+    includes, libraries = (re.search(rf"{name}=(.*)", text) for name in ("#\\$ INCLUDES", "#\\$ LIBRARIES"))
+    if includes is None or libraries is None:
+        raise NoCuda(f"{nvcc} --dryrun does not say where CUDA's headers and libraries are")
+    return re.findall(r'"-I(.*?)"', includes[1]), re.findall(r'"-L(.*?)"', libraries[1])
+
+
+def architecture(text: str) -> str:
+    """ "9.0" -> "90a": nvcc's name of a compute capability, for Hopper with the instructions that only it has."""
+    match = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", text)
+    if match is None:
+        raise NoCuda(f"TORCH_CUDA_ARCH_LIST has {text!r}; expected numbers such as 8.0, 9.0a or 8.0+PTX")
+    number, suffix = match[1] + match[2], match[4] or ""
+    return number + ("a" if number == "90" else match[3]) + suffix
+
+
+def cuda_architectures(torch) -> list[str]:
+    listed = re.split(r"[\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    if listed != [""]:
+        return list(dict.fromkeys(map(architecture, listed)))
+    if torch.cuda.is_available():
+        devices = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+        return [architecture(f"{major}.{minor}") for major, minor in sorted(set(devices))]
+    return DEFAULT_ARCHITECTURES
+
+
+def gencode_flags(source: Path, architectures: list[str]) -> list[str]:
+    """Files named ``*_sm90*`` have instructions of sm_90a alone; other GPUs never reach them."""
+    flags = []
+    for each in ["90a"] if "_sm90" in source.name else architectures:
+        number = each.removesuffix("+PTX")
+        flags.append(f"-gencode=arch=compute_{number},code={'compute' if each != number else 'sm'}_{number}")
+    return flags
+
+
+# --- The ninja file --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One compilation: ``rule`` is "cxx" or "nvcc", ``suffix`` tells the objects of one source apart."""
+
+    source: Path
+    suffix: str
+    rule: str
+    flags: list[str]
+
+
+def torch_flags(torch) -> list[str]:
+    import pybind11
+    from torch.utils import cpp_extension
+
+    includes = [*cpp_extension.include_paths(), sysconfig.get_path("include"), pybind11.get_include()]
+    return [*(f"-isystem{path}" for path in includes), "-DTORCH_EXTENSION_NAME=_C", "-fopenmp",
+            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+            f'-DFASTATTN_TORCH_VERSION=\\"{torch.__version__}\\"']  # fmt: skip
+
+
+def units(torch, cuda: Cuda | None, sanitize: bool) -> Iterator[Unit]:
+    """What is compiled, by the names of the sources: ``*_cpu*`` once per instruction set, ``*_cuda.cpp`` and
+    ``*_emulated.cpp`` in the builds with and without nvcc."""
+    sanitizer = SANITIZER_FLAGS if sanitize else []
+    isas = host_isas()
+    cpu = [*COMMON_FLAGS, *CPU_FLAGS, *(f"-DFASTATTN_BUILD_{isa.upper()}=1" for isa in isas)]
+    emulated = [*COMMON_FLAGS, *EMULATED_FLAGS, *sanitizer]
+    glue = [*cpu, *torch_flags(torch), *sanitizer]
+    for source in sorted(CSRC.rglob("*.cpp")):
+        if source.parent.name == "emulator":
+            if cuda is None:
+                yield Unit(source, ".emulated", "cxx", emulated)
+        elif source.stem.endswith("_cuda"):
+            if cuda is not None:
+                names = f'-DFASTATTN_CUDA_ARCHITECTURES=\\"{" ".join(cuda.architectures)}\\"'
+                yield Unit(source, "", "cxx", [*glue, *(f"-isystem{path}" for path in cuda.include_paths), names])
+        elif source.stem.endswith("_emulated"):
+            if cuda is None:
+                yield Unit(source, "", "cxx", glue)
+        elif source.stem.endswith("_cpu") or "_cpu_" in source.stem:
+            for isa in isas:
+                yield Unit(source, f".{isa}", "cxx", [*cpu, *sanitizer, *ISA_FLAGS[isa], f"-DFASTATTN_ISA=isa_{isa}"])
+        else:
+            yield Unit(source, "", "cxx", glue)
+    for source in sorted(CSRC.rglob("*.cu")):
+        if cuda is None:
+            yield Unit(source, ".emulated", "cxx", [*emulated, "-x", "c++"])
+        else:
+            yield Unit(source, ".cuda", "nvcc", [*NVCC_FLAGS, *gencode_flags(source, cuda.architectures)])
+
+
+def link_flags(cuda: Cuda | None, sanitize: bool) -> list[str]:
+    from torch.utils import cpp_extension
+
+    # torch's own libgomp is loaded by the time _C is: same soname, so the process has one OpenMP runtime.
+    flags = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch", "-ltorch_cpu",
+             "-ltorch_python", "-fopenmp", "-pthread", *(SANITIZER_FLAGS if sanitize else [])]  # fmt: skip
+    if cuda is not None:
+        # CUDA's static runtime is what every toolkit with an nvcc has, and shares torch's streams and contexts.
+        flags += [*(f"-L{path}" for path in cuda.library_paths), "-lc10_cuda", "-lcudart_static", "-ldl", "-lrt"]
+    return flags
+
+
 def ninja_escape(text: object) -> str:
     return str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def write_ninja_file(build_dir: Path, output: Path, torch, sanitize: bool) -> None:
-    """One rule, one line a source; flags are attached per build line because they differ by instruction set."""
-    import pybind11
-    from torch.utils import cpp_extension
-
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise BuildFailure("no C++ compiler was found on PATH (looked for c++, g++, clang++; set CXX to name one)")
-
-    isas = host_isas()
-    python_includes = [sysconfig.get_path("include"), pybind11.get_include()]
-    torch_flags = [f"-isystem{path}" for path in [*cpp_extension.include_paths(), *python_includes]]
-    torch_flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", "-DTORCH_EXTENSION_NAME=_C"]
-    torch_flags += ["-fopenmp", f'-DFASTATTN_TORCH_VERSION=\\"{torch.__version__}\\"']
-    common = [*COMMON_FLAGS, f"-I{CSRC}", *(f"-DFASTATTN_BUILD_{isa.upper()}=1" for isa in isas)]
-    common += SANITIZER_FLAGS if sanitize else []
-
-    lines = [f"cxx = {compiler}", "rule compile", "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
-             "  depfile = $out.d", "  deps = gcc", "  description = compile $out", "rule link",
-             "  command = $cxx -shared $in -o $out $flags", "  description = link $out", ""]  # fmt: skip
+def write_ninja_file(build_dir: Path, output: Path, torch, cuda: Cuda | None, sanitize: bool) -> None:
+    """Flags are attached per build line because they differ by source and instruction set."""
+    lines = []
+    for rule, compiler in (("cxx", host_compiler()), ("nvcc", cuda and cuda.nvcc)):
+        lines += [f"rule {rule}", f"  command = {compiler} -MMD -MF $out.d $flags -c $in -o $out",
+                  "  depfile = $out.d", "  deps = gcc", "  description = compile $out"]  # fmt: skip
+    lines += ["rule link", f"  command = {host_compiler()} -shared $in -o $out $flags", "  description = link $out"]
     objects = []
-
-    def compile_line(source: Path, suffix: str, flags: list[str]) -> None:
-        target = build_dir / f"{source.relative_to(CSRC).with_suffix('')}{suffix}.o"
+    for unit in units(torch, cuda, sanitize):
+        target = build_dir / f"{unit.source.relative_to(CSRC).with_suffix('')}{unit.suffix}.o"
         objects.append(target)
-        lines.append(f"build {ninja_escape(target)}: compile {ninja_escape(source)}")
-        lines.append(f"  flags = {' '.join([*common, *flags]).replace('$', '$$')}")
-
-    for source in sorted(CSRC.rglob("*.cpp")):
-        if "emulator" in source.parts:
-            continue
-        if source.stem.endswith("_cpu") or "_cpu_" in source.stem:
-            for isa in isas:
-                compile_line(source, f".{isa}", [*ISA_FLAGS[isa], f"-DFASTATTN_ISA=isa_{isa}"])
-        else:
-            compile_line(source, "", torch_flags)
-
-    # torch's own libgomp is loaded by the time _C is: same soname, so the process has one OpenMP runtime.
-    link_flags = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch", "-ltorch_cpu",
-                  "-ltorch_python", "-fopenmp"]  # fmt: skip
-    link_flags += SANITIZER_FLAGS if sanitize else []
-    lines.append(f"build {ninja_escape(output)}: link {' '.join(ninja_escape(o) for o in objects)}")
-    lines.append(f"  flags = {' '.join(link_flags)}")
+        lines += [f"build {ninja_escape(target)}: {unit.rule} {ninja_escape(unit.source)}",
+                  f"  flags = {' '.join(unit.flags).replace('$', '$$')}"]  # fmt: skip
+    lines += [f"build {ninja_escape(output)}: link {' '.join(map(ninja_escape, objects))}",
+              f"  flags = {' '.join(link_flags(cuda, sanitize))}"]  # fmt: skip
     build_dir.mkdir(parents=True, exist_ok=True)
     (build_dir / "build.ninja").write_text("\n".join(lines) + "\n")
+
+
+# --- setuptools ------------------------------------------------------------------------------------------------------
 
 
 class NinjaBuild(build_ext):
@@ -125,27 +276,42 @@ class NinjaBuild(build_ext):
         output = self.output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.run_ninja(output)
-            report = {"built": True, "reason": None}
+            report = {"built": True, "reason": None, "cuda": self.build(output)}
         except BuildFailure as failure:
             output.unlink(missing_ok=True)
-            report = {"built": False, "reason": str(failure)}
+            report = {"built": False, "reason": str(failure), "cuda": None}
             print(f"\nfastattn: building without kernels: {failure}\n", file=sys.stderr)
         output.with_name(REPORT_NAME).write_text(json.dumps(report) + "\n")
 
-    def run_ninja(self, output: Path) -> None:
+    def build(self, output: Path) -> str | None:
+        """Builds with nvcc, else with the emulator; returns why not with nvcc."""
         torch = find_torch()
         if torch is None:
             raise BuildFailure("torch was not installed when fastattn was built; install torch, then fastattn again")
+        reason = None
+        try:
+            log = self.run_ninja(output, torch, find_cuda(torch))
+            if log is not None:
+                raise NoCuda(f"the build with nvcc failed; its messages are in {log}")
+        except NoCuda as failure:
+            reason = str(failure)
+            log = self.run_ninja(output, torch, None)
+            if log is not None:
+                raise BuildFailure(f"the C++ compiler failed; its messages are in {log}") from None
+        return reason
+
+    def run_ninja(self, output: Path, torch, cuda: Cuda | None) -> Path | None:
+        """Returns the log if the build failed."""
         build_dir = ROOT / "build" / ("sanitize" if self.sanitize else "ninja") / f"torch-{torch.__version__}"
-        write_ninja_file(build_dir, output, torch, bool(self.sanitize))
+        write_ninja_file(build_dir, output, torch, cuda, bool(self.sanitize))
         ninja = shutil.which("ninja") or str(Path(sysconfig.get_path("scripts")) / "ninja")
-        log = build_dir / "build.log"
+        log = build_dir / ("build.log" if cuda is None else "build_cuda.log")
         with log.open("w") as file:
             run = subprocess.run([ninja, "-C", str(build_dir)], stdout=file, stderr=subprocess.STDOUT)
-        if run.returncode != 0:
-            print(log.read_text(), file=sys.stderr)
-            raise BuildFailure(f"the C++ compiler failed; its messages are in {log.relative_to(ROOT)}")
+        if run.returncode == 0:
+            return None
+        print(log.read_text(), file=sys.stderr)
+        return log.relative_to(ROOT)
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]

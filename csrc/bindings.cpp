@@ -1,12 +1,15 @@
-// The pybind11 module fastattn._C: facts about the build and the processor. Importing it also loads the ops of ops.cpp.
+// The pybind11 module fastattn._C: facts about the build and the processor, the emulator's switch. Importing it also
+// loads the ops of ops.cpp.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <map>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "common/device_launch.h"
 #include "common/isa.h"
 
 namespace fastattn {
@@ -34,7 +37,46 @@ void set_cpu_isa(const std::string& name) {
 }
 
 std::map<std::string, std::string> build_info() {
-  return {{"torch", FASTATTN_TORCH_VERSION}, {"compiler", __VERSION__}};
+  return {{"torch", FASTATTN_TORCH_VERSION},
+          {"compiler", __VERSION__},
+          {"cuda_kernels", has_cuda_kernels() ? "device" : "emulated"},
+          {"cuda_architectures", cuda_architectures()}};
+}
+
+// A Python context manager: `with _C.Emulation(True): ...`
+class Emulation {
+ public:
+  explicit Emulation(bool on) : on_(on) {
+    if (on && has_cuda_kernels()) throw std::invalid_argument("Emulation: this build has no emulator.");
+  }
+  void enter() { scope_.emplace(on_); }
+  void exit() { scope_.reset(); }
+
+ private:
+  bool on_;
+  std::optional<EmulationScope> scope_;
+};
+
+void bind_emulator(pybind11::module_& m) {
+  namespace py = pybind11;
+  py::class_<Emulation>(m, "Emulation",
+                        "While entered, ops of this thread on CPU tensors run the CUDA kernels emulated.")
+      .def(py::init<bool>(), py::arg("on") = true)
+      .def("__enter__", &Emulation::enter)
+      .def("__exit__", [](Emulation& self, const py::args&) { self.exit(); });
+  m.def("emulating", &emulating, "Whether such an Emulation is entered.");
+  const EmulatorSettings defaults;
+  m.def(
+      "configure_emulator",
+      [](int schedule, int async_mode, uint64_t seed, int os_threads, int compute_capability, int multiprocessors) {
+        configure_emulator({schedule, async_mode, seed, os_threads, compute_capability, multiprocessors});
+      },
+      py::kw_only(), py::arg("schedule") = defaults.schedule, py::arg("async_mode") = defaults.async_mode,
+      py::arg("seed") = defaults.seed, py::arg("os_threads") = defaults.os_threads,
+      py::arg("compute_capability") = defaults.compute_capability,
+      py::arg("multiprocessors") = defaults.multiprocessors,
+      "How emulated kernels run from now on, in the whole process, and which device they are told of. "
+      "csrc/emulator/config.h explains the numbers; os_threads 0 = one a core. What is not given is reset.");
 }
 
 }  // namespace
@@ -50,4 +92,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "The build of the CPU kernels in use: 'portable', 'avx2' or 'avx512'.");
   m.def("set_cpu_isa", &fastattn::set_cpu_isa, pybind11::arg("name"),
         "Switches the whole process to one build of the CPU kernels (for tests and comparisons).");
+  fastattn::bind_emulator(m);
 }

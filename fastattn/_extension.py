@@ -11,17 +11,32 @@ from types import ModuleType
 import torch  # noqa: F401  (loads the libraries, OpenMP among them, that the extension links to)
 
 
+def _build_report() -> dict[str, str | None]:
+    report = Path(__file__).with_name("_build_report.json")
+    return json.loads(report.read_text()) if report.exists() else {}
+
+
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
         module = importlib.import_module("fastattn._C")
     except ImportError as error:
-        report = Path(__file__).with_name("_build_report.json")
-        reason = json.loads(report.read_text())["reason"] if report.exists() else None
-        return None, f"the compiled extension is missing: {reason or error}"
+        return None, f"the compiled extension is missing: {_build_report().get('reason') or error}"
     return module, None
 
 
+def _without_cuda() -> str | None:
+    """Why the extension has no CUDA kernels for a device, None if it has."""
+    if extension is None:
+        return missing_reason
+    if extension.build_info()["cuda_kernels"] == "device":
+        return None
+    return f"fastattn was built without CUDA kernels: {_build_report().get('cuda') or 'nvcc was not used'}"
+
+
 extension, missing_reason = _load()
+without_cuda_reason = _without_cuda()
+# What the CUDA kernels were compiled for, as in ("80", "90a", "80+PTX").
+cuda_architectures = tuple(extension.build_info()["cuda_architectures"].split()) if extension is not None else ()
 if missing_reason is not None:
     # Once, at import: whoever installed without kernels should not have to find out by a profile.
     warnings.warn(f"fastattn runs on PyTorch alone (backend 'eager'): {missing_reason}.", stacklevel=2)

@@ -37,7 +37,7 @@ def register(op: str, *kernels: Kernel, prepare: Callable[..., Any]) -> None:
 
     Args:
         op: the public function's name.
-        kernels: in order of preference; the last one is eager, which never refuses.
+        kernels: in order of preference; eager, which never refuses, is the last but for "emulated".
         prepare: takes the public function's arguments without ``backend``, checks their meaning as the function does,
             and returns the call that ``refuses`` and ``run`` take. Runs nothing, writes nothing, draws nothing random.
     """
@@ -50,15 +50,80 @@ def never_refuses(call: Any) -> None:
     return None
 
 
+# --- The CUDA kernels, on a device and in the emulator ---------------------------------------------------------------
+
+
+def cuda_kernels(refuses: Callable[[Any, str], str | None], run: Callable[..., Any]) -> tuple[Kernel, Kernel]:
+    """The rows "cuda" and "emulated" of an op: the same kernels on a device, and in the emulator on CPU tensors.
+
+    Args:
+        refuses: ``refuses(call, device_type)`` with device_type "cuda" or "cpu". It starts with `refuses_device`.
+        run: as in `Kernel`; it calls ``torch.ops.fastattn.*``, whose implementation chooses by the tensors' device.
+    """
+
+    def refuses_emulated(call: Any) -> str | None:
+        if torch.compiler.is_compiling():
+            return "torch.compile cannot trace the switch of the emulator"
+        return refuses(call, "cpu")
+
+    def run_emulated(*args: Any, **kwargs: Any) -> Any:
+        extension = _extension.extension
+        assert extension is not None  # _emulated_unavailable has asked
+        with extension.Emulation():
+            return run(*args, **kwargs)
+
+    return Kernel("cuda", lambda call: refuses(call, "cuda"), run), Kernel("emulated", refuses_emulated, run_emulated)
+
+
+def refuses_device(name: str, tensor: torch.Tensor, device_type: str) -> str | None:
+    """Why the CUDA kernels cannot run on the device of ``tensor``, which the caller knows as ``name``."""
+    if tensor.device.type != device_type:
+        return f"{name} is on {tensor.device}"
+    if tensor.layout is not torch.strided:
+        return f"{name} is {tensor.layout}, not dense"
+    if device_type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(tensor.device)
+    capability = 10 * properties.major + properties.minor
+    if capability < 80:
+        return f"{tensor.device} has compute capability {properties.major}.{properties.minor}, below 8.0"
+    built = _extension.cuda_architectures
+    if any(_serves(architecture, capability) for architecture in built):
+        return None
+    return (
+        f"{tensor.device} has compute capability {properties.major}.{properties.minor} but the kernels were built for "
+        f"{', '.join(built)}; build them again with TORCH_CUDA_ARCH_LIST={properties.major}.{properties.minor}"
+    )
+
+
+def _serves(architecture: str, capability: int) -> bool:
+    """Whether code for ``architecture`` ("80", "90a", "80+PTX") runs on a GPU of compute capability ``capability``.
+
+    Machine code runs on the later minor versions of its major one, that of "90a" on 9.0 alone; PTX runs on all later.
+    """
+    number = int(architecture.removesuffix("+PTX").removesuffix("a"))
+    if architecture.endswith("+PTX"):
+        return number <= capability
+    if architecture.endswith("a"):
+        return number == capability
+    return number // 10 == capability // 10 and number <= capability
+
+
 # --- Which backends this machine can run -----------------------------------------------------------------------------
 
 
 def _cuda_unavailable() -> str | None:
-    return "this version of fastattn has no CUDA kernels"
+    if _extension.without_cuda_reason is not None:
+        return _extension.without_cuda_reason
+    return None if torch.cuda.is_available() else "no CUDA device"
 
 
 def _emulated_unavailable() -> str | None:
-    return "this version of fastattn has no emulated CUDA kernels"
+    if _extension.extension is None:
+        return _extension.missing_reason
+    if _extension.without_cuda_reason is None:
+        return "this build runs its CUDA kernels on a device, not in the emulator"
+    return None
 
 
 _UNAVAILABLE: dict[str, Callable[[], str | None]] = {

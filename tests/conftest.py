@@ -17,6 +17,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastattn._extension import extension, missing_reason
+from fastattn.dispatch import available_backends
+
+if available_backends()["emulated"] is None:
+    # Test processes share the cores already; tests/emulated.py has the modes that tests choose from.
+    extension.configure_emulator(os_threads=1)
 
 _ISAS = extension.usable_cpu_isas() if extension else []
 

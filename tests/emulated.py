@@ -14,12 +14,14 @@ import subprocess
 import sysconfig
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
 import torch
+
+from fastattn._extension import extension
 
 ROOT = Path(__file__).parent.parent.resolve()
 BUILD = ROOT / "build" / "emulated"
@@ -62,6 +64,11 @@ class Mode:
     async_mode: AsyncMode = AsyncMode.EAGER
     seed: int = 0
     os_threads: int = 1
+
+    def apply(self, **device: int) -> None:
+        """Configures the extension's emulator, which tells launchers of ``device``: its ``compute_capability`` and its
+        number of ``multiprocessors``."""
+        extension.configure_emulator(**asdict(self), **device)
 
     def __str__(self) -> str:
         return f"{self.schedule.name.lower()}-{self.async_mode.name.lower()}-{self.seed}"

@@ -252,3 +252,12 @@ def test_meta_tensors_give_shapes():
     assert fastattn.attention(query, query, query).shape == query.shape
     module = fastattn.MultiHeadAttention(8, 2, device="meta")
     assert module(query[0], query[0], query[0])[0].shape == (2, 5, 8)
+
+
+SERVES = {"80": [80, 86, 89], "86": [86, 89], "90a": [90], "80+PTX": [80, 86, 89, 90, 100, 120], "120": [120]}
+
+
+@pytest.mark.parametrize("architecture", SERVES)
+def test_code_for_an_architecture_serves(architecture):
+    known = [75, 80, 86, 89, 90, 100, 120]
+    assert [each for each in known if dispatch._serves(architecture, each)] == SERVES[architecture]
