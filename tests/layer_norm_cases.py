@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
@@ -20,6 +23,17 @@ needs_cpu = pytest.mark.skipif(
 
 def dtype_id(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def skip_refusals() -> Iterator[None]:
+    """Skips the test, with the reason, where the backend asked for by name refuses the call."""
+    try:
+        yield
+    except NotImplementedError as refusal:
+        if "cannot run this" in str(refusal):
+            pytest.skip(str(refusal))
+        raise
 
 
 def make_inputs(

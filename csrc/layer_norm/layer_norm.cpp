@@ -1,5 +1,5 @@
-// Torch glue of layer norm on the CPU: checks what memory safety needs, copies what the kernels cannot address,
-// allocates outputs and fills the parameters. layer_norm_autograd.cpp holds the gradients.
+// Torch glue of layer norm: checks what memory safety needs, copies what the kernels cannot address, allocates outputs,
+// fills the parameters and calls the kernels of the tensors' device. layer_norm_autograd.cpp holds the gradients.
 #include "layer_norm/layer_norm.h"
 
 #include <ATen/ATen.h>
@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "common/check.h"
+#include "common/device_launch.h"
 #include "common/memory.h"
 
 namespace fastattn {
@@ -20,20 +21,23 @@ using OptionalTensor = std::optional<Tensor>;
 
 at::ScalarType statistics_dtype(at::ScalarType x) { return x == at::kDouble ? at::kDouble : at::kFloat; }
 
-void check_cpu(const char* op, const char* name, const Tensor& tensor) {
-  TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.layout() == at::kStrided, op, ": ", name,
-                    " must be a dense tensor on the cpu, got ", tensor.layout(), " on ", tensor.device(), ".");
+void check_dense(const char* op, const char* name, const Tensor& tensor, const Tensor& input) {
+  TORCH_CHECK_VALUE(tensor.device() == input.device() && tensor.layout() == at::kStrided, op, ": ", name,
+                    " must be a dense tensor on ", input.device(), ", got ", tensor.layout(), " on ", tensor.device(),
+                    ".");
 }
 
-void check_like(const char* op, const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) {
-  check_cpu(op, name, tensor);
+// `input` is the op's first tensor, whose device the others share.
+void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& input, at::IntArrayRef shape,
+                at::ScalarType dtype) {
+  check_dense(op, name, tensor, input);
   TORCH_CHECK_VALUE(tensor.sizes() == shape, op, ": ", name, " must be ", shape, ", got ", tensor.sizes(), ".");
   TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, op, ": ", name, " must be ", dtype, ", got ", tensor.scalar_type(),
                    ".");
 }
 
 void check_input(const char* op, const Tensor& input, int64_t normalized_dims) {
-  check_cpu(op, "input", input);
+  check_dense(op, "input", input, input);
   kernel_dtype(op, input.scalar_type());
   TORCH_CHECK_VALUE(normalized_dims >= 1 && normalized_dims <= input.dim(), op,
                     ": normalized_dims must be from 1 to the dims of input, got ", normalized_dims, " for input ",
@@ -88,15 +92,16 @@ struct Rows {
 
 Tensor empty_output(const Tensor& like, at::ScalarType dtype) {
   Tensor output = at::empty(like.sizes(), like.options().dtype(dtype));
-  advise_huge_pages(output.data_ptr(), static_cast<int64_t>(output.nbytes()));
+  if (output.is_cpu()) advise_huge_pages(output.data_ptr(), static_cast<int64_t>(output.nbytes()));
   return output;
 }
 
 RowTensor output_rows(const Tensor& output, const Shape& shape) { return {output.data_ptr(), shape.cols}; }
 
 // A weight or bias as the kernels read it: contiguous, of the statistics' dtype.
-Tensor parameter(const char* op, const char* name, const Tensor& given, at::IntArrayRef shape, at::ScalarType dtype) {
-  check_cpu(op, name, given);
+Tensor parameter(const char* op, const char* name, const Tensor& given, const Tensor& input, at::IntArrayRef shape,
+                 at::ScalarType dtype) {
+  check_dense(op, name, given, input);
   TORCH_CHECK_TYPE(given.is_floating_point(), op, ": ", name, " must be floating, got ", given.scalar_type(), ".");
   TORCH_CHECK_VALUE(given.sizes() == shape, op, ": ", name, " must be ", shape, ", got ", given.sizes(), ".");
   return given.scalar_type() == dtype && given.is_contiguous() ? given : given.to(dtype).contiguous();
@@ -104,11 +109,11 @@ Tensor parameter(const char* op, const char* name, const Tensor& given, at::IntA
 
 // Checks rng_state and fills in dropout.
 template <typename Params>
-void fill_dropout(const char* op, Params& p, const OptionalTensor& rng_state, double dropout_p) {
+void fill_dropout(const char* op, Params& p, const OptionalTensor& rng_state, double dropout_p, const Tensor& input) {
   TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p <= 1.0, op, ": dropout_p must be in [0, 1], got ", dropout_p, ".");
   if (dropout_p == 0.0) return;
   TORCH_CHECK_VALUE(rng_state.has_value(), op, ": dropout_p = ", dropout_p, " needs rng_state.");
-  check_like(op, "rng_state", *rng_state, {2}, at::kLong);
+  check_like(op, "rng_state", *rng_state, input, {2}, at::kLong);
   TORCH_CHECK_VALUE(rng_state->is_contiguous(), op, ": rng_state must be contiguous.");
   p.dropout_p = dropout_p;
   p.rng_state = rng_state->data_ptr<int64_t>();
@@ -127,8 +132,8 @@ Statistics run_forward(const char* op, LayerNormParams& p, const Tensor& x, cons
   const at::TensorOptions options = x.options().dtype(dtype);
   TORCH_CHECK_VALUE(!(rms && bias), op, ": RMS norm has no bias.");
   Tensor weights, biases;
-  if (weight) weights = parameter(op, "weight", *weight, shape.normalized, dtype);
-  if (bias) biases = parameter(op, "bias", *bias, shape.normalized, dtype);
+  if (weight) weights = parameter(op, "weight", *weight, x, shape.normalized, dtype);
+  if (bias) biases = parameter(op, "bias", *bias, x, shape.normalized, dtype);
   if (bias && !weight) weights = at::ones({shape.cols}, options);
 
   Statistics statistics{rms ? at::empty({0}, options) : at::empty(shape.leading, options),
@@ -142,7 +147,11 @@ Statistics run_forward(const char* op, LayerNormParams& p, const Tensor& x, cons
   p.bias = biases.defined() ? biases.const_data_ptr() : nullptr;
   p.mean = statistics.mean.data_ptr();
   p.rstd = statistics.rstd.data_ptr();
-  FASTATTN_CPU_DISPATCH(layer_norm_fwd_cpu, p);
+  if (runs_cuda_kernels(x)) {
+    run_on_device(op, x, layer_norm_fwd_cuda, p);
+  } else {
+    FASTATTN_CPU_DISPATCH(layer_norm_fwd_cpu, p);
+  }
   return statistics;
 }
 
@@ -166,7 +175,7 @@ void check_pair(const char* op, at::ScalarType input, at::ScalarType residual) {
   const bool half = input == at::kBFloat16 || input == at::kHalf;
   TORCH_CHECK_NOT_IMPLEMENTED(
       input == residual || (half && residual == at::kFloat), op,
-      ": the cpu kernels take a residual of the input's dtype, or float32 with a 16-bit input; got input ", input,
+      ": the kernels take a residual of the input's dtype, or float32 with a 16-bit input; got input ", input,
       ", residual ", residual, ". Use backend='eager'.");
 }
 
@@ -177,13 +186,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& input, c
   const char* op = rms ? "add_rms_norm" : "add_layer_norm";
   check_input(op, input, normalized_dims);
   check_pair(op, input.scalar_type(), residual.scalar_type());
-  check_like(op, "residual", residual, input.sizes(), residual.scalar_type());
+  check_like(op, "residual", residual, input, input.sizes(), residual.scalar_type());
   const Shape shape(input, normalized_dims);
   const Rows input_rows(input, shape), residual_rows(residual, shape);
   Tensor out = empty_output(input, input.scalar_type());
   Tensor new_residual = empty_output(input, residual.scalar_type());
   LayerNormParams p;
-  fill_dropout(op, p, rng_state, dropout_p);
+  fill_dropout(op, p, rng_state, dropout_p, input);
   p.x = output_rows(new_residual, shape);
   p.out = output_rows(out, shape);
   p.out_dtype = kernel_dtype(op, out.scalar_type());
@@ -205,6 +214,16 @@ int64_t rows_per_block(const Shape& shape) {
   return (rows + kGroup - 1) / kGroup * kGroup;
 }
 
+void run_backward_cpu(LayerNormBwdParams& p, const Shape& shape, const at::TensorOptions& options) {
+  p.rows_per_block = rows_per_block(shape);
+  Tensor partial;
+  if (p.dweight != nullptr || p.dbias != nullptr) {
+    partial = at::empty({(shape.rows + p.rows_per_block - 1) / p.rows_per_block, 4, shape.cols}, options);
+    p.partial = partial.data_ptr();
+  }
+  FASTATTN_CPU_DISPATCH(layer_norm_bwd_cpu, p);
+}
+
 struct ParamGradients {
   Tensor dweight, dbias;
 };
@@ -217,10 +236,10 @@ ParamGradients run_backward(const char* op, LayerNormBwdParams& p, const Tensor&
   const at::TensorOptions options = x.options().dtype(dtype);
   TORCH_CHECK_VALUE(weight.has_value() || !need_dweight, op, ": dweight needs a weight.");
   TORCH_CHECK_VALUE(bias_dtype.has_value() || !need_dbias, op, ": dbias needs bias_dtype.");
-  check_like(op, "rstd", rstd, shape.leading, dtype);
-  if (!rms) check_like(op, "mean", mean, shape.leading, dtype);
+  check_like(op, "rstd", rstd, x, shape.leading, dtype);
+  if (!rms) check_like(op, "mean", mean, x, shape.leading, dtype);
   const Tensor weights =
-      weight ? parameter(op, "weight", *weight, shape.normalized, dtype) : at::ones({shape.cols}, options);
+      weight ? parameter(op, "weight", *weight, x, shape.normalized, dtype) : at::ones({shape.cols}, options);
   const Tensor row_mean = mean.contiguous(), row_rstd = rstd.contiguous();
   const Rows dout_rows(dout, shape), x_rows(x, shape);
 
@@ -234,20 +253,18 @@ ParamGradients run_backward(const char* op, LayerNormBwdParams& p, const Tensor&
   p.weight = weights.const_data_ptr();
   p.mean = row_mean.const_data_ptr();
   p.rstd = row_rstd.const_data_ptr();
-  p.rows_per_block = rows_per_block(shape);
 
   constexpr int64_t kNothing = 0;
   const at::IntArrayRef none(kNothing);
   ParamGradients gradients{at::empty(need_dweight ? shape.normalized : none, options),
                            at::empty(need_dbias ? shape.normalized : none, options)};
-  Tensor partial;
-  if (need_dweight || need_dbias) {
-    partial = at::empty({(shape.rows + p.rows_per_block - 1) / p.rows_per_block, 4, shape.cols}, options);
-    p.partial = partial.data_ptr();
-    p.dweight = need_dweight ? gradients.dweight.data_ptr() : nullptr;
-    p.dbias = need_dbias ? gradients.dbias.data_ptr() : nullptr;
+  p.dweight = need_dweight ? gradients.dweight.data_ptr() : nullptr;
+  p.dbias = need_dbias ? gradients.dbias.data_ptr() : nullptr;
+  if (runs_cuda_kernels(x)) {
+    run_on_device(op, x, layer_norm_bwd_cuda, p, layer_norm_bwd_cuda_workspace_bytes);
+  } else {
+    run_backward_cpu(p, shape, options);
   }
-  FASTATTN_CPU_DISPATCH(layer_norm_bwd_cpu, p);
   return {gradients.dweight.to(weight ? weight->scalar_type() : dtype), gradients.dbias.to(bias_dtype.value_or(dtype))};
 }
 
@@ -258,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dout, const
   const char* op = rms ? "rms_norm_backward" : "layer_norm_backward";
   check_input(op, input, normalized_dims);
   const Shape shape(input, normalized_dims);
-  check_like(op, "dout", dout, input.sizes(), input.scalar_type());
+  check_like(op, "dout", dout, input, input.sizes(), input.scalar_type());
   Tensor dinput = empty_output(input, input.scalar_type());
   LayerNormBwdParams p;
   p.dx = output_rows(dinput, shape);
@@ -276,12 +293,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
   check_input(op, new_residual, normalized_dims);
   const Shape shape(new_residual, normalized_dims);
   check_pair(op, input_dtype, new_residual.scalar_type());
-  check_like(op, "dout", dout, new_residual.sizes(), input_dtype);
+  check_like(op, "dout", dout, new_residual, new_residual.sizes(), input_dtype);
   LayerNormBwdParams p;
-  fill_dropout(op, p, rng_state, dropout_p);
+  fill_dropout(op, p, rng_state, dropout_p, new_residual);
   std::optional<Rows> dnew_residual_rows;
   if (dnew_residual) {
-    check_like(op, "dnew_residual", *dnew_residual, new_residual.sizes(), new_residual.scalar_type());
+    check_like(op, "dnew_residual", *dnew_residual, new_residual, new_residual.sizes(), new_residual.scalar_type());
     p.dnew_residual = dnew_residual_rows.emplace(*dnew_residual, shape).view;
   }
   Tensor dresidual = empty_output(new_residual, new_residual.scalar_type());
@@ -294,13 +311,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
   return {std::move(dinput), std::move(dresidual), std::move(dweight), std::move(dbias)};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
+void register_ops(torch::Library& m) {
   m.impl("layer_norm", layer_norm);
   m.impl("layer_norm_backward", layer_norm_backward);
   m.impl("add_layer_norm", add_layer_norm);
   m.impl("add_layer_norm_backward", add_layer_norm_backward);
 }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastattn, CPU, m) { register_ops(m); }
+TORCH_LIBRARY_IMPL(fastattn, CUDA, m) { register_ops(m); }
 
 }  // namespace fastattn

@@ -1,4 +1,4 @@
-// Parameters of the layer norm kernels, shared by every backend (no torch headers), and the CPU kernels' entry points.
+// Parameters of the layer norm kernels, shared by every backend (no torch headers), and the kernels' entry points.
 //
 //   layer_norm   out = (x - mean) * rstd * weight + bias      mean, rstd = 1 / sqrt(variance + eps) of each row
 //   rms_norm     out = x * rstd * weight                      rstd = 1 / sqrt(mean of squares + eps)
@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "common/device.h"
 #include "common/dtype.h"
 #include "common/isa.h"
 
@@ -72,11 +73,17 @@ struct LayerNormBwdParams {
   void* dbias = nullptr;
   // dweight and dbias are summed within blocks of rows, then over the blocks, both in a fixed order: the result does
   // not depend on the number of threads. partial: (blocks, 4, cols) of the statistics type, where either is wanted.
+  // On a device the launcher chooses the blocks and takes their sums, (blocks, 2, cols), from its workspace.
   int64_t rows_per_block = 0;
   void* partial = nullptr;
 };
 
 FASTATTN_DECLARE_CPU_KERNEL(void, layer_norm_fwd_cpu, (const LayerNormParams& p))
 FASTATTN_DECLARE_CPU_KERNEL(void, layer_norm_bwd_cpu, (const LayerNormBwdParams& p))
+
+// x and out: float16, bfloat16 or float32, the same or x float32.
+const char* layer_norm_fwd_cuda(const LayerNormParams& p, const DeviceLaunch& launch);
+const char* layer_norm_bwd_cuda(const LayerNormBwdParams& p, const DeviceLaunch& launch);
+size_t layer_norm_bwd_cuda_workspace_bytes(const LayerNormBwdParams& p, const DeviceLaunch& launch);
 
 }  // namespace fastattn

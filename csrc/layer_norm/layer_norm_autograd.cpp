@@ -5,6 +5,8 @@
 #include <optional>
 #include <tuple>
 
+#include "common/device_launch.h"
+
 namespace fastattn {
 namespace {
 
@@ -89,6 +91,7 @@ struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
     *outputs = layer_norm_op().call(input, weight, bias, normalized_dims, eps, rms);
     const auto& [out, mean, rstd] = *outputs;
     ctx->save_for_backward({input, mean, rstd, weight.value_or(Tensor())});
+    ctx->saved_data["emulating"] = emulating();
     ctx->saved_data["rms"] = rms;
     ctx->saved_data["normalized_dims"] = normalized_dims;
     ctx->saved_data["bias_dtype"] = dtype_of(bias);
@@ -96,6 +99,7 @@ struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
+    const EmulationScope scope(ctx->saved_data["emulating"].toBool());
     const variable_list saved = ctx->get_saved_variables();
     const OptionalTensor weight = if_defined(saved[3]);
     const OptionalDtype bias_dtype = saved_dtype(ctx);
@@ -133,6 +137,7 @@ struct AddLayerNormFunction : torch::autograd::Function<AddLayerNormFunction> {
     *outputs = add_layer_norm_op().call(input, residual, weight, bias, rng_state, dropout_p, normalized_dims, eps, rms);
     const auto& [out, new_residual, mean, rstd] = *outputs;
     ctx->save_for_backward({new_residual, mean, rstd, weight.value_or(Tensor()), rng_state.value_or(Tensor())});
+    ctx->saved_data["emulating"] = emulating();
     ctx->saved_data["rms"] = rms;
     ctx->saved_data["normalized_dims"] = normalized_dims;
     ctx->saved_data["dropout_p"] = dropout_p;
@@ -143,6 +148,7 @@ struct AddLayerNormFunction : torch::autograd::Function<AddLayerNormFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
+    const EmulationScope scope(ctx->saved_data["emulating"].toBool());
     const variable_list saved = ctx->get_saved_variables();
     const Tensor& new_residual = saved[0];
     const OptionalTensor weight = if_defined(saved[3]);

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Kernel, never_refuses, register, select
+from fastattn.dispatch import Kernel, cuda_kernels, never_refuses, register, select
 from fastattn.ops import layer_norm_compiled, layer_norm_eager
 
 
@@ -221,13 +221,19 @@ def _prepare_add_rms_norm(input, residual, normalized_shape, weight=None, eps=No
 
 # --- The table -------------------------------------------------------------------------------------------------------
 
+_CUDA, _EMULATED = cuda_kernels(layer_norm_compiled.refuses_cuda, layer_norm_compiled.norm)
 _NORM = (
+    _CUDA,
     Kernel("cpu", layer_norm_compiled.refuses_cpu, layer_norm_compiled.norm),
     Kernel("eager", never_refuses, layer_norm_eager.norm),
+    _EMULATED,
 )
+_ADD_CUDA, _ADD_EMULATED = cuda_kernels(layer_norm_compiled.refuses_cuda, layer_norm_compiled.add_norm)
 _ADD_NORM = (
+    _ADD_CUDA,
     Kernel("cpu", layer_norm_compiled.refuses_cpu, layer_norm_compiled.add_norm),
     Kernel("eager", never_refuses, layer_norm_eager.add_norm),
+    _ADD_EMULATED,
 )
 register("layer_norm", *_NORM, prepare=_prepare_layer_norm)
 register("rms_norm", *_NORM, prepare=_prepare_rms_norm)

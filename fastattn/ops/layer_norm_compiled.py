@@ -8,22 +8,38 @@ import torch
 from torch import Tensor
 
 from fastattn._extension import extension
+from fastattn.dispatch import refuses_device
 from fastattn.ops.philox import draw_rng_state
 
 if TYPE_CHECKING:
     from fastattn.ops.layer_norm import LayerNormCall
 
 _CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+_CUDA_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
 def refuses_cpu(call: LayerNormCall) -> str | None:
-    input, residual = call.input, call.residual
+    input = call.input
     if input.device.type != "cpu":
         return f"input is on {input.device}"
     if input.layout is not torch.strided:
         return f"input is {input.layout}, not dense"
     if input.dtype not in _CPU_DTYPES:
         return f"input has dtype {input.dtype}, not float32, bfloat16, float16 or float64"
+    return _refuses_residual(call)
+
+
+def refuses_cuda(call: LayerNormCall, device_type: str) -> str | None:
+    reason = refuses_device("input", call.input, device_type)
+    if reason is not None:
+        return reason
+    if call.input.dtype not in _CUDA_DTYPES:
+        return f"input has dtype {call.input.dtype}, not float32, bfloat16 or float16"
+    return _refuses_residual(call)
+
+
+def _refuses_residual(call: LayerNormCall) -> str | None:
+    input, residual = call.input, call.residual
     if residual is None or residual.dtype == input.dtype:
         return None
     if residual.dtype == torch.float32 and input.dtype != torch.float64:
