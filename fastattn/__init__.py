@@ -10,6 +10,10 @@ from fastattn.ops.int8_matmul import int8_linear, int8_matmul, quantize_int8
 from fastattn.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastattn.ops.varlen_attention import varlen_attention
 
+# isort: split
+# After the ops: the table of backends keeps the order in which they were first imported.
+from fastattn import integrations
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -26,6 +30,7 @@ __all__ = [
     "explain",
     "int8_linear",
     "int8_matmul",
+    "integrations",
     "layer_norm",
     "quantize_int8",
     "restore",

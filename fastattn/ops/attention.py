@@ -116,6 +116,9 @@ def attention_and_weights(
     scale: float | None = None,
     *,
     window: tuple[int, int] | None = None,
+    alignment: str = "top_left",
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
     average_heads: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -125,7 +128,7 @@ def attention_and_weights(
     (batch, seqlen_q, seqlen_k), in query's dtype. Both are differentiable.
     """
     call, _ = _normalise(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, True, window, "top_left", 0.0, None, None
+        query, key, value, attn_mask, dropout_p, is_causal, scale, True, window, alignment, softcap, None, sinks
     )
     kernel, weights_kernel = select("attention", call, backend), select("attention_weights", call, backend)
     if call.dropout_p > 0.0:

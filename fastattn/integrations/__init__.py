@@ -1,0 +1,5 @@
+"""Faces that other libraries' users know, over fastattn's ops. None imports its library before it is used."""
+
+from fastattn.integrations import transformers
+
+__all__ = ["transformers"]
