@@ -8,6 +8,7 @@ Source: Devlin et al. 2018 (arXiv:1810.04805); post-norm layers of Vaswani et al
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+import fastattn
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -70,11 +73,16 @@ class BertEmbeddings(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
-        positions = self.position.weight[: input_ids.shape[1]]  # (seqlen, hidden)
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None, prompt: Tensor | None = None) -> Tensor:
+        words = self.word(input_ids)
+        if prompt is not None:
+            words = torch.cat([prompt, words], dim=1)
+            if token_type_ids is not None:
+                token_type_ids = torch.cat([token_type_ids[:, :1].expand(prompt.shape[:2]), token_type_ids], dim=1)
+        positions = self.position.weight[: words.shape[1]]  # (seqlen, hidden)
         # Row 0 is the segment of every token of a single sentence, so absent ids need no tensor of zeros.
         segments = self.token_type.weight[0] if token_type_ids is None else self.token_type(token_type_ids)
-        return self.dropout(self.norm(self.word(input_ids) + (positions + segments)))
+        return self.dropout(self.norm(words + (positions + segments)))
 
 
 def bert_layers(config: BertConfig) -> nn.TransformerEncoder:
@@ -95,6 +103,7 @@ class BertEncoder(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config = config
+        self.backend = "auto"  # set by models.layers.set_backend
         self.embeddings = BertEmbeddings(config)
         self.encoder = bert_layers(config)
         for name, parameter in self.named_parameters():
@@ -103,8 +112,9 @@ class BertEncoder(nn.Module):
                 nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else nn.init.zeros_(parameter)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> Tensor:
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
+        prompt: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The last hidden states.
 
         Args:
@@ -112,15 +122,20 @@ class BertEncoder(nn.Module):
             attention_mask: (batch, seqlen), 1 or True where there is a token, 0 or False where there is padding;
                 absent = no padding, which saves the search for it.
             token_type_ids: (batch, seqlen) int64, 0 for the first sentence and 1 for the second; absent = all 0.
+            prompt: (batch, prompt_tokens, hidden_size), stands in front of the text; ``attention_mask`` counts it.
         Returns: (batch, seqlen, hidden_size). States of padding tokens mean nothing.
         Raises: ValueError for a sequence longer than the position embeddings reach.
         """
         seqlen, limit = input_ids.shape[1], self.config.max_position_embeddings
+        seqlen += 0 if prompt is None else prompt.shape[1]
         if seqlen > limit:
             raise ValueError(f"BertEncoder: input_ids has {seqlen} tokens; the model has positions for {limit}.")
         # torch.nn's sense is True = ignore.
         key_padding_mask = None if attention_mask is None else attention_mask == 0
-        return self.encoder(self.embeddings(input_ids, token_type_ids), src_key_padding_mask=key_padding_mask)
+        embedded = self.embeddings(input_ids, token_type_ids, prompt)
+        # The norms have no backend of their own to set: they follow the preference.
+        with nullcontext() if self.backend == "auto" else fastattn.use_backend(self.backend):
+            return self.encoder(embedded, src_key_padding_mask=key_padding_mask)
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> BertEncoder:

@@ -1,0 +1,39 @@
+"""``python -m models.classify FOLDER "text" …``: says which class each text is of, and how sure it is."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from models import data, tasks
+from models.commands import Formatter, add_kernels, folder_argument, prepare, run
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m models.classify", description=__doc__, formatter_class=Formatter)
+    folder_argument(parser, "what `python -m models.train classifier` wrote")
+    parser.add_argument("text", nargs="*", help="what to classify; without it, the lines of standard input")
+    add_kernels(parser)
+    return parser.parse_args(arguments)
+
+
+@torch.no_grad()
+def classify(options: argparse.Namespace) -> None:
+    model, tokenizer = tasks.load(options.folder, "classifier")
+    model = prepare(model, options)
+    description = tasks.describe(options.folder)
+    texts = options.text or [line.strip() for line in sys.stdin if line.strip()]
+    if not texts:
+        raise ValueError("there is nothing to classify.")
+    pad_id = model.bert.config.pad_token_id
+    ids = data.pad(data.encode(tokenizer, texts, description["context"]), pad_id)
+    probabilities = model(ids.to(next(model.parameters()).device)).float().softmax(-1)
+    for text, row in zip(texts, probabilities, strict=True):
+        best = int(row.argmax())
+        print(f"{description['classes'][best]} {row[best]:.2f}\t{text}")
+
+
+if __name__ == "__main__":
+    run(classify, parse())

@@ -1,0 +1,125 @@
+"""Held-out data as each kind of model reads it, and what the model is worth on it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from models import data
+from models.bert_heads import IGNORED, classification_scores, mask_words, pretraining_loss, replace_words
+from models.gpt import causal_lm_loss
+from models.training import Batch
+from models.transformer import translation_loss
+
+# --- Measures: what a model is worth on data that it was not trained on ----------------------------------------------
+
+Measure = Callable[[nn.Module], dict[str, float]]
+
+
+@torch.no_grad()
+def mean_loss(
+    model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor], batches: Iterable[Batch], most: int = 50
+) -> float:
+    """The mean over the first ``most`` batches."""
+    device = next(model.parameters()).device
+    values = [
+        loss(model, {name: tensor.to(device) for name, tensor in batch.items()}).item()
+        for batch in itertools.islice(batches, most)
+    ]
+    return sum(values) / len(values)
+
+
+def language_measure(validation: data.TokenStream) -> Measure:
+    def measure(model: nn.Module) -> dict[str, float]:
+        value = mean_loss(model, lambda model, batch: causal_lm_loss(model, batch["input_ids"]), validation.in_order())
+        return {"validation_loss": value, "perplexity": math.exp(min(value, 100.0))}
+
+    return measure
+
+
+def pretraining_measure(validation: data.Examples, corrupt: Callable[[Batch, torch.Generator], Batch]) -> Measure:
+    def measure(model: nn.Module) -> dict[str, float]:
+        generator = torch.Generator().manual_seed(0)
+        batches = (corrupt(batch, generator) for batch in validation.in_order())
+        return {"validation_loss": mean_loss(model, pretraining_loss, batches)}
+
+    return measure
+
+
+def translation_measure(validation: data.Examples) -> Measure:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return translation_loss(model, batch["source"], batch["target"], data.PAD, 0.0)
+
+    return lambda model: {"validation_loss": mean_loss(model, loss, validation.in_order())}
+
+
+def classification_measure(validation: data.Examples, num_classes: int) -> Measure:
+    @torch.no_grad()
+    def measure(model: nn.Module) -> dict[str, float]:
+        device = next(model.parameters()).device
+        predicted, actual = [], []
+        for batch in validation.in_order():
+            predicted += model(batch["input_ids"].to(device)).argmax(-1).tolist()
+            actual += batch["labels"].tolist()
+        return classification_scores(predicted, actual, num_classes)
+
+    return measure
+
+
+# --- Data as the models read it --------------------------------------------------------------------------------------
+
+
+def language_data(tokenizer: Tokenizer, paragraphs: list[str], context: int, batch_size: int) -> data.TokenStream:
+    tokens = torch.tensor(tokenizer.encode("\n\n".join(paragraphs)).ids)
+    return data.TokenStream(tokens, context, batch_size)
+
+
+def pretraining_data(tokenizer: Tokenizer, paragraphs: list[str], context: int, batch_size: int) -> data.Examples:
+    """Halves of windows of text, <s> first </s> second </s>: half of the time the second really follows."""
+    tokens = tokenizer.encode("\n\n".join(paragraphs), add_special_tokens=False).ids
+    half = (context - 3) // 2
+    windows = [tokens[start : start + 2 * half] for start in range(0, len(tokens) - 2 * half, half)]
+    if not windows:
+        raise data.DataError(f"the text has {len(tokens)} tokens; a context of {context} needs more.")
+    fields: dict[str, list] = {"input_ids": [], "token_type_ids": [], "sentence_labels": []}
+    for i, window in enumerate(windows):
+        follows = i % 2
+        second = window[half:] if follows else windows[(i * 7 + len(windows) // 2) % len(windows)][half:]
+        fields["input_ids"].append([data.START, *window[:half], data.STOP, *second, data.STOP])
+        fields["token_type_ids"].append([0] * (half + 2) + [1] * (half + 1))
+        fields["sentence_labels"].append(follows)
+    return data.Examples(fields, batch_size)
+
+
+def translation_data(tokenizer: Tokenizer, pairs: list, context: int, batch_size: int) -> data.Examples:
+    sources = data.encode(tokenizer, [source for source, _ in pairs], context)
+    targets = data.encode(tokenizer, [target for _, target in pairs], context)
+    return data.Examples({"source": sources, "target": targets}, batch_size)
+
+
+def classification_data(tokenizer: Tokenizer, pairs: list, context: int, batch_size: int) -> data.Examples:
+    ids = data.encode(tokenizer, [text for text, _ in pairs], context)
+    return data.Examples({"input_ids": ids, "labels": [label for _, label in pairs]}, batch_size)
+
+
+def corrupted(batch: Batch, generator: torch.Generator, *, objectives: Sequence[str], vocab_size: int) -> Batch:
+    """A batch as the objectives ask about it, with their labels."""
+    ids, labels, first_word = batch["input_ids"], {}, len(data.SPECIAL_TOKENS)
+    if "next" in objectives:
+        labels["sentence_labels"] = batch["sentence_labels"]
+    if "replaced" in objectives:
+        ids, labels["replaced_labels"] = replace_words(ids, generator, first_word)
+    if "masked" in objectives:
+        original = batch["input_ids"]
+        hidden, asked = mask_words(ids, generator, vocab_size, data.MASK, first_word)
+        # A word is asked about once: as a hidden one it is no replaced one.
+        labels["word_labels"] = torch.where(asked == IGNORED, IGNORED, original)
+        if "replaced_labels" in labels:
+            labels["replaced_labels"] = labels["replaced_labels"].masked_fill(asked != IGNORED, IGNORED)
+        ids = hidden
+    return {"input_ids": ids, "token_type_ids": batch["token_type_ids"], **labels}

@@ -1,0 +1,239 @@
+"""What each command trains: the model, its data, its loss and its measure, put together from the options."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from models import data, measures
+from models.bert import BertConfig, BertEncoder
+from models.bert_heads import (
+    BertClassifier,
+    BertForPreTraining,
+    pretraining_loss,
+)
+from models.distillation import distillation_loss
+from models.gpt import Gpt, GptConfig, causal_lm_loss
+from models.minilm import find_weights
+from models.training import Batch, load_weights
+from models.transformer import Transformer, TransformerConfig, translation_loss
+
+Batches = Callable[[torch.Generator], Batch]
+
+
+@dataclass
+class Task:
+    """Everything that ``training.train`` needs, and what a folder must keep so that the model can be loaded again."""
+
+    kind: str
+    model: nn.Module
+    config: Any
+    tokenizer: Tokenizer
+    batches: Batches
+    loss: Callable[[nn.Module, Batch], Tensor]
+    measure: Callable[[nn.Module], dict[str, float]]
+    extra: dict[str, Any]
+
+
+# --- Language model --------------------------------------------------------------------------------------------------
+
+
+def gpt(
+    path: Path | None, options: dict[str, Any], *, context: int = 128, batch_size: int = 16, vocab_size: int = 2048,
+    teacher: Path | None = None, llama: bool = False,
+) -> Task:  # fmt: skip
+    """Causal language modelling; with ``teacher``, a folder of ours, its probabilities are learned too."""
+    training, held_out = data.split(data.load_text(path))
+    teacher_model, tokenizer = (None, None) if teacher is None else load(teacher, "gpt")
+    tokenizer = tokenizer or data.train_tokenizer(training, vocab_size)
+    make = GptConfig.llama if llama else GptConfig
+    # Room for the whole text that `generate` may be asked for.
+    config = make(**{"vocab_size": tokenizer.get_vocab_size(), "max_positions": 4 * context} | options)
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        if teacher_model is None:
+            return causal_lm_loss(model, batch["input_ids"])
+        inputs, labels = batch["input_ids"][:, :-1], batch["input_ids"][:, 1:].flatten()
+        with torch.no_grad():
+            taught = teacher_model.to(inputs.device)(inputs)
+        return distillation_loss(model(inputs).flatten(0, 1), taught.flatten(0, 1), labels)
+
+    read = partial(measures.language_data, tokenizer, context=context, batch_size=batch_size)
+    source, validation = read(training), read(held_out)
+    measure = measures.language_measure(validation)
+    return Task("gpt", Gpt(config), config, tokenizer, source, loss, measure, {"context": context})
+
+
+# --- BERT ------------------------------------------------------------------------------------------------------------
+
+
+def bert(
+    path: Path | None, options: dict[str, Any], *, context: int = 128, batch_size: int = 16, vocab_size: int = 2048,
+    objectives: tuple[str, ...] = ("masked",),
+) -> Task:  # fmt: skip
+    """Pre-training with any of the objectives masked (words), next (sentence) and replaced (words)."""
+    training, held_out = data.split(data.load_text(path))
+    tokenizer = data.train_tokenizer(training, vocab_size, framed=True)
+    config = _bert_config(tokenizer, context, options)
+    corrupt = partial(measures.corrupted, objectives=objectives, vocab_size=config.vocab_size)
+    source, validation = (
+        measures.pretraining_data(tokenizer, part, context, batch_size) for part in (training, held_out)
+    )
+    return Task(
+        "bert", BertForPreTraining(config), config, tokenizer,
+        lambda generator: corrupt(source(generator), generator), pretraining_loss,
+        measures.pretraining_measure(validation, corrupt), {"context": context, "objectives": list(objectives)},
+    )  # fmt: skip
+
+
+def _bert_config(tokenizer: Tokenizer, positions: int, options: dict[str, Any]) -> BertConfig:
+    return BertConfig(
+        vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=positions, pad_token_id=data.PAD, **options
+    )
+
+
+# --- Translation -----------------------------------------------------------------------------------------------------
+
+
+def translation(
+    path: Path | None, options: dict[str, Any], *, context: int = 64, batch_size: int = 32, vocab_size: int = 4096
+) -> Task:
+    """An encoder-decoder, with label smoothing."""
+    training, held_out = data.split(data.load_pairs(path))
+    tokenizer = data.train_tokenizer((text for pair in training for text in pair), vocab_size, framed=True)
+    config = TransformerConfig(
+        vocab_size=tokenizer.get_vocab_size(), max_positions=context, pad_id=data.PAD, start_id=data.START,
+        stop_id=data.STOP, **options,
+    )  # fmt: skip
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return translation_loss(model, batch["source"], batch["target"], data.PAD)
+
+    source, validation = (
+        measures.translation_data(tokenizer, part, context, batch_size) for part in (training, held_out)
+    )
+    measure = measures.translation_measure(validation)
+    return Task("translation", Transformer(config), config, tokenizer, source, loss, measure, {"context": context})
+
+
+# --- Classification --------------------------------------------------------------------------------------------------
+
+
+def classifier(
+    path: Path | None, options: dict[str, Any], *, context: int = 64, batch_size: int = 32, vocab_size: int = 4096,
+    start: Path | None = None, prompt_tokens: int = 0, teacher: Path | None = None,
+) -> Task:  # fmt: skip
+    """Sentiment, or any classes.
+
+    Args:
+        start: "minilm" for the pretrained sentence encoder, a folder of ``train bert``, or None to start from nothing.
+        teacher: a folder of ``train classifier`` to distil; its tokenizer and classes are taken over.
+    """
+    texts, labels, classes = data.load_labelled(path)
+    training, held_out = data.split(list(zip(texts, labels, strict=True)))
+    teacher_model, encoder = None, None
+    if teacher is not None:
+        teacher_model, tokenizer = load(teacher, "classifier")
+    elif start is not None:
+        encoder, tokenizer = _pretrained_encoder(start)
+    else:
+        tokenizer = data.train_tokenizer((text for text, _ in training), vocab_size, framed=True)
+    if encoder is None:
+        encoder = BertEncoder(_bert_config(tokenizer, context + prompt_tokens, options))
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        logits = model(batch["input_ids"])
+        if teacher_model is None:
+            return nn.functional.cross_entropy(logits.float(), batch["labels"])
+        with torch.no_grad():
+            taught = teacher_model.to(logits.device)(batch["input_ids"])
+        return distillation_loss(logits, taught, batch["labels"])
+
+    source, validation = (
+        measures.classification_data(tokenizer, part, context, batch_size) for part in (training, held_out)
+    )
+    extra = {"classes": classes, "prompt_tokens": prompt_tokens, "context": context}
+    return Task(
+        "classifier", BertClassifier(encoder, len(classes), prompt_tokens), encoder.config, tokenizer, source, loss,
+        measures.classification_measure(validation, len(classes)), extra,
+    )  # fmt: skip
+
+
+def _pretrained_encoder(start: Path) -> tuple[BertEncoder, Tokenizer]:
+    if str(start) != "minilm":
+        model, tokenizer = load(start, "bert")
+        return model.bert, tokenizer
+    folder = find_weights()
+    if folder is None:
+        raise data.DataError("minilm is not installed: run make build")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    return BertEncoder.from_pretrained(folder), tokenizer
+
+
+# --- Folders ---------------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path, kind: str) -> tuple[Any, Tokenizer]:
+    """The model of a folder that ``train`` wrote, in eval mode, and its tokenizer.
+
+    Raises: data.DataError if there is none, or it is of another kind.
+    """
+    folder = Path(folder)
+    description = describe(folder)
+    if description["kind"] != kind:
+        raise data.DataError(f"{folder} holds a {description['kind']} model; this command needs a {kind} model.")
+    classes = {"gpt": (Gpt, GptConfig), "bert": (BertForPreTraining, BertConfig),
+               "translation": (Transformer, TransformerConfig), "classifier": (BertClassifier, BertConfig)}  # fmt: skip
+    model_class, config_class = classes[kind]
+    names = {field.name for field in dataclasses.fields(config_class)}
+    config = config_class(**{name: value for name, value in description["config"].items() if name in names})
+    if kind == "classifier":
+        model = BertClassifier(BertEncoder(config), len(description["classes"]), description["prompt_tokens"])
+    else:
+        model = model_class(config)
+    try:
+        load_weights(model, folder / "model.safetensors")
+    except (OSError, ValueError) as error:
+        raise data.DataError(str(error)) from error
+    return model.eval(), Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder that ``train`` wrote."""
+    try:
+        description = json.loads((folder / "config.json").read_text())
+        description["kind"], description["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise data.DataError(f"{folder} is not a folder that `python -m models.train` wrote: {error}.") from error
+    return description
+
+
+def held_out_measure(folder: Path, path: Path | None, tokenizer: Tokenizer, batch_size: int = 16) -> measures.Measure:
+    """The measure that training reported for the model of ``folder``, on the held-out part of the data at ``path``."""
+    description = describe(folder)
+    kind, sizes = description["kind"], (description["context"], batch_size)
+    if kind == "translation":
+        return measures.translation_measure(
+            measures.translation_data(tokenizer, data.split(data.load_pairs(path))[1], *sizes)
+        )
+    if kind == "classifier":
+        texts, labels, classes = data.load_labelled(path)
+        if classes != description["classes"]:
+            raise data.DataError(f"the data has the classes {classes}; the model knows {description['classes']}.")
+        held_out = data.split(list(zip(texts, labels, strict=True)))[1]
+        return measures.classification_measure(measures.classification_data(tokenizer, held_out, *sizes), len(classes))
+    held_out = data.split(data.load_text(path))[1]
+    if kind == "gpt":
+        return measures.language_measure(measures.language_data(tokenizer, held_out, *sizes))
+    corrupt = partial(measures.corrupted, objectives=description["objectives"], vocab_size=tokenizer.get_vocab_size())
+    return measures.pretraining_measure(measures.pretraining_data(tokenizer, held_out, *sizes), corrupt)

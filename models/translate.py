@@ -1,0 +1,35 @@
+"""``python -m models.translate FOLDER "text" …``: translates with a trained encoder-decoder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from models import data, tasks
+from models.commands import Formatter, add_kernels, folder_argument, prepare, run
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m models.translate", description=__doc__, formatter_class=Formatter)
+    folder_argument(parser, "what `python -m models.train translation` wrote")
+    parser.add_argument("text", nargs="*", help="what to translate; without it, the lines of standard input")
+    parser.add_argument("--beams", type=int, default=4, help="hypotheses to keep; 1 = greedy")
+    parser.add_argument("--tokens", type=int, help="how many to generate at most; default: what the model has room for")
+    add_kernels(parser)
+    return parser.parse_args(arguments)
+
+
+def translate(options: argparse.Namespace) -> None:
+    model, tokenizer = tasks.load(options.folder, "translation")
+    model = prepare(model, options)
+    texts = options.text or [line.strip() for line in sys.stdin if line.strip()]
+    if not texts:
+        raise ValueError("there is nothing to translate.")
+    limit = model.config.max_positions
+    ids = data.pad(data.encode(tokenizer, texts, limit)).to(model.positions.device)
+    for tokens in model.translate(ids, min(options.tokens or limit, limit), beams=options.beams):
+        print(tokenizer.decode(tokens).strip())
+
+
+if __name__ == "__main__":
+    run(translate, parse())

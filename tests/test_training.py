@@ -1,0 +1,419 @@
+"""Training of the models: what is learned, a resumed run as the same run, real data, the commands and their errors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastattn
+from models import classify, data, evaluate, generate, tasks, translate
+from models import train as train_command
+from models.bert import BertConfig, BertEncoder
+from models.bert_heads import (
+    IGNORED,
+    BertClassifier,
+    BertForPreTraining,
+    classification_scores,
+    mask_words,
+    pretraining_loss,
+    replace_words,
+)
+from models.commands import run
+from models.distillation import distillation_loss
+from models.gpt import Gpt, GptConfig, causal_lm_loss
+from models.layers import set_backend
+from models.training import TrainingConfig, choose_parameters, load_weights, save_checkpoint, train
+
+ROOT = Path(__file__).parent.parent
+KERNELS = [name for name in ("cpu", "cuda", "triton") if fastattn.available_backends()[name] is None]
+TINY = GptConfig(vocab_size=40, max_positions=24, dim=32, num_layers=2, num_heads=2, hidden_dim=64, dropout=0.1)
+TEXT = "\n\n".join(f"Paragraph {i} counts: " + " ".join(str(i + j) for j in range(12)) for i in range(60))
+
+
+def periodic(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Sequences that count upwards modulo 40: easy to learn."""
+    start = torch.randint(40, (8, 1), generator=generator)
+    return {"input_ids": (start + torch.arange(17)) % 40}
+
+
+def lm_loss(model, batch):
+    return causal_lm_loss(model, batch["input_ids"])
+
+
+def fresh(backend: str = "auto", config: GptConfig = TINY) -> Gpt:
+    torch.manual_seed(0)
+    return set_backend(Gpt(config), backend)
+
+
+# --- The loop --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kernels_train_as_eager_does(backend):
+    """Dropout included: it drops the same elements. Float rounding grows with the steps, slowly at this rate."""
+    config = TrainingConfig(steps=80, learning_rate=3e-3, warmup_steps=10)
+    losses = {}
+    for name in (backend, "eager"):
+        losses[name] = torch.tensor([row["loss"] for row in train(fresh(name), lm_loss, periodic, config)])
+    torch.testing.assert_close(losses[backend][:20], losses["eager"][:20], atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(losses[backend], losses["eager"], atol=2e-2, rtol=2e-2)
+    assert losses[backend][0] > 3.5 and losses[backend][-5:].mean() < 1.1
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_resumed_run_is_the_same_run_bit_for_bit(accumulation, tmp_path):
+    def config(steps: int) -> TrainingConfig:
+        return TrainingConfig(steps=steps, warmup_steps=2, accumulation=accumulation, save_every=3)
+
+    class Stop(Exception):
+        pass
+
+    def interrupt(row):
+        if row["step"] == 5:
+            raise Stop
+
+    whole = fresh()
+    rows = train(whole, lm_loss, periodic, config(8))
+    with pytest.raises(Stop):
+        train(fresh(), lm_loss, periodic, config(8), folder=tmp_path, report=interrupt)
+    resumed = fresh()
+    resumed_rows = train(resumed, lm_loss, periodic, config(8), folder=tmp_path, resume=True)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    assert resumed_rows == rows
+
+
+def test_accumulation_is_a_larger_batch():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    x = torch.randn(16, 4)
+    halves = itertools.cycle([{"x": x[:8]}, {"x": x[8:]}])
+
+    def loss(model, batch):
+        return model(batch["x"]).square().mean()
+
+    other = torch.nn.Linear(4, 1)
+    other.load_state_dict(model.state_dict())
+    config = {"steps": 3, "warmup_steps": 0}
+    train(model, loss, lambda generator: next(halves), TrainingConfig(accumulation=2, **config))
+    train(other, loss, lambda generator: {"x": x}, TrainingConfig(**config))
+    torch.testing.assert_close(model.weight, other.weight)
+
+
+def test_mixed_precision_learns():
+    config = TrainingConfig(steps=60, learning_rate=3e-3, warmup_steps=10, precision="bfloat16")
+    model = fresh()
+    rows = train(model, lm_loss, periodic, config)
+    assert rows[-1]["loss"] < 1.5
+    assert model.embedding.weight.dtype == torch.float32
+
+
+def test_the_rate_warms_up_and_decays():
+    config = TrainingConfig(steps=110, learning_rate=1.0, warmup_steps=10, final_share=0.1)
+    assert config.rate(0) == pytest.approx(0.1)
+    assert config.rate(9) == pytest.approx(1.0)
+    assert config.rate(60) == pytest.approx(0.55)
+    assert config.rate(110) == pytest.approx(0.1)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    with pytest.raises(FloatingPointError, match="the loss of step 1 is nan"):
+        train(fresh(), lambda model, batch: lm_loss(model, batch) * math.nan, periodic, TrainingConfig(steps=3))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    model = fresh()
+    save_checkpoint(tmp_path, model, torch.optim.AdamW(model.parameters()), 1, torch.amp.GradScaler(enabled=False))
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(ValueError, match="not a checkpoint of this Gpt"):
+        load_weights(Gpt(GptConfig.llama(vocab_size=40, dim=32, num_layers=2, num_heads=2, hidden_dim=64)), path)
+    with pytest.raises(ValueError, match="checkpoint of another size"):
+        load_weights(Gpt(GptConfig(**{**vars(TINY), "dim": 64})), path)
+
+
+@pytest.mark.parametrize("tune, trained", [
+    ("all", lambda name: True),
+    ("last:1", lambda name: name.startswith("blocks.1.")),
+    ("feed_forward", lambda name: ".feed_forward." in name),
+    ("prompt", lambda name: name == "prompt"),
+])  # fmt: skip
+def test_tuning_changes_only_what_it_should(tune, trained):
+    model = fresh(config=GptConfig(**{**vars(TINY), "prompt_tokens": 2}))
+    torch.nn.init.normal_(model.prompt, std=0.02)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    count = choose_parameters(model, tune)
+    train(model, lm_loss, periodic, TrainingConfig(steps=2, warmup_steps=0))
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    expected = {name for name in before if trained(name)}
+    assert changed == expected
+    assert count == sum(before[name].numel() for name in expected)
+
+
+def test_unknown_tuning_is_refused():
+    with pytest.raises(ValueError, match="tune must be"):
+        choose_parameters(fresh(), "lora")
+    with pytest.raises(ValueError, match="Gpt has no such parameters"):
+        choose_parameters(fresh(), "prompt")
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Gradients are averaged: both processes end with the same weights, and the run says so."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+               "models.train", *tiny_arguments("gpt", tmp_path)]  # fmt: skip
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr
+    rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert len(rows) == 1 + 4
+    model, _ = tasks.load(tmp_path, "gpt")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+# --- Objectives ------------------------------------------------------------------------------------------------------
+
+
+def test_masked_words_are_fifteen_percent_and_mostly_hidden():
+    ids = torch.randint(0, 100, (200, 100))
+    hidden, labels = mask_words(ids, torch.Generator().manual_seed(0), 100, data.MASK, 5)
+    asked = labels != IGNORED
+    assert torch.equal(labels[asked], ids[asked])
+    assert not asked[ids < 5].any()
+    assert asked[ids >= 5].double().mean().item() == pytest.approx(0.15, abs=0.01)
+    assert (hidden[asked] == data.MASK).double().mean().item() == pytest.approx(0.8, abs=0.03)
+    assert (hidden[asked] == ids[asked]).double().mean().item() == pytest.approx(0.1, abs=0.03)
+    assert torch.equal(hidden[~asked], ids[~asked])
+
+
+def test_replaced_words_are_labelled():
+    ids = torch.randint(0, 100, (50, 40))
+    replaced, labels = replace_words(ids, torch.Generator().manual_seed(0), 5)
+    words = ids >= 5
+    assert torch.equal(labels[words], (replaced != ids)[words].long())
+    assert (labels[~words] == IGNORED).all() and torch.equal(replaced[~words], ids[~words])
+    assert 0.1 < labels[words].double().mean().item() < 0.16
+
+
+@pytest.mark.parametrize("objective", ["masked", "next", "replaced"])
+def test_each_objective_is_learned(objective):
+    torch.manual_seed(0)
+    paragraphs = TEXT.split("\n\n")
+    tokenizer = data.train_tokenizer(paragraphs, 320, framed=True)
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=96, max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    from models import measures
+
+    examples = measures.pretraining_data(tokenizer, paragraphs, 32, 16)
+    fixed = measures.corrupted(
+        examples(torch.Generator().manual_seed(1)), torch.Generator().manual_seed(2), objectives=[objective],
+        vocab_size=config.vocab_size,
+    )  # fmt: skip
+    model = set_backend(BertForPreTraining(config))
+    loop = TrainingConfig(steps=140, learning_rate=3e-3, warmup_steps=5, weight_decay=0.0)
+    rows = train(model, pretraining_loss, lambda generator: fixed, loop)
+    assert rows[-1]["loss"] < 0.4 * rows[0]["loss"]
+
+
+def test_distillation_follows_the_teacher():
+    teacher, labels = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([2])
+    student = torch.zeros(1, 3, requires_grad=True)
+    only_teacher = torch.autograd.grad(distillation_loss(student, teacher, labels, alpha=1.0), student)[0]
+    assert only_teacher[0, 0] < 0 < only_teacher[0, 2]
+    only_label = torch.autograd.grad(distillation_loss(student, teacher, labels, alpha=0.0), student)[0]
+    torch.testing.assert_close(only_label, torch.tensor([[1 / 3, 1 / 3, -2 / 3]]))
+    assert distillation_loss(teacher, teacher, torch.tensor([0]), alpha=1.0).item() == pytest.approx(0.0, abs=1e-6)
+    ignored = distillation_loss(torch.cat([student, student]), teacher.repeat(2, 1), torch.tensor([2, IGNORED]))
+    torch.testing.assert_close(ignored, distillation_loss(student, teacher, labels))
+
+
+def test_classification_scores():
+    scores = classification_scores([0, 0, 1, 2], [0, 1, 1, 1], 3)
+    assert scores["accuracy"] == 0.5
+    assert scores["precision"] == pytest.approx((0.5 + 1 + 0) / 3)
+    assert scores["recall"] == pytest.approx((1 + 1 / 3 + 0) / 3)
+    assert scores["f1"] == pytest.approx((2 / 3 + 0.5 + 0) / 3)
+
+
+def test_a_prompt_stands_in_front_of_a_classified_text():
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    model = BertClassifier(BertEncoder(config), 3, prompt_tokens=4).eval()
+    ids = torch.tensor([[7, 8, 9, 0, 0], [7, 8, 9, 10, 11]])
+    padded, alone = model(ids)[0], model(ids[:1, :3])[0]
+    torch.testing.assert_close(padded, alone)
+    with torch.no_grad():
+        model.prompt.normal_()
+    assert not torch.allclose(model(ids)[0], padded)
+
+
+# --- Data ------------------------------------------------------------------------------------------------------------
+
+
+def test_real_text_is_there():
+    assert sum(map(len, data.load_text(None))) > 300_000
+    pairs = data.load_pairs(None)
+    assert len(pairs) > 500 and ("Please enter a valid email address or phone number." not in dict(pairs))
+    texts, labels, classes = data.load_labelled(None)
+    assert len(texts) == len(labels) > 38_000 and classes == ["negative", "neutral", "positive"]
+
+
+def test_the_users_own_files_are_read(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert len(data.load_text(tmp_path / "text.txt")) == 60
+    (tmp_path / "pairs.tsv").write_text("one\teins\ntwo\tzwei\n")
+    assert data.load_pairs(tmp_path / "pairs.tsv") == [("one", "eins"), ("two", "zwei")]
+    (tmp_path / "labels.csv").write_text('text,label\n"good, really",pos\nbad,neg\n')
+    assert data.load_labelled(tmp_path / "labels.csv") == (["good, really", "bad"], [1, 0], ["neg", "pos"])
+    for name, text in (("pos", "fine"), ("neg", "dull")):
+        (tmp_path / "aclImdb" / "train" / name).mkdir(parents=True)
+        (tmp_path / "aclImdb" / "train" / name / "0_1.txt").write_text(text)
+    assert data.load_labelled(tmp_path / "aclImdb") == (["dull", "fine"], [0, 1], ["neg", "pos"])
+
+
+@pytest.mark.parametrize("load, content, message", [
+    (data.load_pairs, b"one\teins\nalone\n", "2: expected source<tab>target, found 1 fields"),
+    (data.load_text, b"\xff\xfe\x00", "cannot be read as UTF-8 text"),
+    (data.load_text, b"one paragraph", "has 1 paragraphs"),
+    (data.load_labelled, b"a,b\n1,2\n", "must have the columns text and sentiment"),
+    (data.load_labelled, b"text,label\nx,y\n", "has 1 classes"),
+])  # fmt: skip
+def test_bad_files_are_named(load, content, message, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(data.DataError, match=message):
+        load(path)
+
+
+def test_split_holds_out_every_tenth():
+    training, held_out = data.split(list(range(25)))
+    assert held_out == [0, 10, 20] and sorted(training + held_out) == list(range(25))
+
+
+# --- Commands --------------------------------------------------------------------------------------------------------
+
+
+def tiny_arguments(command: str, folder: Path, *more: str) -> list[str]:
+    text = folder / "data.txt"
+    if command in ("gpt", "bert") and not text.exists():
+        text.write_text(TEXT)
+    if command == "translation":
+        text.write_text("".join(f"number {i} is here\tZahl {i} ist hier\n" for i in range(60)))
+    if command == "classifier":
+        text.write_text(
+            "text,label\n" + "".join(f"{'good' if i % 2 else 'bad'} thing {i},{i % 2}\n" for i in range(60))
+        )
+    return [command, "--data", str(text), "--out", str(folder), "--dim", "32", "--layers", "2", "--heads", "2",
+            "--context", "24", "--vocab-size", "320", "--batch-size", "8", "--steps", "4", "--warmup-steps", "1",
+            "--device", "cpu", *more]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[str, Path]:
+    folders = {}
+    for command in ("gpt", "bert", "translation", "classifier"):
+        folders[command] = tmp_path_factory.mktemp(command)
+        train_command.train(train_command.parse(tiny_arguments(command, folders[command])))
+    return folders
+
+
+@pytest.mark.parametrize("command", ["gpt", "bert", "translation", "classifier"])
+def test_train_leaves_a_model_and_its_record(trained, command):
+    folder = trained[command]
+    names = {path.name for path in folder.iterdir()} - {"data.txt"}
+    assert names == {"config.json", "tokenizer.json", "model.safetensors", "training.safetensors", "log.csv",
+                     "loss.png"}  # fmt: skip
+    rows = (folder / "log.csv").read_text().splitlines()
+    assert len(rows) == 5 and rows[0].startswith("step,loss,learning_rate,norm")
+    tasks.load(folder, command)
+
+
+def test_train_resumes_from_the_command_line(tmp_path):
+    train_command.train(train_command.parse(tiny_arguments("gpt", tmp_path)))
+    train_command.train(train_command.parse(tiny_arguments("gpt", tmp_path, "--steps", "6", "--resume")))
+    assert [row.split(",")[0] for row in (tmp_path / "log.csv").read_text().splitlines()[1:]] == [
+        *("1.0", "2.0", "3.0", "4.0"), "5", "6",
+    ]  # fmt: skip
+
+
+def test_generate_prints_the_continuation(trained, capsys):
+    options = generate.parse([str(trained["gpt"]), "Paragraph 3", "--tokens", "5", "--temperature", "0", "--int8"])
+    generate.generate(options)
+    printed = capsys.readouterr().out
+    assert printed.startswith("Paragraph 3") and "5 tokens" in printed
+
+
+def test_translate_and_classify_print_a_line_a_text(trained, capsys):
+    translate.translate(translate.parse([str(trained["translation"]), "number 3", "number 4", "--tokens", "5"]))
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    classify.classify(classify.parse([str(trained["classifier"]), "good thing", "bad thing", "--int8"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[1] for line in lines] == ["good thing", "bad thing"]
+
+
+@pytest.mark.parametrize("command", ["gpt", "bert", "translation", "classifier"])
+def test_evaluate_shows_what_int8_costs(trained, command, capsys):
+    folder = trained[command]
+    evaluate.evaluate(evaluate.parse([str(folder), "--data", str(folder / "data.txt"), "--int8"]))
+    assert "int8" in capsys.readouterr().out
+
+
+def test_a_student_learns_from_a_teacher(trained, tmp_path):
+    arguments = tiny_arguments("gpt", tmp_path, "--teacher", str(trained["gpt"]), "--layers", "1")
+    train_command.train(train_command.parse(arguments))
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["num_layers"] == 1
+    classifier = tmp_path / "classifier"
+    classifier.mkdir()
+    arguments = tiny_arguments("classifier", classifier, "--teacher", str(trained["classifier"]), "--layers", "1")
+    train_command.train(train_command.parse(arguments))
+
+
+def test_prompt_tuning_keeps_the_rest(trained, tmp_path):
+    arguments = tiny_arguments(
+        "gpt", tmp_path, "--start", str(trained["gpt"]), "--prompt-tokens", "3", "--tune", "prompt"
+    )
+    train_command.train(train_command.parse(arguments))
+    before, after = tasks.load(trained["gpt"], "gpt")[0], tasks.load(tmp_path, "gpt")[0]
+    assert after.prompt.abs().sum() > 0
+    assert torch.equal(before.blocks[1].feed_forward.up.weight, after.blocks[1].feed_forward.up.weight)
+
+
+@pytest.mark.parametrize("module, arguments, message", [
+    (generate, ["{missing}", "x"], "is not a folder that `python -m models.train` wrote"),
+    (generate, ["{bert}", "x"], "holds a bert model; this command needs a gpt model"),
+    (generate, ["{gpt}", ""], "text is empty"),
+    (generate, ["{gpt}", "x", "--backend", "cuda"], "backend 'cuda' cannot run here"),
+    (translate, ["{translation}", " "], "there is nothing to translate"),
+])  # fmt: skip
+def test_mistakes_get_one_line(module, arguments, message, trained, tmp_path, capsys, monkeypatch):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    names = {**trained, "missing": tmp_path / "nothing"}
+    options = module.parse([argument.format(**names) for argument in arguments])
+    if getattr(options, "text", None) == [" "]:
+        monkeypatch.setattr("sys.stdin", iter([]))
+        options.text = []
+    with pytest.raises(SystemExit) as exit:
+        run(getattr(module, module.__name__.rsplit(".", 1)[1]), options)
+    assert exit.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0]
+
+
+@pytest.mark.parametrize("name", ["train", "generate", "translate", "classify", "evaluate"])
+def test_every_command_has_help(name, capsys):
+    module = {"train": train_command, "generate": generate, "translate": translate, "classify": classify,
+              "evaluate": evaluate}[name]  # fmt: skip
+    for arguments in (["--help"], ["gpt", "--help"] if name == "train" else ["--help"]):
+        with pytest.raises(SystemExit) as exit:
+            module.parse(arguments)
+        assert exit.value.code == 0
+        assert "--backend" in capsys.readouterr().out or arguments == ["--help"]
