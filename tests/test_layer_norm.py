@@ -122,6 +122,15 @@ def test_a_large_mean_costs_no_accuracy(cpu_isa):
     check("layer_norm", make_inputs("layer_norm", (8, 768), torch.float32) | {"input": x[:, :768]}, "cpu")
 
 
+def test_a_poor_guess_at_the_mean_costs_no_accuracy(cpu_isa):
+    # The kernel guesses the mean from four vectors spread over the row: here they, and they alone, are outliers.
+    x = torch.randn(8, 4096).mul(1e-3)
+    for column in (0, 1360, 2720, 4080):
+        x[:, column : column + 16] += 1.0
+    out = fastattn.layer_norm(x, 4096, backend="cpu")
+    torch.testing.assert_close(out.double(), F.layer_norm(x.double(), (4096,)), rtol=3e-7, atol=3e-8)
+
+
 def test_a_constant_row_gives_the_bias(cpu_isa):
     weight, bias = torch.randn(97), torch.randn(97)
     for value in (0.0, 0.1, 1e4, -3.7e30):

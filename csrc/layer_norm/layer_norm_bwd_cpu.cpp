@@ -16,24 +16,23 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 namespace {
 
-// Rows at once: as many as leave room in the register file for two sums and two broadcast values of each.
-#if defined(__AVX512F__)
-constexpr int kGroup = 4;
-#else
+// Rows at once: each takes three pointers, and with more than two of them the second pass runs out of the 16 integer
+// registers before it runs out of vector registers.
 constexpr int kGroup = 2;
-#endif
 // Rows whose shares of dweight and dbias are added up before they join the block's sums.
 constexpr int64_t kChunk = 64;
 // Fewer elements than this are not worth waking a thread.
 constexpr int64_t kElementsPerThread = 8192;
 
-template <typename Element_, typename OutElement_, bool kRms_, bool kParamGrads_>
+template <typename Element_, typename OutElement_, bool kRms_, bool kParamGrads_, bool kAddsGradient_>
 struct BackwardTraits {
   using Element = Element_;
   using OutElement = OutElement_;
   using T = StatisticsOf<Element>;
   static constexpr bool kRms = kRms_;
   static constexpr bool kParamGrads = kParamGrads_;
+  // Whether there is a dnew_residual. A test of it in the loop would keep its pointers in registers for nothing.
+  static constexpr bool kAddsGradient = kAddsGradient_;
 };
 
 // 0 for a row of one element: it is its own mean, whatever it is, and both its gradient and its share of dweight are 0.
@@ -88,7 +87,6 @@ FASTATTN_INLINE void backward_rows(const LayerNormBwdParams& p, int64_t row, typ
     dy_term[r] = Vec<T>::set1(sum_dy[r].reduce_add() * inverse_n * row_rstd);
     d_scale[r] = Vec<T>::set1(sum_dy_d[r].reduce_add() * inverse_n * row_rstd * row_rstd * row_rstd);
   });
-  const bool has_dnew_residual = p.dnew_residual.data != nullptr;
   for_each_vector<T>(p.cols, [&](int64_t j, auto width) __attribute__((always_inline)) {
     const Vec<T> weights = load<T>(weight + j, width);
     // The rows at hand are added up by themselves first: short chains of additions lose less to rounding.
@@ -102,7 +100,7 @@ FASTATTN_INLINE void backward_rows(const LayerNormBwdParams& p, int64_t row, typ
         dbiases = dbiases + dout_value;
       }
       Vec<T> gradient = fnma(d, d_scale[r], dout_rstd * weights - dy_term[r]);
-      if (has_dnew_residual) gradient = gradient + load<T>(dnew_residual[r] + j, width);
+      if constexpr (Traits::kAddsGradient) gradient = gradient + load<T>(dnew_residual[r] + j, width);
       store(gradient, dx[r] + j, width);
     });
     if constexpr (Traits::kParamGrads) {
@@ -176,6 +174,18 @@ void backward_block(const LayerNormBwdParams& p, int64_t block) {
   }
 }
 
+using BlockFn = void (*)(const LayerNormBwdParams&, int64_t);
+
+template <typename Element, typename OutElement, bool kRms>
+BlockFn choose_block(const LayerNormBwdParams& p, bool param_grads) {
+  if (p.dnew_residual.data != nullptr) {
+    return param_grads ? backward_block<BackwardTraits<Element, OutElement, kRms, true, true>>
+                       : backward_block<BackwardTraits<Element, OutElement, kRms, false, true>>;
+  }
+  return param_grads ? backward_block<BackwardTraits<Element, OutElement, kRms, true, false>>
+                     : backward_block<BackwardTraits<Element, OutElement, kRms, false, false>>;
+}
+
 // dweight, dbias = sum of the blocks' sums, as many at a time as a chunk has groups.
 template <typename T>
 void sum_blocks(const LayerNormBwdParams& p, int64_t blocks) {
@@ -209,14 +219,8 @@ void layer_norm_bwd_cpu(const LayerNormBwdParams& p) {
   dispatch_elements(p.x_dtype, p.out_dtype, [&](auto x, auto out) __attribute__((always_inline)) {
     using Element = typename decltype(x)::type;
     using OutElement = typename decltype(out)::type;
-    void (*run_block)(const LayerNormBwdParams&, int64_t);
-    if (p.rms) {
-      run_block = param_grads ? backward_block<BackwardTraits<Element, OutElement, true, true>>
-                              : backward_block<BackwardTraits<Element, OutElement, true, false>>;
-    } else {
-      run_block = param_grads ? backward_block<BackwardTraits<Element, OutElement, false, true>>
-                              : backward_block<BackwardTraits<Element, OutElement, false, false>>;
-    }
+    const auto run_block = p.rms ? choose_block<Element, OutElement, true>(p, param_grads)
+                                 : choose_block<Element, OutElement, false>(p, param_grads);
     parallel_ranges(blocks, grain, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) run_block(p, block);
     });

@@ -1,11 +1,10 @@
 // Forward layer norm and RMS norm on the CPU.
 // Work:    a thread takes neighbouring rows.
-// Memory:  a row is read from memory once; the second and third pass find it in the first-level cache (rows of more
-// than
-//          kBlock elements: in the cache that holds them).
-// Numbers: two passes, so that a large mean costs no accuracy: squares are summed about the mean, and what rounding
-// left
-//          of the sum about the mean corrects it. fp32 statistics (fp64 for fp64), combined over blocks in fp64.
+// Memory:  a row is read from memory once; the second pass finds it in the first-level cache (rows of more than kBlock
+//          elements: in the cache that holds them).
+// Numbers: squares are summed about a guess of the mean, so that a large mean costs no accuracy, and the sum about the
+//          guess corrects both. A guess further off than a standard deviation would cost some: then a second pass sums
+//          about the mean. fp32 statistics (fp64 for fp64), combined over blocks in fp64.
 // Source:  Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983, eqs. 1.7 and 2.1.
 #include "common/parallel.h"
 #include "common/simd.h"
@@ -63,6 +62,17 @@ FASTATTN_INLINE void deviations(const Element* x, int64_t n, T center, T& sum, T
   sum_squares = sum_of(squares).reduce_add();
 }
 
+// A guess at the mean of a row: the mean of four vectors spread over it.
+template <typename T, typename Element>
+FASTATTN_INLINE T guess_mean(const Element* x, int64_t n, double inverse_n) {
+  constexpr int kLanes = Vec<T>::kLanes;
+  if (n < 4 * kLanes) return static_cast<T>(sum_of_values<T>(x, n) * inverse_n);
+  const int64_t step = (n - kLanes) / 3;
+  const Vec<T> vectors[4] = {Vec<T>::load_as(x), Vec<T>::load_as(x + step), Vec<T>::load_as(x + 2 * step),
+                             Vec<T>::load_as(x + 3 * step)};
+  return sum_of(vectors).reduce_add() * (T(1) / (4 * kLanes));
+}
+
 template <typename T, bool kRms, typename Element>
 FASTATTN_INLINE Statistics<T> row_statistics(const Element* x, int64_t n, double inverse_n, double eps) {
   double mean = 0.0, squares = 0.0;
@@ -72,9 +82,14 @@ FASTATTN_INLINE Statistics<T> row_statistics(const Element* x, int64_t n, double
       squares += sum_of_squares<T>(x + begin, count);
     } else {
       const double inverse_count = count == n ? inverse_n : 1.0 / static_cast<double>(count);
-      const T center = static_cast<T>(sum_of_values<T>(x + begin, count) * inverse_count);
+      T center = guess_mean<T>(x + begin, count, inverse_count);
       T rest, block_squares;
       deviations(x + begin, count, center, rest, block_squares);
+      // Half or more of the squares come from the guess, or something is not finite.
+      if (!(rest * (rest * inverse_count) <= block_squares * 0.5)) {
+        center = static_cast<T>(sum_of_values<T>(x + begin, count) * inverse_count);
+        deviations(x + begin, count, center, rest, block_squares);
+      }
       const double block_mean = center + rest * inverse_count;
       const double about_mean = block_squares - rest * (rest * inverse_count);
       if (begin == 0) {
