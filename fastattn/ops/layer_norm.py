@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn.dispatch import Kernel, cuda_kernels, never_refuses, register, select
-from fastattn.ops import layer_norm_compiled, layer_norm_eager
+from fastattn.ops import layer_norm_compiled, layer_norm_eager, layer_norm_triton
 
 
 class LayerNormCall(NamedTuple):
@@ -224,6 +224,7 @@ def _prepare_add_rms_norm(input, residual, normalized_shape, weight=None, eps=No
 _CUDA, _EMULATED = cuda_kernels(layer_norm_compiled.refuses_cuda, layer_norm_compiled.norm)
 _NORM = (
     _CUDA,
+    Kernel("triton", layer_norm_triton.refuses, layer_norm_triton.norm),
     Kernel("cpu", layer_norm_compiled.refuses_cpu, layer_norm_compiled.norm),
     Kernel("eager", never_refuses, layer_norm_eager.norm),
     _EMULATED,
@@ -231,6 +232,7 @@ _NORM = (
 _ADD_CUDA, _ADD_EMULATED = cuda_kernels(layer_norm_compiled.refuses_cuda, layer_norm_compiled.add_norm)
 _ADD_NORM = (
     _ADD_CUDA,
+    Kernel("triton", layer_norm_triton.refuses, layer_norm_triton.add_norm),
     Kernel("cpu", layer_norm_compiled.refuses_cpu, layer_norm_compiled.add_norm),
     Kernel("eager", never_refuses, layer_norm_eager.add_norm),
     _ADD_EMULATED,

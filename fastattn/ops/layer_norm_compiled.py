@@ -79,11 +79,11 @@ def _fake_statistics(x, normalized_dims, rms):
     return x.new_empty((0,) if rms else shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
 
 
-def _fake_layer_norm(input, weight, bias, normalized_dims, eps, rms):
+def fake_layer_norm(input, weight, bias, normalized_dims, eps, rms):
     return (input.new_empty(input.shape), *_fake_statistics(input, normalized_dims, rms))
 
 
-def _fake_add_layer_norm(input, residual, weight, bias, rng_state, dropout_p, normalized_dims, eps, rms):
+def fake_add_layer_norm(input, residual, weight, bias, rng_state, dropout_p, normalized_dims, eps, rms):
     statistics = _fake_statistics(residual, normalized_dims, rms)
     return input.new_empty(input.shape), residual.new_empty(input.shape), *statistics
 
@@ -95,14 +95,14 @@ def _fake_parameter_gradients(x, weight, normalized_dims, need_dweight, need_dbi
     return dweight, dbias
 
 
-def _fake_layer_norm_backward(
+def fake_layer_norm_backward(
     dout, input, mean, rstd, weight, normalized_dims, rms, need_dweight, need_dbias, bias_dtype
 ):  # fmt: skip
     gradients = _fake_parameter_gradients(input, weight, normalized_dims, need_dweight, need_dbias, bias_dtype)
     return input.new_empty(input.shape), *gradients
 
 
-def _fake_add_layer_norm_backward(
+def fake_add_layer_norm_backward(
     dout, dnew_residual, new_residual, mean, rstd, weight, rng_state, dropout_p, normalized_dims, rms, need_dweight,
     need_dbias, bias_dtype, input_dtype,
 ):  # fmt: skip
@@ -113,7 +113,7 @@ def _fake_add_layer_norm_backward(
 
 
 if extension is not None:
-    torch.library.register_fake("fastattn::layer_norm")(_fake_layer_norm)
-    torch.library.register_fake("fastattn::layer_norm_backward")(_fake_layer_norm_backward)
-    torch.library.register_fake("fastattn::add_layer_norm")(_fake_add_layer_norm)
-    torch.library.register_fake("fastattn::add_layer_norm_backward")(_fake_add_layer_norm_backward)
+    torch.library.register_fake("fastattn::layer_norm")(fake_layer_norm)
+    torch.library.register_fake("fastattn::layer_norm_backward")(fake_layer_norm_backward)
+    torch.library.register_fake("fastattn::add_layer_norm")(fake_add_layer_norm)
+    torch.library.register_fake("fastattn::add_layer_norm_backward")(fake_add_layer_norm_backward)

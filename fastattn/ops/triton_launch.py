@@ -1,0 +1,75 @@
+"""What the launchers of Triton kernels share: the device's properties, operands as rows, the launch itself."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Device(NamedTuple):
+    """What launch configurations depend on."""
+
+    multiprocessors: int
+    capability: tuple[int, int]
+    shared_bytes: int  # that one program may use
+
+
+# Triton's interpreter: few programs, so that small inputs, too, give each more than one tile.
+_INTERPRETER = Device(2, (8, 0), 163 * 1024)
+
+
+@cache
+def _gpu(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    shared_bytes = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
+    return Device(properties.multi_processor_count, (properties.major, properties.minor), shared_bytes)
+
+
+def device_of(tensor: Tensor) -> Device:
+    return _INTERPRETER if tensor.device.type == "cpu" else _gpu(tensor.device.index or 0)
+
+
+@cache
+def _round_as_a_gpu_does() -> None:
+    """Makes Triton's interpreter round float32 to bfloat16 to the nearest, ties to even; by itself it truncates."""
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast_otherwise = InterpreterBuilder.cast_impl
+
+    def cast_impl(self: Any, source: Any, dtype: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
+            return cast_otherwise(self, source, dtype)
+        # Triton's interpreter holds the bits of bfloat16 in uint16.
+        bits = torch.from_numpy(source.data.copy()).bfloat16().view(torch.int16).numpy().view("uint16")
+        return TensorHandle(bits, dtype.scalar)
+
+    InterpreterBuilder.cast_impl = cast_impl
+
+
+def launch(on: Tensor, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Runs ``kernel`` on the device and current stream of ``on``; neither waits nor allocates."""
+    if on.device.type == "cpu":
+        _round_as_a_gpu_does()
+        kernel[grid](*arguments, **options)
+        return
+    # Triton launches on the current device, whatever device the tensors are on.
+    with torch.cuda.device(on.device):
+        kernel[grid](*arguments, **options)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def as_rows(tensor: Tensor, rows: int, cols: int) -> tuple[Tensor, int]:
+    """``tensor`` as (rows, cols) with neighbouring columns, and its stride in rows; copied only where it has to be."""
+    if tensor.is_contiguous():
+        return tensor, cols
+    matrix = tensor.reshape(rows, cols)
+    if cols > 1 and matrix.stride(1) != 1:
+        matrix = matrix.contiguous()
+    return matrix, matrix.stride(0)
