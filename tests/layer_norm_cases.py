@@ -60,17 +60,12 @@ def evaluate(
     op, inputs, backend, *, normalized_dims=1, dtype=None, wanted=(0, 1), device=None, **options
 ) -> dict[str, Tensor]:
     """Outputs and gradients by name, on the CPU; ``dtype`` converts everything first. The same random numbers in every
-    call. Skips float64 where ``backend`` refuses it; fails at any other refusal."""
+    call."""
     device = device or device_for(backend)
     leaves = {name: t.to(device, dtype or t.dtype).detach().requires_grad_() for name, t in inputs.items()}
     shape = leaves["input"].shape[leaves["input"].dim() - normalized_dims :]
     torch.manual_seed(7)
-    try:
-        outputs = getattr(fastattn, op)(normalized_shape=shape, backend=backend, **leaves, **options)
-    except NotImplementedError as refusal:
-        if "has dtype torch.float64" not in str(refusal):
-            raise
-        pytest.skip(str(refusal))
+    outputs = getattr(fastattn, op)(normalized_shape=shape, backend=backend, **leaves, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(8)
     gradients = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
