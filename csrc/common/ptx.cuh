@@ -41,11 +41,11 @@ FASTATTN_DEVICE void bar_arrive(int id, int threads FASTATTN_AND_CALLER) {
 
 // ---- asynchronous copies of one thread, "cp.async". Global and shared address are aligned to kBytes.
 
-// Copies kBytes (4, 8 or 16), or writes zeros and reads nothing if not `valid`. 16 bytes bypass L1.
+// Copies the first `valid_bytes` (0 to kBytes) of kBytes (4, 8 or 16) and writes zeros for the others, which are not
+// read. 16 bytes bypass L1.
 template <int kBytes>
-FASTATTN_DEVICE void cp_async(uint32_t dst_smem, const void* src_gmem, bool valid = true FASTATTN_AND_CALLER) {
+FASTATTN_DEVICE void cp_async_zero_fill(uint32_t dst_smem, const void* src_gmem, int valid_bytes FASTATTN_AND_CALLER) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async copies 4, 8 or 16 bytes");
-  const int valid_bytes = valid ? kBytes : 0;
 #if defined(FASTATTN_EMULATED)
   emu::cp_async(dst_smem, src_gmem, kBytes, valid_bytes, {"cp.async", caller});
 #else
@@ -57,6 +57,16 @@ FASTATTN_DEVICE void cp_async(uint32_t dst_smem, const void* src_gmem, bool vali
                  "r"(valid_bytes)
                  : "memory");
   }
+#endif
+}
+
+// All of them, or none if not `valid`.
+template <int kBytes>
+FASTATTN_DEVICE void cp_async(uint32_t dst_smem, const void* src_gmem, bool valid = true FASTATTN_AND_CALLER) {
+#if defined(FASTATTN_EMULATED)
+  cp_async_zero_fill<kBytes>(dst_smem, src_gmem, valid ? kBytes : 0, caller);
+#else
+  cp_async_zero_fill<kBytes>(dst_smem, src_gmem, valid ? kBytes : 0);
 #endif
 }
 

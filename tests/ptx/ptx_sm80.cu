@@ -113,7 +113,11 @@ __global__ void cp_async_kernel(const uint8_t* in, uint8_t* out) {
   const int thread = threadIdx.x, group_bytes = blockDim.x * kBytes;
   for (int group = 0; group < 3; ++group) {
     const int offset = group * group_bytes + thread * kBytes;
-    cp_async<kBytes>(smem_address(smem + offset), in + offset, group != 1 || thread % 2 == 0);
+    if (group == 2) {
+      cp_async_zero_fill<kBytes>(smem_address(smem + offset), in + offset, thread % (kBytes + 1));
+    } else {
+      cp_async<kBytes>(smem_address(smem + offset), in + offset, group != 1 || thread % 2 == 0);
+    }
     cp_async_commit_group();
   }
   const auto write_out = [&](int group) {
