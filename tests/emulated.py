@@ -26,6 +26,7 @@ from fastattn._extension import extension
 ROOT = Path(__file__).parent.parent.resolve()
 BUILD = ROOT / "build" / "emulated"
 PTX_TESTS = ROOT / "tests" / "ptx"
+KERNEL_FACES = ROOT / "tests" / "kernels"
 
 # Kernels reinterpret 16-bit memory as 32-bit registers; products and sums are rounded one by one, as written.
 HOST_FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wextra",
@@ -190,30 +191,56 @@ def host_compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
-@cache
-def emulated_library() -> EmulatedLibrary:
-    """The emulator with every test kernel, built by the C++ compiler."""
+def _emulated(name: str, kernels: Sequence[Path]) -> EmulatedLibrary:
+    """The emulator and these kernels, built by the C++ compiler."""
     compiler = host_compiler()
     if compiler is None:
         raise RuntimeError("no C++ compiler on PATH")
     variant = os.environ.get("FASTATTN_TEST_SANITIZER", "none")
     runtime_flags, kernel_flags, link_flags = _SANITIZERS[variant]
     runtime = sorted((ROOT / "csrc" / "emulator").glob("*.cpp"))
-    kernels = sorted(PTX_TESTS.glob("*.cu"))
     units = [(source, [*HOST_FLAGS, *runtime_flags]) for source in runtime]
     units += [(source, [*HOST_FLAGS, *kernel_flags, "-x", "c++"]) for source in kernels]
-    name = "libfastattn_emulated.so"
-    directory = BUILD / f"host-{variant}"
-    _ninja(directory, _ninja_text(compiler, units, ["-pthread", *link_flags], name))
-    return EmulatedLibrary(directory / name)
+    directory = BUILD / f"{name}-{variant}"
+    library = f"lib{name}_emulated.so"
+    _ninja(directory, _ninja_text(compiler, units, ["-pthread", *link_flags], library))
+    return EmulatedLibrary(directory / library)
+
+
+@cache
+def emulated_library() -> EmulatedLibrary:
+    """The emulator with every kernel of tests/ptx."""
+    return _emulated("ptx", sorted(PTX_TESTS.glob("*.cu")))
+
+
+def _device(name: str, sources: Sequence[Path]) -> KernelLibrary:
+    """These kernels, built by nvcc for the device at hand."""
+    major, minor = torch.cuda.get_device_capability()
+    architecture = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
+    flags = [*NVCC_FLAGS, "-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+    library = f"lib{name}.so"
+    directory = BUILD / f"device_{name}"
+    _ninja(directory, _ninja_text("nvcc", [(source, flags) for source in sources], [], library))
+    return KernelLibrary(directory / library, "cuda")
 
 
 @cache
 def device_library(source: Path) -> KernelLibrary:
-    """One ``.cu`` file, built by nvcc for the device at hand."""
-    major, minor = torch.cuda.get_device_capability()
-    architecture = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
-    flags = [*NVCC_FLAGS, "-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
-    name = f"lib{source.stem}.so"
-    _ninja(BUILD / f"device_{source.stem}", _ninja_text("nvcc", [(source, flags)], [], name))
-    return KernelLibrary(BUILD / f"device_{source.stem}" / name, "cuda")
+    """One ``.cu`` file for the device at hand."""
+    return _device(source.stem, [source])
+
+
+def _kernel_sources(op: str) -> list[Path]:
+    return [KERNEL_FACES / f"{op}.cu", *sorted((ROOT / "csrc" / op).glob("*.cu"))]
+
+
+@cache
+def emulated_kernels(op: str) -> EmulatedLibrary:
+    """The emulator with the CUDA kernels of csrc/<op> and their C face tests/kernels/<op>.cu."""
+    return _emulated(op, _kernel_sources(op))
+
+
+@cache
+def device_kernels(op: str) -> KernelLibrary:
+    """The CUDA kernels of csrc/<op> and their C face for the device at hand."""
+    return _device(op, _kernel_sources(op))

@@ -190,6 +190,26 @@ def test_backend_by_name_and_meta_device():
         assert torch.allclose(module(x), expected(module, x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.skipif(fastattn.available_backends()["emulated"] is not None, reason="no emulated CUDA kernels")
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_cuda_kernels_read_the_weight_as_it_is(activation):
+    """The packed form is the CPU's: a module that holds one gives it to no other kernel, in backward neither."""
+    linear = nn.Linear(70, 45)
+    module = Int8Linear.from_linear(linear, activation, backend="emulated")
+    assert module._packed is not None
+    x = torch.randn(5, 70, requires_grad=True)
+    out = module(x)
+    assert torch.equal(out, fastattn.int8_linear(x, module.weight, module.weight_scale, linear.bias,
+                                                 activation=activation, backend="emulated"))  # fmt: skip
+    (actual,) = torch.autograd.grad(out.sum(), x)
+    by_cpu = Int8Linear.from_linear(linear, activation, backend="cpu")(x)
+    (expected_gradient,) = torch.autograd.grad(by_cpu.sum(), x)
+    torch.testing.assert_close(out, by_cpu, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(actual, expected_gradient, rtol=1e-5, atol=1e-6)
+    module.weight.neg_()
+    assert torch.equal(module(-x)[:, 0], Int8Linear.from_linear(linear, activation, backend="emulated")(x)[:, 0])
+
+
 @pytest.mark.parametrize("x, error", [(torch.ones(3, 71), ValueError), (torch.ones(()), ValueError),
                                       (torch.ones(3, 70, dtype=torch.int32), TypeError)])  # fmt: skip
 def test_rejects_bad_input(x, error):

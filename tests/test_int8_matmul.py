@@ -14,6 +14,10 @@ from fastattn._extension import extension, missing_reason
 from fastattn.ops.int8_matmul_compiled import MAX_DEPTH, pack_weight
 
 needs_cpu = pytest.mark.skipif(extension is None, reason=str(missing_reason))
+BACKENDS = [
+    *(extension.usable_cpu_isas() if extension else []),
+    *(name for name in ("cuda", "emulated") if fastattn.available_backends()[name] is None),
+] or [pytest.param(None, marks=pytest.mark.skip(reason=str(missing_reason)))]
 
 # 12 rows (6, 4) and 32 columns are a tile, 4 of k a group, 1024 of k a slice; each is met exactly, one short, one over.
 SHAPES = [
@@ -38,8 +42,29 @@ def shape_id(shape):
     return "x".join(map(str, shape))
 
 
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """The name of each backend with kernels; the CPU's once for each of its builds."""
+    if request.param == "cuda":
+        torch.set_default_device("cuda")
+        yield "cuda"
+        torch.set_default_device(None)
+    elif request.param == "emulated":
+        yield "emulated"
+    else:
+        before = extension.active_cpu_isa()
+        extension.set_cpu_isa(request.param)
+        yield "cpu"
+        extension.set_cpu_isa(before)
+
+
 def random_int8(*shape):
     return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+def exact_product(a, b):
+    """Of integers: float64 holds them up to 2^53."""
+    return (a.double() @ b.double().T).float()
 
 
 def activation_in_float64(x, activation):
@@ -64,8 +89,8 @@ def random_linear(columns, depth, dtype=torch.float32):
 # --- quantize_int8 ---------------------------------------------------------------------------------------------------
 
 
-def assert_quantizes_like_eager(input):
-    q, scale = fastattn.quantize_int8(input, backend="cpu")
+def assert_quantizes_like_eager(input, backend):
+    q, scale = fastattn.quantize_int8(input, backend=backend)
     expected_q, expected_scale = fastattn.quantize_int8(input, backend="eager")
     assert q.dtype == torch.int8 and scale.dtype == torch.float32
     assert torch.equal(q, expected_q)
@@ -77,8 +102,8 @@ def assert_quantizes_like_eager(input):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 15), (2, 3, 64), (5, 65), (7, 257), (97,), (0, 8), (4, 0)], ids=shape_id)
-def test_quantization_equals_eager_bit_for_bit(cpu_isa, shape, dtype):
-    assert_quantizes_like_eager((torch.randn(shape) * torch.rand(shape).exp()).to(dtype))
+def test_quantization_equals_eager_bit_for_bit(backend, shape, dtype):
+    assert_quantizes_like_eager((torch.randn(shape) * torch.rand(shape).exp()).to(dtype), backend)
 
 
 @needs_cpu
@@ -88,46 +113,46 @@ def test_quantization_equals_eager_bit_for_bit(cpu_isa, shape, dtype):
 )
 @settings(max_examples=200, deadline=None)
 def test_any_row_quantizes_like_eager(row, dtype):
-    assert_quantizes_like_eager(torch.tensor(row, dtype=torch.float32).to(dtype))
+    assert_quantizes_like_eager(torch.tensor(row, dtype=torch.float32).to(dtype), "cpu")
 
 
-def test_quantization_error_is_at_most_half_a_step(cpu_isa):
+def test_quantization_error_is_at_most_half_a_step(backend):
     x = torch.randn(50, 300) * torch.logspace(-30, 30, 50).unsqueeze(1)
-    q, scale = fastattn.quantize_int8(x, backend="cpu")
+    q, scale = fastattn.quantize_int8(x, backend=backend)
     assert q.abs().amax(-1).eq(127).all()
     error = (q.double() * scale.double().unsqueeze(1) - x.double()).abs()
     assert (error <= 0.5 * (1 + 1e-5) * scale.double().unsqueeze(1)).all()
 
 
-def test_ties_round_to_even(cpu_isa):
-    q, scale = fastattn.quantize_int8(torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -127.0]), backend="cpu")
+def test_ties_round_to_even(backend):
+    q, scale = fastattn.quantize_int8(torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -127.0]), backend=backend)
     assert scale.item() == 1.0
     assert q.tolist() == [127, 0, 2, 2, 0, -2, -2, -127]
 
 
-def test_zero_rows_have_scale_one(cpu_isa):
-    q, scale = fastattn.quantize_int8(torch.tensor([[0.0, -0.0, 0.0], [0.0, 1.0, 0.0]]), backend="cpu")
+def test_zero_rows_have_scale_one(backend):
+    q, scale = fastattn.quantize_int8(torch.tensor([[0.0, -0.0, 0.0], [0.0, 1.0, 0.0]]), backend=backend)
     assert q.tolist() == [[0, 0, 0], [0, 127, 0]]
     assert scale[0] == 1.0
 
 
-@pytest.mark.parametrize("backend", ["cpu", "eager"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("position", [0, 17, 64, 69])
-def test_rows_with_nan_or_infinity_become_nan(bad, position, backend, cpu_isa):
+def test_rows_with_nan_or_infinity_become_nan(bad, position, backend):
     x = torch.randn(3, 70)
     x[1, position] = bad
-    q, scale = fastattn.quantize_int8(x, backend=backend)
+    q, scale = assert_quantizes_like_eager(x, backend)
     assert scale.isnan().tolist() == [False, True, False]
     assert (q[1] == 0).all() and (q[0] != 0).any() and (q[2] != 0).any()
     weight, weight_scale, bias = random_linear(33, 70)
     for activation in ACTIVATIONS:
-        out = fastattn.int8_linear(x, weight, weight_scale, bias, activation=activation, backend=backend)
-        assert out[1].isnan().all() and not out[0].isnan().any() and not out[2].isnan().any()
+        for each in (backend, "eager"):
+            out = fastattn.int8_linear(x, weight, weight_scale, bias, activation=activation, backend=each)
+            assert out[1].isnan().all() and not out[0].isnan().any() and not out[2].isnan().any()
 
 
-def test_tiny_rows_keep_a_finite_reciprocal(cpu_isa):
-    q, scale = assert_quantizes_like_eager(torch.tensor([[1e-44, -1e-44, 0.0], [1e-37, 5e-38, -1e-37]]))
+def test_tiny_rows_keep_a_finite_reciprocal(backend):
+    q, scale = assert_quantizes_like_eager(torch.tensor([[1e-44, -1e-44, 0.0], [1e-37, 5e-38, -1e-37]]), backend)
     assert (scale >= 2.0**-126).all()
     assert q[1].tolist() == [9, 4, -9]
 
@@ -137,18 +162,18 @@ def test_tiny_rows_keep_a_finite_reciprocal(cpu_isa):
     [lambda x: x[:, 1:], lambda x: x.t(), lambda x: x[::2], lambda x: x[:, ::3], lambda x: x[:1].expand(5, -1)],
     ids=["offset", "transposed", "every_other_row", "strided_columns", "expanded"],
 )
-def test_strided_input_is_read_in_place(view, cpu_isa):
+def test_strided_input_is_read_in_place(view, backend):
     x = view(torch.randn(24, 36))
-    q, _ = assert_quantizes_like_eager(x)
+    q, _ = assert_quantizes_like_eager(x, backend)
     assert q.is_contiguous()
     weight, weight_scale, bias = random_linear(35, x.shape[1])
-    expected = fastattn.int8_linear(x.contiguous(), weight, weight_scale, bias, backend="cpu")
-    assert torch.equal(fastattn.int8_linear(x, weight, weight_scale, bias, backend="cpu"), expected)
+    expected = fastattn.int8_linear(x.contiguous(), weight, weight_scale, bias, backend=backend)
+    assert torch.equal(fastattn.int8_linear(x, weight, weight_scale, bias, backend=backend), expected)
 
 
-def test_quantized_tensors_have_no_gradient(cpu_isa):
-    for backend in ("cpu", "eager"):
-        q, scale = fastattn.quantize_int8(torch.randn(3, 8, requires_grad=True), backend=backend)
+def test_quantized_tensors_have_no_gradient(backend):
+    for each in (backend, "eager"):
+        q, scale = fastattn.quantize_int8(torch.randn(3, 8, requires_grad=True), backend=each)
         assert not q.requires_grad and not scale.requires_grad
 
 
@@ -156,32 +181,32 @@ def test_quantized_tensors_have_no_gradient(cpu_isa):
 
 
 @pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=shape_id)
-def test_integer_sums_are_exact(cpu_isa, shape):
+def test_integer_sums_are_exact(backend, shape):
     rows, columns, depth = shape
     a, b = random_int8(rows, depth), random_int8(columns, depth)
     if depth > 0:
         # The extremes: -128 is int8, too, though quantize_int8 never makes it.
         a[:, 0], b[:, depth - 1] = -128, -128
-    out = fastattn.int8_matmul(a, b, torch.ones(rows), torch.ones(columns), out_dtype=torch.float32, backend="cpu")
-    assert torch.equal(out, (a.long() @ b.long().T).float())
+    out = fastattn.int8_matmul(a, b, torch.ones(rows), torch.ones(columns), out_dtype=torch.float32, backend=backend)
+    assert torch.equal(out, exact_product(a, b))
 
 
 @pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, -1)])
-def test_integer_sums_are_exact_up_to_the_largest_depth(cpu_isa, signs):
+def test_integer_sums_are_exact_up_to_the_largest_depth(backend, signs):
     a = torch.full((2, MAX_DEPTH), 127 * signs[0], dtype=torch.int8)
     b = torch.full((3, MAX_DEPTH), 127 * signs[1], dtype=torch.int8)
     a[1, ::2], b[2, 1::2] = 1, -1
-    out = fastattn.int8_matmul(a, b, torch.ones(2), torch.ones(3), out_dtype=torch.float32, backend="cpu")
-    assert torch.equal(out, (a.long() @ b.long().T).float())
+    out = fastattn.int8_matmul(a, b, torch.ones(2), torch.ones(3), out_dtype=torch.float32, backend=backend)
+    assert torch.equal(out, exact_product(a, b))
 
 
 @needs_cpu
-def test_deeper_sums_are_left_to_eager():
+def test_deeper_sums_are_left_to_eager(backend):
     a, b = random_int8(1, MAX_DEPTH + 1), random_int8(1, MAX_DEPTH + 1)
     out = fastattn.int8_matmul(a, b, torch.ones(1), torch.ones(1))
-    assert torch.equal(out, (a.long() @ b.long().T).float())
+    assert torch.equal(out, exact_product(a, b))
     with pytest.raises(NotImplementedError, match=f"K is {MAX_DEPTH + 1}, and the int32 sum"):
-        fastattn.int8_matmul(a, b, torch.ones(1), torch.ones(1), backend="cpu")
+        fastattn.int8_matmul(a, b, torch.ones(1), torch.ones(1), backend=backend)
     with pytest.raises(NotImplementedError, match="may overflow"):
         torch.ops.fastattn.int8_matmul(a, b, torch.ones(1), torch.ones(1), None, "none", torch.float32)
 
@@ -197,18 +222,18 @@ def test_any_shape_is_exact(rows, columns, depth, offset, seed):
         a, b = random_int8(rows, depth + offset)[:, offset:], random_int8(columns, depth + offset)[:, offset:]
         out = fastattn.int8_matmul(a, b, torch.ones(rows), torch.ones(columns), backend="cpu")
         extension.set_cpu_isa(before)
-        assert torch.equal(out, (a.long() @ b.long().T).float())
+        assert torch.equal(out, exact_product(a, b))
 
 
 @pytest.mark.parametrize("out_dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_epilogue_is_as_accurate_as_eager(cpu_isa, activation, out_dtype, bias_dtype):
+def test_epilogue_is_as_accurate_as_eager(backend, activation, out_dtype, bias_dtype):
     a, b = random_int8(29, 75), random_int8(53, 75)
     a_scale, b_scale = torch.rand(29) * 0.01, torch.rand(53) * 0.01
     bias = None if bias_dtype is None else torch.randn(53, dtype=bias_dtype)
     arguments = {"activation": activation, "out_dtype": out_dtype}
-    actual = fastattn.int8_matmul(a, b, a_scale, b_scale, bias, **arguments, backend="cpu")
+    actual = fastattn.int8_matmul(a, b, a_scale, b_scale, bias, **arguments, backend=backend)
     eager = fastattn.int8_matmul(a, b, a_scale, b_scale, bias, **arguments, backend="eager")
     exact = (a.double() @ b.double().T) * a_scale.double().unsqueeze(1) * b_scale.double()
     reference = activation_in_float64(exact if bias is None else exact + bias.double(), activation)
@@ -220,7 +245,7 @@ def test_epilogue_is_as_accurate_as_eager(cpu_isa, activation, out_dtype, bias_d
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("low, high", [(-14, -0.5), (-0.5, 0.5), (0.5, 14), (-200, 200)])
-def test_activations_are_accurate_over_their_range(cpu_isa, activation, low, high):
+def test_activations_are_accurate_over_their_range(backend, activation, low, high):
     bias = torch.linspace(low, high, 4001)
     call = (
         torch.zeros(1, 4, dtype=torch.int8),
@@ -228,20 +253,19 @@ def test_activations_are_accurate_over_their_range(cpu_isa, activation, low, hig
         torch.ones(1),
         torch.ones(4001),
     )
-    actual = fastattn.int8_matmul(*call, bias, activation=activation, backend="cpu")
+    actual = fastattn.int8_matmul(*call, bias, activation=activation, backend=backend)
     eager = fastattn.int8_matmul(*call, bias, activation=activation, backend="eager")
     assert_as_accurate_as_eager(actual, eager, activation_in_float64(bias.double(), activation).unsqueeze(0))
 
 
-def test_matmul_with_gradient_runs_in_eager():
+def test_matmul_with_gradient_runs_in_eager(backend):
     a, b, a_scale = random_int8(5, 9), random_int8(4, 9), torch.rand(5, requires_grad=True)
     out = fastattn.int8_matmul(a, b, a_scale, torch.rand(4))
     assert out.requires_grad
     with pytest.raises(NotImplementedError, match="requires grad"):
-        fastattn.int8_matmul(a, b, a_scale, torch.rand(4), backend="cpu")
-    if extension is not None:
-        with torch.no_grad():
-            fastattn.int8_matmul(a, b, a_scale, torch.rand(4), backend="cpu")
+        fastattn.int8_matmul(a, b, a_scale, torch.rand(4), backend=backend)
+    with torch.no_grad():
+        fastattn.int8_matmul(a, b, a_scale, torch.rand(4), backend=backend)
 
 
 # --- int8_linear -----------------------------------------------------------------------------------------------------
@@ -251,10 +275,10 @@ def test_matmul_with_gradient_runs_in_eager():
 @pytest.mark.parametrize(
     "shape", [(5,), (1, 768), (2, 3, 65), (2, 2, 7, 1030), (0, 12), (3, 0, 12), (4, 0)], ids=shape_id
 )
-def test_linear_is_as_accurate_as_eager(cpu_isa, shape, dtype):
+def test_linear_is_as_accurate_as_eager(backend, shape, dtype):
     x = torch.randn(shape, dtype=dtype)
     weight, scale, bias = random_linear(45, shape[-1], dtype)
-    actual = fastattn.int8_linear(x, weight, scale, bias, activation="gelu", backend="cpu")
+    actual = fastattn.int8_linear(x, weight, scale, bias, activation="gelu", backend=backend)
     eager = fastattn.int8_linear(x, weight, scale, bias, activation="gelu", backend="eager")
     reference = linear_in_float64(x, weight, scale, bias, "gelu")
     assert actual.dtype == eager.dtype == dtype
@@ -265,14 +289,16 @@ def test_linear_is_as_accurate_as_eager(cpu_isa, shape, dtype):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_linear_equals_quantize_then_matmul(cpu_isa, shape):
+def test_linear_equals_quantize_then_matmul(backend, shape):
     rows, columns, depth = shape
     x = torch.randn(rows, depth)
     weight, scale, bias = random_linear(columns, depth)
-    expected = fastattn.int8_matmul(*_swap(fastattn.quantize_int8(x), weight, scale), bias, activation="silu")
-    assert torch.equal(fastattn.int8_linear(x, weight, scale, bias, activation="silu", backend="cpu"), expected)
-    packed = torch.ops.fastattn.int8_linear_packed(x, pack_weight(weight), weight, scale, bias, "silu")
-    assert torch.equal(packed, expected)
+    operands = _swap(fastattn.quantize_int8(x, backend=backend), weight, scale)
+    expected = fastattn.int8_matmul(*operands, bias, activation="silu", backend=backend)
+    assert torch.equal(fastattn.int8_linear(x, weight, scale, bias, activation="silu", backend=backend), expected)
+    if backend == "cpu":
+        packed = torch.ops.fastattn.int8_linear_packed(x, pack_weight(weight), weight, scale, bias, "silu")
+        assert torch.equal(packed, expected)
 
 
 def _swap(quantized, weight, weight_scale):
@@ -296,9 +322,9 @@ def test_many_rows_blocks_and_threads_agree(cpu_isa, shape):
         torch.testing.assert_close(out, expected, rtol=3e-7, atol=0)
 
 
-def test_linear_is_close_to_the_float_layer(cpu_isa):
+def test_linear_is_close_to_the_float_layer(backend):
     x, weight, bias = torch.randn(64, 512), torch.randn(300, 512) / 512**0.5, torch.randn(300) * 0.1
-    out = fastattn.int8_linear(x, *fastattn.quantize_int8(weight), bias, backend="cpu")
+    out = fastattn.int8_linear(x, *fastattn.quantize_int8(weight), bias, backend=backend)
     exact = F.linear(x, weight, bias)
     assert 20 * torch.log10(exact.norm() / (out - exact).norm()) > 35
 
@@ -325,13 +351,13 @@ def test_a_packed_form_of_another_weight_is_not_used(changed, cpu_isa):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_are_as_accurate_as_eager(activation, dtype, cpu_isa):
+def test_gradients_are_as_accurate_as_eager(activation, dtype, backend):
     x, dout = torch.randn(3, 5, 40, dtype=dtype), torch.randn(3, 5, 37, dtype=dtype)
     weight, scale, bias = random_linear(37, 40, dtype)
 
-    def gradients(backend):
+    def gradients(by):
         inputs = x.clone().requires_grad_(), bias.clone().requires_grad_()
-        out = fastattn.int8_linear(inputs[0], weight, scale, inputs[1], activation=activation, backend=backend)
+        out = fastattn.int8_linear(inputs[0], weight, scale, inputs[1], activation=activation, backend=by)
         return torch.autograd.grad(out, inputs, dout)
 
     # The straight-through gradient in float64: the derivative at the quantised input's pre-activation.
@@ -339,7 +365,7 @@ def test_gradients_are_as_accurate_as_eager(activation, dtype, cpu_isa):
     (dpre,) = torch.autograd.grad(activation_in_float64(preactivation, activation), preactivation, dout.double())
     references = dpre @ (weight.double() * scale.double().unsqueeze(1)), dpre.sum((0, 1))
     names = "dinput", "dbias"
-    for name, actual, eager, reference in zip(names, gradients("cpu"), gradients("eager"), references, strict=True):
+    for name, actual, eager, reference in zip(names, gradients(backend), gradients("eager"), references, strict=True):
         assert_as_accurate_as_eager(actual, eager, reference, name)
 
 

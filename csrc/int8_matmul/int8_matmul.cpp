@@ -1,5 +1,5 @@
-// Torch glue of the INT8 ops: checks what memory safety needs, allocates, fills params, calls the kernel, and gives
-// int8_linear its gradient.
+// Torch glue of the INT8 ops: checks what memory safety needs, allocates, fills params, calls the kernels of the
+// tensors' device, and gives int8_linear its gradient.
 #include "int8_matmul/int8_matmul.h"
 
 #include <ATen/ATen.h>
@@ -10,6 +10,8 @@
 #include <optional>
 #include <string>
 #include <tuple>
+
+#include "common/device_launch.h"
 
 namespace fastattn {
 namespace {
@@ -40,8 +42,14 @@ DType element_dtype(const char* op, const char* argument, at::ScalarType dtype) 
   }
 }
 
-void check_tensor(const char* op, const char* name, const Tensor& tensor, int64_t dim, at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(tensor.device().is_cpu(), op, ": ", name, " must be on the CPU, got ", tensor.device(), ".");
+// `device` is that of the op's first tensor.
+void check_device(const char* op, const char* name, const Tensor& tensor, at::Device device) {
+  TORCH_CHECK_VALUE(tensor.device() == device, op, ": ", name, " must be on ", device, ", got ", tensor.device(), ".");
+}
+
+void check_tensor(const char* op, const char* name, const Tensor& tensor, at::Device device, int64_t dim,
+                  at::ScalarType dtype) {
+  check_device(op, name, tensor, device);
   TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, op, ": ", name, " must be ", dtype, ", got ", tensor.scalar_type(),
                    ".");
   TORCH_CHECK_VALUE(tensor.dim() == dim, op, ": ", name, " must have ", dim, " dimensions, got shape ", tensor.sizes(),
@@ -74,7 +82,6 @@ Tensor with_contiguous_rows(const Tensor& matrix) {
 // --- quantize_int8 ---
 
 std::tuple<Tensor, Tensor> quantize_int8(const Tensor& input) {
-  TORCH_CHECK_VALUE(input.device().is_cpu(), "quantize_int8: input must be on the CPU, got ", input.device(), ".");
   TORCH_CHECK_VALUE(input.dim() >= 1, "quantize_int8: input must have at least one dimension.");
   const Rows rows(input.scalar_type() == at::kDouble ? input.to(at::kFloat) : input);
   Tensor q = at::empty(input.sizes(), input.options().dtype(at::kChar).memory_format(at::MemoryFormat::Contiguous));
@@ -86,8 +93,13 @@ std::tuple<Tensor, Tensor> quantize_int8(const Tensor& input) {
   p.input = rows.storage.const_data_ptr();
   p.stride_input = rows.stride;
   p.q = q.mutable_data_ptr<int8_t>();
+  p.stride_q = rows.depth;
   p.scale = scale.mutable_data_ptr<float>();
-  FASTATTN_CPU_DISPATCH(quantize_int8_cpu, p);
+  if (runs_cuda_kernels(input)) {
+    run_on_device("quantize_int8", input, quantize_int8_cuda, p);
+  } else {
+    FASTATTN_CPU_DISPATCH(quantize_int8_cpu, p);
+  }
   return {q, scale};
 }
 
@@ -95,9 +107,10 @@ std::tuple<Tensor, Tensor> quantize_int8(const Tensor& input) {
 
 // Fills columns, depth, b, b_scale and bias. `weight` and `bias` must outlive the call, as contiguous as they come
 // back.
-void set_weight(const char* op, Int8MatmulParams& p, Tensor& weight, Tensor& weight_scale, OptionalTensor& bias) {
-  check_tensor(op, "weight", weight, 2, at::kChar);
-  check_tensor(op, "weight_scale", weight_scale, 1, at::kFloat);
+void set_weight(const char* op, Int8MatmulParams& p, at::Device device, Tensor& weight, Tensor& weight_scale,
+                OptionalTensor& bias) {
+  check_tensor(op, "weight", weight, device, 2, at::kChar);
+  check_tensor(op, "weight_scale", weight_scale, device, 1, at::kFloat);
   p.columns = weight.size(0);
   TORCH_CHECK_VALUE(weight.size(1) == p.depth, op, ": weight has shape ", weight.sizes(),
                     " but the input's last dim is ", p.depth, "; weight must be (", p.columns, ", ", p.depth, ").");
@@ -111,7 +124,7 @@ void set_weight(const char* op, Int8MatmulParams& p, Tensor& weight, Tensor& wei
   p.stride_b = weight.stride(0);
   p.b_scale = weight_scale.const_data_ptr<float>();
   if (!bias.has_value()) return;
-  TORCH_CHECK_VALUE(bias->device().is_cpu(), op, ": bias must be on the CPU, got ", bias->device(), ".");
+  check_device(op, "bias", *bias, device);
   TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == p.columns, op, ": bias has shape ", bias->sizes(),
                     "; it must be (", p.columns, ",).");
   bias = bias->scalar_type() == at::kDouble ? bias->to(at::kFloat) : bias->contiguous();
@@ -119,24 +132,29 @@ void set_weight(const char* op, Int8MatmulParams& p, Tensor& weight, Tensor& wei
   p.bias = bias->const_data_ptr();
 }
 
-// Allocates the output (float64 is computed in float32) and the workspace, and runs.
-Tensor run(const char* op, Int8MatmulParams& p, at::IntArrayRef out_shape, at::ScalarType out_dtype,
-           const at::TensorOptions& options) {
+// Allocates the output (float64 is computed in float32) and the workspace, and runs. `input` is the op's first tensor.
+Tensor run(const char* op, Int8MatmulParams& p, const Tensor& input, at::IntArrayRef out_shape,
+           at::ScalarType out_dtype) {
+  const at::TensorOptions options = input.options();
   const at::ScalarType computed = out_dtype == at::kDouble ? at::kFloat : out_dtype;
   p.out_dtype = element_dtype(op, "out_dtype", computed);
   Tensor out = at::empty(out_shape, options.dtype(computed));
-  Tensor workspace = at::empty({FASTATTN_CPU_DISPATCH(int8_matmul_workspace_bytes, p)}, options.dtype(at::kByte));
   p.out = out.mutable_data_ptr();
-  p.workspace = workspace.mutable_data_ptr();
-  FASTATTN_CPU_DISPATCH(int8_matmul_cpu, p);
+  if (runs_cuda_kernels(input)) {
+    run_on_device(op, input, int8_matmul_cuda, p, int8_matmul_cuda_workspace_bytes);
+  } else {
+    Tensor workspace = at::empty({FASTATTN_CPU_DISPATCH(int8_matmul_workspace_bytes, p)}, options.dtype(at::kByte));
+    p.workspace = workspace.mutable_data_ptr();
+    FASTATTN_CPU_DISPATCH(int8_matmul_cpu, p);
+  }
   return out_dtype == at::kDouble ? out.to(at::kDouble) : out;
 }
 
 Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
                    const OptionalTensor& bias, c10::string_view activation, at::ScalarType out_dtype) {
   constexpr const char* kOp = "int8_matmul";
-  check_tensor(kOp, "a", a, 2, at::kChar);
-  check_tensor(kOp, "a_scale", a_scale, 1, at::kFloat);
+  check_tensor(kOp, "a", a, a.device(), 2, at::kChar);
+  check_tensor(kOp, "a_scale", a_scale, a.device(), 1, at::kFloat);
   TORCH_CHECK_VALUE(a_scale.size(0) == a.size(0), kOp, ": a_scale has shape ", a_scale.sizes(), "; it must be (",
                     a.size(0), ",).");
   const Tensor a_rows = with_contiguous_rows(a), a_scales = a_scale.contiguous();
@@ -149,8 +167,8 @@ Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& a_scale, cons
   p.activation = parse_activation(activation);
   Tensor weight = b, weight_scale = b_scale;
   OptionalTensor bias_kept = bias;
-  set_weight(kOp, p, weight, weight_scale, bias_kept);
-  return run(kOp, p, {p.rows, p.columns}, out_dtype, a.options());
+  set_weight(kOp, p, a.device(), weight, weight_scale, bias_kept);
+  return run(kOp, p, a, {p.rows, p.columns}, out_dtype);
 }
 
 // Torch does not count the changes of tensors made in inference mode: nothing packed from them can be trusted later.
@@ -171,7 +189,6 @@ bool is_packed_form_of(const Tensor& packed, const Tensor& weight) {
 Tensor linear(const Tensor& input, const Tensor* packed, const Tensor& weight, const Tensor& weight_scale,
               const OptionalTensor& bias, c10::string_view activation) {
   constexpr const char* kOp = "int8_linear";
-  TORCH_CHECK_VALUE(input.device().is_cpu(), kOp, ": input must be on the CPU, got ", input.device(), ".");
   TORCH_CHECK_VALUE(input.dim() >= 1, kOp, ": input must have at least one dimension.");
   const Rows rows(input.scalar_type() == at::kDouble ? input.to(at::kFloat) : input);
   Int8MatmulParams p;
@@ -183,11 +200,11 @@ Tensor linear(const Tensor& input, const Tensor* packed, const Tensor& weight, c
   p.activation = parse_activation(activation);
   Tensor weight_kept = weight, scale_kept = weight_scale;
   OptionalTensor bias_kept = bias;
-  set_weight(kOp, p, weight_kept, scale_kept, bias_kept);
+  set_weight(kOp, p, input.device(), weight_kept, scale_kept, bias_kept);
   if (packed != nullptr && is_packed_form_of(*packed, weight)) p.b_packed = packed->const_data_ptr();
   at::DimVector out_shape(input.sizes());
   out_shape.back() = p.columns;
-  return run(kOp, p, out_shape, input.scalar_type(), rows.storage.options());
+  return run(kOp, p, rows.storage, out_shape, input.scalar_type());
 }
 
 Tensor int8_linear(const Tensor& input, const Tensor& weight, const Tensor& weight_scale, const OptionalTensor& bias,
@@ -201,7 +218,7 @@ Tensor int8_linear_packed(const Tensor& input, const Tensor& packed_weight, cons
 }
 
 Tensor int8_pack_weight(const Tensor& weight) {
-  check_tensor("int8_pack_weight", "weight", weight, 2, at::kChar);
+  check_tensor("int8_pack_weight", "weight", weight, at::kCPU, 2, at::kChar);
   const Tensor rows = with_contiguous_rows(weight);
   const int64_t columns = weight.size(0), depth = weight.size(1);
   Tensor packed = at::empty({int8_packed_bytes(columns, depth)}, weight.options());
@@ -266,6 +283,7 @@ class LinearFunction : public torch::autograd::Function<LinearFunction> {
     ctx->save_for_backward({linear_only ? Tensor() : input, linear_only ? Tensor() : packed.value_or(Tensor()), weight,
                             weight_scale, linear_only ? Tensor() : bias.value_or(Tensor())});
     ctx->saved_data["activation"] = std::string(activation);
+    ctx->saved_data["emulating"] = emulating();
     ctx->saved_data["input_dtype"] = input.scalar_type();
     if (bias.has_value()) ctx->saved_data["bias_dtype"] = bias->scalar_type();
     return call_linear(input, packed, weight, weight_scale, bias, activation);
@@ -273,6 +291,7 @@ class LinearFunction : public torch::autograd::Function<LinearFunction> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
+    const EmulationScope scope(ctx->saved_data["emulating"].toBool());
     const auto saved = ctx->get_saved_variables();
     const Tensor &input = saved[0], &weight = saved[2], &weight_scale = saved[3];
     const OptionalTensor packed = if_defined(saved[1]), bias = if_defined(saved[4]);
@@ -326,6 +345,14 @@ TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("int8_linear", &int8_linear);
   m.impl("int8_linear_packed", &int8_linear_packed);
   m.impl("int8_pack_weight", &int8_pack_weight);
+}
+
+// The CUDA kernels read a weight as it is: there is nothing to pack, and a packed form is not looked at.
+TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
+  m.impl("quantize_int8", &quantize_int8);
+  m.impl("int8_matmul", &int8_matmul);
+  m.impl("int8_linear", &int8_linear);
+  m.impl("int8_linear_packed", &int8_linear_packed);
 }
 
 TORCH_LIBRARY_IMPL(fastattn, Autograd, m) {

@@ -1,8 +1,9 @@
-// Parameters of the INT8 kernels, shared by every backend (no torch headers), and the CPU kernels' entry points.
+// Parameters of the INT8 kernels, shared by every backend (no torch headers), and the kernels' entry points.
 #pragma once
 
 #include <cstdint>
 
+#include "common/device.h"
 #include "common/dtype.h"
 #include "common/isa.h"
 
@@ -19,7 +20,8 @@ struct QuantizeInt8Params {
   DType dtype = DType::kFloat32;
   const void* input = nullptr;
   int64_t stride_input = 0;
-  int8_t* q = nullptr;     // (rows, depth) contiguous
+  int8_t* q = nullptr;  // (rows, depth)
+  int64_t stride_q = 0;
   float* scale = nullptr;  // (rows,)
 };
 
@@ -41,7 +43,7 @@ struct Int8MatmulParams {
   Activation activation = Activation::kNone;
   void* out = nullptr;  // (rows, columns) contiguous
   DType out_dtype = DType::kFloat32;
-  void* workspace = nullptr;  // int8_matmul_workspace_bytes(p), 64-byte aligned
+  void* workspace = nullptr;  // for the CPU: int8_matmul_workspace_bytes(p), 64-byte aligned
 };
 
 // The packed weight starts with this, so that its user can tell whether it still is the packed form of that weight.
@@ -73,5 +75,12 @@ FASTATTN_DECLARE_CPU_KERNEL(void, int8_matmul_cpu, (const Int8MatmulParams& p))
 // Writes what stands behind the header of `packed` (int8_packed_bytes long).
 FASTATTN_DECLARE_CPU_KERNEL(void, int8_pack_weight_cpu,
                             (const int8_t* b, int64_t stride_b, int64_t columns, int64_t depth, void* packed))
+
+// ---- CUDA. b is read as it is: b_packed is the CPU's.
+
+const char* quantize_int8_cuda(const QuantizeInt8Params& p, const DeviceLaunch& launch);
+// For the quantised input, for copies of operands whose rows do not start at multiples of 16 bytes, for partial sums.
+size_t int8_matmul_cuda_workspace_bytes(const Int8MatmulParams& p, const DeviceLaunch& launch);
+const char* int8_matmul_cuda(const Int8MatmulParams& p, const DeviceLaunch& launch);
 
 }  // namespace fastattn

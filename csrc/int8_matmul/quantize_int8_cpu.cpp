@@ -16,7 +16,7 @@ void quantize_int8_cpu(const QuantizeInt8Params& p) {
     const Element* input = static_cast<const Element*>(p.input);
     parallel_ranges(p.rows, grain, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        p.scale[row] = quantize_row(input + row * p.stride_input, p.depth, p.q + row * p.depth);
+        p.scale[row] = quantize_row(input + row * p.stride_input, p.depth, p.q + row * p.stride_q);
       }
     });
   });

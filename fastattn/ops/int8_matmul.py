@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.dispatch import Kernel, never_refuses
+from fastattn.dispatch import Kernel, cuda_kernels, never_refuses
 from fastattn.ops import int8_matmul_compiled as compiled
 from fastattn.ops import int8_matmul_eager as eager
 
@@ -103,8 +103,8 @@ def int8_linear(
 ) -> Tensor:
     """A linear layer with int8 weights: quantises ``input`` by row, multiplies, and applies bias and activation.
 
-    Equals ``int8_matmul(*quantize_int8(input), ...)`` in one fused op. Every call packs the weight; ``Int8Linear``
-    keeps it packed.
+    Equals ``int8_matmul(*quantize_int8(input), ...)`` in one fused op. On the CPU every call packs the weight, which
+    ``Int8Linear`` keeps packed; on a GPU the weight is read as it is (if K is no multiple of 16, from an aligned copy).
 
     Args:
         input: (..., K), float32, bfloat16, float16 or float64 (computed in float32).
@@ -230,21 +230,30 @@ def _prepare_linear(
 # --- Backends --------------------------------------------------------------------------------------------------------
 
 
+_QUANTIZE_CUDA, _QUANTIZE_EMULATED = cuda_kernels(compiled.refuses_cuda_quantize, compiled.quantize_int8)
 dispatch.register(
     "quantize_int8",
+    _QUANTIZE_CUDA,
     Kernel("cpu", compiled.refuses_cpu_quantize, compiled.quantize_int8),
     Kernel("eager", never_refuses, eager.quantize_int8),
+    _QUANTIZE_EMULATED,
     prepare=_prepare_quantize,
 )
+_MATMUL_CUDA, _MATMUL_EMULATED = cuda_kernels(compiled.refuses_cuda_matmul, compiled.int8_matmul)
 dispatch.register(
     "int8_matmul",
+    _MATMUL_CUDA,
     Kernel("cpu", compiled.refuses_cpu_matmul, compiled.int8_matmul),
     Kernel("eager", never_refuses, eager.int8_matmul),
+    _MATMUL_EMULATED,
     prepare=_prepare_matmul,
 )
+_LINEAR_CUDA, _LINEAR_EMULATED = cuda_kernels(compiled.refuses_cuda_linear, compiled.int8_linear)
 dispatch.register(
     "int8_linear",
+    _LINEAR_CUDA,
     Kernel("cpu", compiled.refuses_cpu_linear, compiled.int8_linear),
     Kernel("eager", never_refuses, eager.int8_linear),
+    _LINEAR_EMULATED,
     prepare=_prepare_linear,
 )

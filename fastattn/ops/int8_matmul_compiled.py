@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn._extension import extension
+from fastattn.dispatch import refuses_device
 
 if TYPE_CHECKING:
     from fastattn.ops.int8_matmul import Int8LinearCall, Int8MatmulCall, QuantizeInt8Call
@@ -31,16 +32,32 @@ def refuses_cpu_quantize(call: QuantizeInt8Call) -> str | None:
 def refuses_cpu_matmul(call: Int8MatmulCall) -> str | None:
     if call.a.device.type != "cpu":
         return f"a is on {call.a.device}"
+    return _refuses_gradient(call) or _refuses_depth(call.a.shape[1])
+
+
+def _refuses_gradient(call: Int8MatmulCall) -> str | None:
     tensors = (call.a_scale, call.b_scale) if call.bias is None else (call.a_scale, call.b_scale, call.bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "a scale or the bias requires grad, and it has no backward (int8_linear has)"
-    return _refuses_depth(call.a.shape[1])
+    return None
 
 
 def refuses_cpu_linear(call: Int8LinearCall) -> str | None:
     if call.input.device.type != "cpu":
         return f"input is on {call.input.device}"
     return _refuses_depth(call.weight.shape[1])
+
+
+def refuses_cuda_quantize(call: QuantizeInt8Call, device_type: str) -> str | None:
+    return refuses_device("input", call.input, device_type)
+
+
+def refuses_cuda_matmul(call: Int8MatmulCall, device_type: str) -> str | None:
+    return refuses_device("a", call.a, device_type) or _refuses_gradient(call) or _refuses_depth(call.a.shape[1])
+
+
+def refuses_cuda_linear(call: Int8LinearCall, device_type: str) -> str | None:
+    return refuses_device("input", call.input, device_type) or _refuses_depth(call.weight.shape[1])
 
 
 def quantize_int8(call: QuantizeInt8Call) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,138 @@
+// int8_matmul and int8_linear on CUDA: quantises a and aligns rows where that is needed, then multiplies.
+#include "int8_matmul/int8_align_rows.cuh"
+#include "int8_matmul/int8_matmul_launch.cuh"
+
+namespace fastattn {
+
+FASTATTN_INT8_MATMUL_UNIT(extern, float)
+FASTATTN_INT8_MATMUL_UNIT(extern, half_t)
+FASTATTN_INT8_MATMUL_UNIT(extern, bfloat16_t)
+
+namespace {
+
+bool rows_are_aligned(const int8_t* first, int64_t stride, int64_t rows) {
+  return reinterpret_cast<uintptr_t>(first) % 16 == 0 && (stride % 16 == 0 || rows <= 1);
+}
+
+// What stands in the workspace, by offset: a quantised or aligned, its scales, b aligned, the parts of a split.
+struct Workspace {
+  bool quantizes = false, aligns_a = false, aligns_b = false;
+  Int8Plan plan;
+  int64_t stride = 0;          // of the copies of a and b
+  int64_t stride_partial = 0;  // columns in whole vectors
+  int64_t a = 0, a_scale = 0, b = 0, partial = 0, bytes = 0;
+
+  Workspace(const Int8MatmulParams& p, const Int8Plan& plan_) : plan(plan_) {
+    quantizes = p.a_dtype != DType::kInt8;
+    aligns_a = !quantizes && !rows_are_aligned(static_cast<const int8_t*>(p.a), p.stride_a, p.rows);
+    aligns_b = !rows_are_aligned(p.b, p.stride_b, p.columns);
+    stride = int8_aligned_stride(p.depth);
+    stride_partial = int8_ceil_div(p.columns, 4) * 4;
+    a = reserve(quantizes || aligns_a ? p.rows * stride : 0);
+    a_scale = reserve(quantizes ? p.rows * 4 : 0);
+    b = reserve(aligns_b ? p.columns * stride : 0);
+    partial = reserve(plan.splits > 1 ? plan.splits * p.rows * stride_partial * 4 : 0);
+  }
+
+ private:
+  int64_t reserve(int64_t wanted) {
+    const int64_t offset = bytes;
+    bytes += int8_ceil_div(wanted, 256) * 256;
+    return offset;
+  }
+};
+
+const char* quantize_a(const Int8MatmulParams& p, const Int8KernelParams& kernel, const DeviceLaunch& launch) {
+  QuantizeInt8Params q;
+  q.rows = p.rows;
+  q.depth = p.depth;
+  q.dtype = p.a_dtype;
+  q.input = p.a;
+  q.stride_input = p.stride_a;
+  q.q = const_cast<int8_t*>(kernel.a);
+  q.stride_q = kernel.stride_a;
+  q.scale = const_cast<float*>(kernel.a_scale);
+  return quantize_int8_cuda(q, launch);
+}
+
+template <typename Out>
+const char* multiply(Int8KernelParams p, const Workspace& layout, char* workspace, cudaStream_t stream) {
+  if (layout.plan.splits == 1) return launch_int8_matmul<Out>(layout.plan.tile, p, stream);
+  Int8KernelParams part = p;
+  part.out = workspace + layout.partial;
+  part.stride_out = layout.stride_partial;
+  if (const char* error = launch_int8_partial(layout.plan.tile, part, stream)) return error;
+  return launch_int8_finish<Out>(p, reinterpret_cast<const int32_t*>(workspace + layout.partial), layout.stride_partial,
+                                 stream);
+}
+
+}  // namespace
+
+size_t int8_matmul_cuda_workspace_bytes(const Int8MatmulParams& p, const Int8Plan& plan) {
+  return p.rows == 0 || p.columns == 0 ? 0 : static_cast<size_t>(Workspace(p, plan).bytes);
+}
+
+const char* int8_matmul_cuda(const Int8MatmulParams& p, const Int8Plan& plan, const DeviceLaunch& launch) {
+  if (p.rows == 0 || p.columns == 0) return nullptr;
+  const Workspace layout(p, plan);
+  char* const workspace = static_cast<char*>(launch.workspace);
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+
+  Int8KernelParams kernel;
+  kernel.rows = p.rows;
+  kernel.columns = p.columns;
+  kernel.depth = static_cast<int>(p.depth);
+  kernel.b = p.b;
+  kernel.stride_b = p.stride_b;
+  kernel.b_scale = p.b_scale;
+  kernel.bias = p.bias;
+  kernel.bias_dtype = p.bias_dtype;
+  kernel.activation = p.activation;
+  kernel.out = p.out;
+  kernel.stride_out = p.columns;
+  kernel.splits = plan.splits;
+  kernel.depth_per_split = plan.depth_per_split;
+  kernel.a = static_cast<const int8_t*>(p.a);
+  kernel.stride_a = p.stride_a;
+  kernel.a_scale = p.a_scale;
+  if (layout.quantizes || layout.aligns_a) {
+    int8_t* const copy = reinterpret_cast<int8_t*>(workspace + layout.a);
+    kernel.a = copy;
+    kernel.stride_a = layout.stride;
+    const char* error = nullptr;
+    if (layout.quantizes) {
+      kernel.a_scale = reinterpret_cast<const float*>(workspace + layout.a_scale);
+      error = quantize_a(p, kernel, launch);
+    } else {
+      error = align_int8_rows(static_cast<const int8_t*>(p.a), p.stride_a, p.rows, p.depth, copy, stream);
+    }
+    if (error != nullptr) return error;
+  }
+  if (layout.aligns_b) {
+    int8_t* const copy = reinterpret_cast<int8_t*>(workspace + layout.b);
+    if (const char* error = align_int8_rows(p.b, p.stride_b, p.columns, p.depth, copy, stream)) return error;
+    kernel.b = copy;
+    kernel.stride_b = layout.stride;
+  }
+
+  switch (p.out_dtype) {
+    case DType::kFloat32:
+      return multiply<float>(kernel, layout, workspace, stream);
+    case DType::kFloat16:
+      return multiply<half_t>(kernel, layout, workspace, stream);
+    case DType::kBFloat16:
+      return multiply<bfloat16_t>(kernel, layout, workspace, stream);
+    default:
+      return "int8_matmul: the output must be float32, bfloat16 or float16";
+  }
+}
+
+size_t int8_matmul_cuda_workspace_bytes(const Int8MatmulParams& p, const DeviceLaunch& launch) {
+  return int8_matmul_cuda_workspace_bytes(p, plan_int8_matmul(p.rows, p.columns, p.depth, launch.multiprocessors));
+}
+
+const char* int8_matmul_cuda(const Int8MatmulParams& p, const DeviceLaunch& launch) {
+  return int8_matmul_cuda(p, plan_int8_matmul(p.rows, p.columns, p.depth, launch.multiprocessors), launch);
+}
+
+}  // namespace fastattn

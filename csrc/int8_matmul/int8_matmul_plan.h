@@ -1,0 +1,83 @@
+// Which kernel multiplies, and how its work is split: the host's part of int8_matmul on CUDA, without CUDA headers.
+#pragma once
+
+#include <cstdint>
+
+#include "common/device.h"
+#include "int8_matmul/int8_matmul.h"
+
+namespace fastattn {
+
+// Tiles of out, (rows) x (columns). kFewRows are those of int8_matmul_few_rows_sm80.cuh, by their columns.
+enum class Int8Tile : int { kFewRows8, kFewRows16, kFewRows32, k64x64, k64x128, k128x128, k128x256 };
+
+struct Int8TileFacts {
+  Int8Tile tile;
+  int rows, columns;
+  int depth;          // of a stage
+  double efficiency;  // of the tensor cores, once the ring is full: small tiles load more bytes per product
+};
+constexpr Int8TileFacts kInt8Tiles[] = {
+    {Int8Tile::k128x256, 128, 256, 64, 1.0},
+    {Int8Tile::k128x128, 128, 128, 64, 0.9},
+    {Int8Tile::k64x128, 64, 128, 64, 0.75},
+    {Int8Tile::k64x64, 64, 64, 128, 0.55},
+};
+constexpr int kInt8FewRows = 16;
+
+struct Int8Plan {
+  Int8Tile tile = Int8Tile::k64x64;
+  int splits = 1;
+  int depth_per_split = 0;
+};
+
+constexpr int64_t int8_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whole stages of k for each of up to `splits` parts, none of which is empty.
+constexpr Int8Plan int8_split(const Int8TileFacts& facts, int64_t depth, int64_t splits) {
+  const int64_t stages = int8_ceil_div(depth, facts.depth);
+  const int64_t stages_per_split = stages > splits ? int8_ceil_div(stages, splits) : 1;
+  const int64_t used = stages > 0 ? int8_ceil_div(stages, stages_per_split) : 1;
+  return {facts.tile, static_cast<int>(used), static_cast<int>(stages_per_split * facts.depth)};
+}
+
+// The products on the busiest multiprocessor, in units of full efficiency. Filling the ring and writing the tile take
+// as long as some more k; adding the parts of a split takes another launch.
+constexpr double int8_cost(const Int8TileFacts& facts, const Int8Plan& plan, int64_t rows, int64_t columns,
+                           int multiprocessors) {
+  constexpr double kOverheadDepth = 256, kFinishCost = 6e6;
+  const int64_t blocks = int8_ceil_div(rows, facts.rows) * int8_ceil_div(columns, facts.columns) * plan.splits;
+  const double products = facts.rows * facts.columns * (plan.depth_per_split + kOverheadDepth) / facts.efficiency;
+  return static_cast<double>(int8_ceil_div(blocks, multiprocessors)) * products + (plan.splits > 1 ? kFinishCost : 0.0);
+}
+
+// Depends on shapes and card alone, so that equal calls give equal launches.
+constexpr Int8Plan plan_int8_matmul(int64_t rows, int64_t columns, int64_t depth, int multiprocessors) {
+  if (rows <= kInt8FewRows) {
+    // Wide blocks read a less often; narrow ones keep every multiprocessor busy.
+    const Int8Tile tile = columns >= int64_t{64} * multiprocessors   ? Int8Tile::kFewRows32
+                          : columns >= int64_t{32} * multiprocessors ? Int8Tile::kFewRows16
+                                                                     : Int8Tile::kFewRows8;
+    return {tile, 1, static_cast<int>(depth)};
+  }
+  Int8Plan best;
+  double best_cost = -1.0;
+  for (const Int8TileFacts& facts : kInt8Tiles) {
+    const bool small = facts.rows == 64;  // large tiles are for products that fill the card without a split
+    for (int64_t splits = 1; splits <= (small ? 8 : 1); splits *= 2) {
+      const Int8Plan plan = int8_split(facts, depth, splits);
+      const double cost = int8_cost(facts, plan, rows, columns, multiprocessors);
+      if (best_cost < 0.0 || cost < best_cost) {
+        best = plan;
+        best_cost = cost;
+      }
+    }
+  }
+  return best;
+}
+
+// As those of int8_matmul.h, by a plan of the caller's: tests run every tile.
+size_t int8_matmul_cuda_workspace_bytes(const Int8MatmulParams& p, const Int8Plan& plan);
+const char* int8_matmul_cuda(const Int8MatmulParams& p, const Int8Plan& plan, const DeviceLaunch& launch);
+
+}  // namespace fastattn
