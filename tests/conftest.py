@@ -51,3 +51,16 @@ def cpu_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     extension.set_cpu_isa(request.param)
     yield request.param
     extension.set_cpu_isa(before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[object]:
+    """A test of a ``backend`` that refuses the call, for a reason of its own, is skipped with that reason."""
+    try:
+        return (yield)
+    except NotImplementedError as refusal:
+        callspec = getattr(pyfuncitem, "callspec", None)
+        backend = callspec.params.get("backend") if callspec else None
+        if backend is not None and f"backend {backend!r} cannot run this" in str(refusal):
+            pytest.skip(str(refusal))
+        raise

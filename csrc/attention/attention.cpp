@@ -1,5 +1,5 @@
-// Torch glue of attention on the CPU: checks what memory safety needs, copies what the kernels cannot address,
-// allocates outputs and fills the parameters. attention_autograd.cpp holds the gradients.
+// Torch glue of attention: checks what memory safety needs, copies what the kernels cannot address, allocates outputs,
+// fills the parameters and calls the kernels of the tensors' device. attention_autograd.cpp holds the gradients.
 #include "attention/attention.h"
 
 #include <ATen/ATen.h>
@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "common/check.h"
+#include "common/device_launch.h"
 #include "common/memory.h"
 
 namespace fastattn {
@@ -22,10 +23,16 @@ at::ScalarType statistics_dtype(const Tensor& query) {
   return query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-void check_tensor(const char* name, const Tensor& tensor, at::ScalarType dtype, at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.layout() == at::kStrided, "attention: ", name,
-                    " must be a dense tensor on the cpu, as query is; got ", tensor.layout(), " on ", tensor.device(),
-                    ".");
+// `query` is the op's first tensor, whose device the others share.
+void check_dense(const char* name, const Tensor& tensor, const Tensor& query) {
+  TORCH_CHECK_VALUE(tensor.device() == query.device() && tensor.layout() == at::kStrided, "attention: ", name,
+                    " must be a dense tensor on ", query.device(), ", as query is; got ", tensor.layout(), " on ",
+                    tensor.device(), ".");
+}
+
+void check_tensor(const char* name, const Tensor& tensor, const Tensor& query, at::ScalarType dtype,
+                  at::IntArrayRef shape) {
+  check_dense(name, tensor, query);
   TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, "attention: ", name, " must be ", dtype, ", got ",
                    tensor.scalar_type(), ".");
   TORCH_CHECK_VALUE(tensor.sizes() == shape, "attention: ", name, " must be ", shape, ", got ", tensor.sizes(), ".");
@@ -36,27 +43,47 @@ void check_qkv(const Tensor& query, const Tensor& key, const Tensor& value) {
   TORCH_CHECK_VALUE(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
                     "attention: query, key and value must have 4 dims (batch, heads, seqlen, head_dim), got ",
                     query.sizes(), ", ", key.sizes(), ", ", value.sizes(), ".");
-  check_tensor("query", query, query.scalar_type(), query.sizes());
+  check_dense("query", query, query);
   const int64_t heads_kv = key.size(1), head_dim = query.size(3), head_dim_v = value.size(3);
-  check_tensor("key", key, query.scalar_type(), {query.size(0), heads_kv, key.size(2), head_dim});
-  check_tensor("value", value, query.scalar_type(), {query.size(0), heads_kv, key.size(2), head_dim_v});
+  check_tensor("key", key, query, query.scalar_type(), {query.size(0), heads_kv, key.size(2), head_dim});
+  check_tensor("value", value, query, query.scalar_type(), {query.size(0), heads_kv, key.size(2), head_dim_v});
   TORCH_CHECK_VALUE(heads_kv > 0 ? query.size(1) % heads_kv == 0 : query.size(1) == 0,
                     "attention: the heads of query (", query.size(1), ") must be a multiple of those of key (",
                     heads_kv, ").");
   TORCH_CHECK_NOT_IMPLEMENTED(head_dim >= 1 && head_dim <= 256 && head_dim_v >= 1 && head_dim_v <= 256,
-                              "attention: the cpu kernels take head_dim 1 to 256, got ", head_dim, " and ", head_dim_v,
+                              "attention: the kernels take head_dim 1 to 256, got ", head_dim, " and ", head_dim_v,
                               " (value). Use backend='eager'.");
+  const bool is_half = query.scalar_type() == at::kHalf || query.scalar_type() == at::kBFloat16;
+  TORCH_CHECK_NOT_IMPLEMENTED(is_half || !runs_cuda_kernels(query),
+                              "attention: the CUDA kernels take float16 and bfloat16, got ", query.scalar_type(),
+                              ". Use backend='auto'.");
 }
 
-// The kernels read rows: the elements of one row must be neighbours.
+// Rows of the CUDA kernels are copied 16 bytes at a time.
+bool has_aligned_rows(const Tensor& tensor) {
+  constexpr int64_t kAlignedElems = 8;
+  bool aligned = tensor.size(-1) % kAlignedElems == 0 && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+  for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) {
+    aligned = aligned && (tensor.size(dim) <= 1 || tensor.stride(dim) % kAlignedElems == 0);
+  }
+  return aligned;
+}
+
+// The kernels read rows: the elements of one row must be neighbours. Rows that the CUDA kernels cannot address are
+// copied and end in zeros up to a multiple of eight elements.
 Tensor with_contiguous_rows(const Tensor& tensor) {
-  return tensor.stride(-1) == 1 || tensor.size(-1) <= 1 ? tensor : tensor.contiguous();
+  const bool contiguous = tensor.stride(-1) == 1 || tensor.size(-1) <= 1;
+  if (!runs_cuda_kernels(tensor)) return contiguous ? tensor : tensor.contiguous();
+  if (contiguous && has_aligned_rows(tensor)) return tensor;
+  const int64_t padding = (8 - tensor.size(-1) % 8) % 8;
+  // A clone, since contiguous() would return a misaligned tensor that is contiguous already.
+  return padding > 0 ? at::constant_pad_nd(tensor, {0, padding}) : tensor.clone(at::MemoryFormat::Contiguous);
 }
 
 // Memory that a kernel is about to write whole.
 Tensor empty_output(at::IntArrayRef shape, const at::TensorOptions& options) {
   Tensor output = at::empty(shape, options);
-  advise_huge_pages(output.data_ptr(), static_cast<int64_t>(output.nbytes()));
+  if (output.is_cpu()) advise_huge_pages(output.data_ptr(), static_cast<int64_t>(output.nbytes()));
   return output;
 }
 
@@ -81,10 +108,8 @@ struct Operands {
 // A mask in a dtype that the kernels read, expanded to (batch, heads, seqlen_q, seqlen_k) with strides of 0. A
 // dimension that the caller expanded is narrowed before the conversion, so that no broadcast mask is ever written out
 // in full.
-Tensor expanded_mask(const Tensor& mask, at::ScalarType query_dtype, at::IntArrayRef scores_shape) {
-  TORCH_CHECK_VALUE(mask.device().is_cpu() && mask.layout() == at::kStrided,
-                    "attention: attn_mask must be a dense tensor on the cpu, as query is; got ", mask.layout(), " on ",
-                    mask.device(), ".");
+Tensor expanded_mask(const Tensor& mask, const Tensor& query, at::IntArrayRef scores_shape) {
+  check_dense("attn_mask", mask, query);
   TORCH_CHECK_TYPE(mask.scalar_type() == at::kBool || mask.is_floating_point(),
                    "attention: attn_mask must be bool (True = attend) or floating (added), got ", mask.scalar_type(),
                    ".");
@@ -97,7 +122,7 @@ Tensor expanded_mask(const Tensor& mask, at::ScalarType query_dtype, at::IntArra
     if (mask.stride(dim) == 0 && mask.size(dim) > 1) narrowed = narrowed.narrow(dim, 0, 1);
   }
   const at::ScalarType dtype = mask.scalar_type();
-  if (dtype != at::kBool && query_dtype == at::kDouble) {
+  if (dtype != at::kBool && query.scalar_type() == at::kDouble) {
     narrowed = narrowed.to(at::kDouble);
   } else if (dtype != at::kBool && dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) {
     narrowed = narrowed.to(at::kFloat);
@@ -135,7 +160,7 @@ Operands fill_scores(AttentionParams& p, const Tensor& query, const Tensor& key,
   if (scoring.is_causal) p.window_right = std::min<int64_t>(p.window_right, 0);
 
   if (attn_mask.has_value()) {
-    operands.mask = expanded_mask(*attn_mask, query.scalar_type(), {p.batch, p.heads, p.seqlen_q, p.seqlen_k});
+    operands.mask = expanded_mask(*attn_mask, query, {p.batch, p.heads, p.seqlen_q, p.seqlen_k});
     const Tensor& mask = operands.mask;
     // An empty mask has no storage; the kernel must still know that there is one.
     static const char no_elements = 0;
@@ -148,7 +173,7 @@ Operands fill_scores(AttentionParams& p, const Tensor& query, const Tensor& key,
   }
   if (alibi_slopes.has_value()) {
     const bool per_batch = alibi_slopes->dim() == 2;
-    check_tensor("alibi_slopes", *alibi_slopes, at::kFloat,
+    check_tensor("alibi_slopes", *alibi_slopes, query, at::kFloat,
                  per_batch ? at::IntArrayRef({p.batch, p.heads}) : at::IntArrayRef({p.heads}));
     operands.alibi_slopes = alibi_slopes->contiguous();
     p.alibi_slopes = operands.alibi_slopes.const_data_ptr<float>();
@@ -158,7 +183,7 @@ Operands fill_scores(AttentionParams& p, const Tensor& query, const Tensor& key,
                     "attention: dropout_p must be in [0, 1], got ", scoring.dropout_p, ".");
   if (scoring.dropout_p > 0.0) {
     TORCH_CHECK_VALUE(rng_state.has_value(), "attention: dropout_p > 0 needs rng_state.");
-    check_tensor("rng_state", *rng_state, at::kLong, {2});
+    check_tensor("rng_state", *rng_state, query, at::kLong, {2});
     TORCH_CHECK_VALUE(rng_state->is_contiguous(), "attention: rng_state must be contiguous.");
     p.dropout_p = scoring.dropout_p;
     p.rng_state = rng_state->const_data_ptr<int64_t>();
@@ -173,7 +198,7 @@ void fill_value_and_sinks(AttentionParams& p, Operands& operands, const Tensor& 
   p.v = operand(operands.value);
   if (sinks.has_value()) {
     TORCH_CHECK_TYPE(sinks->is_floating_point(), "attention: sinks must be floating, got ", sinks->scalar_type(), ".");
-    check_tensor("sinks", *sinks, sinks->scalar_type(), {p.heads});
+    check_tensor("sinks", *sinks, query, sinks->scalar_type(), {p.heads});
     operands.sinks = sinks->to(statistics_dtype(query)).contiguous();
     p.sinks = operands.sinks.const_data_ptr();
   }
@@ -181,11 +206,11 @@ void fill_value_and_sinks(AttentionParams& p, Operands& operands, const Tensor& 
 
 // --- The ops --------------------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
-                                         const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
-                                         const OptionalTensor& sinks, const OptionalTensor& rng_state, double dropout_p,
-                                         bool is_causal, double scale, int64_t window_left, int64_t window_right,
-                                         bool bottom_right, double softcap) {
+std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                     const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
+                                     const OptionalTensor& sinks, const OptionalTensor& rng_state, double dropout_p,
+                                     bool is_causal, double scale, int64_t window_left, int64_t window_right,
+                                     bool bottom_right, double softcap) {
   check_qkv(query, key, value);
   AttentionParams p;
   Operands operands = fill_scores(p, query, key, attn_mask, alibi_slopes, rng_state,
@@ -196,16 +221,22 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor& query, const Tensor& key,
   const Tensor lse = at::empty({p.batch, p.heads, p.seqlen_q}, query.options().dtype(statistics_dtype(query)));
   p.out = operand(out);
   p.lse = lse.data_ptr();
-  if (lse.numel() > 0) FASTATTN_CPU_DISPATCH(attention_fwd_cpu, p);
+  if (lse.numel() == 0) return {out, lse};
+  if (runs_cuda_kernels(query)) {
+    run_on_device("attention", query, attention_fwd_cuda, p, attention_fwd_cuda_workspace_bytes);
+  } else {
+    FASTATTN_CPU_DISPATCH(attention_fwd_cpu, p);
+  }
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
     const Tensor& out, const Tensor& lse, const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
     const OptionalTensor& sinks, const OptionalTensor& rng_state, double dropout_p, bool is_causal, double scale,
     int64_t window_left, int64_t window_right, bool bottom_right, double softcap, bool need_dmask, bool need_dsinks) {
   check_qkv(query, key, value);
+  TORCH_CHECK_NOT_IMPLEMENTED(!runs_cuda_kernels(query), "attention: the CUDA kernels have no backward yet.");
   AttentionBwdParams p;
   Operands operands = fill_scores(p, query, key, attn_mask, alibi_slopes, rng_state,
                                   {dropout_p, is_causal, scale, window_left, window_right, bottom_right, softcap});
@@ -214,9 +245,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
   const at::ScalarType statistics = statistics_dtype(query);
   const int64_t row_shape[] = {p.batch, p.heads, p.seqlen_q};
   const int64_t out_shape[] = {p.batch, p.heads, p.seqlen_q, p.head_dim_v};
-  check_tensor("out", out, query.scalar_type(), out_shape);
-  check_tensor("dout", dout, query.scalar_type(), out_shape);
-  check_tensor("lse", lse, statistics, row_shape);
+  check_tensor("out", out, query, query.scalar_type(), out_shape);
+  check_tensor("dout", dout, query, query.scalar_type(), out_shape);
+  check_tensor("lse", lse, query, statistics, row_shape);
   const Tensor out_rows = with_contiguous_rows(out), dout_rows = with_contiguous_rows(dout),
                lse_rows = lse.contiguous();
   p.out = operand(out_rows);
@@ -224,7 +255,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
   p.lse = lse_rows.data_ptr();
   Tensor dlse_rows;
   if (dlse.has_value()) {
-    check_tensor("dlse", *dlse, statistics, row_shape);
+    check_tensor("dlse", *dlse, query, statistics, row_shape);
     dlse_rows = dlse->contiguous();
     p.dlse = dlse_rows.const_data_ptr();
   }
@@ -263,16 +294,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
   return {dq, dk, dv, dmask, dsinks};
 }
 
-Tensor attention_weights_cpu(const Tensor& query, const Tensor& key, const Tensor& lse, const OptionalTensor& attn_mask,
-                             const OptionalTensor& alibi_slopes, const OptionalTensor& rng_state, double dropout_p,
-                             bool is_causal, double scale, int64_t window_left, int64_t window_right, bool bottom_right,
-                             double softcap, bool average_heads) {
+Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& lse, const OptionalTensor& attn_mask,
+                         const OptionalTensor& alibi_slopes, const OptionalTensor& rng_state, double dropout_p,
+                         bool is_causal, double scale, int64_t window_left, int64_t window_right, bool bottom_right,
+                         double softcap, bool average_heads) {
   check_qkv(query, key, key);
   AttentionWeightsParams p;
   const Operands operands =
       fill_scores(p, query, key, attn_mask, alibi_slopes, rng_state,
                   {dropout_p, is_causal, scale, window_left, window_right, bottom_right, softcap});
-  check_tensor("lse", lse, statistics_dtype(query), {p.batch, p.heads, p.seqlen_q});
+  check_tensor("lse", lse, query, statistics_dtype(query), {p.batch, p.heads, p.seqlen_q});
   const Tensor lse_rows = lse.contiguous();
   p.lse = lse_rows.data_ptr();
   p.average_heads = average_heads;
@@ -282,18 +313,25 @@ Tensor attention_weights_cpu(const Tensor& query, const Tensor& key, const Tenso
   p.weights = weights.data_ptr();
   if (p.heads == 0) {
     weights.zero_();
-  } else if (weights.numel() > 0) {
+  } else if (weights.numel() == 0) {
+    return weights;
+  } else if (runs_cuda_kernels(query)) {
+    run_on_device("attention", query, attention_weights_cuda, p);
+  } else {
     FASTATTN_CPU_DISPATCH(attention_weights_cpu, p);
   }
   return weights;
 }
 
+void register_ops(torch::Library& m) {
+  m.impl("attention", &attention);
+  m.impl("attention_backward", &attention_backward);
+  m.impl("attention_weights", &attention_weights);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
-  m.impl("attention", &attention_cpu);
-  m.impl("attention_backward", &attention_backward_cpu);
-  m.impl("attention_weights", &attention_weights_cpu);
-}
+TORCH_LIBRARY_IMPL(fastattn, CPU, m) { register_ops(m); }
+TORCH_LIBRARY_IMPL(fastattn, CUDA, m) { register_ops(m); }
 
 }  // namespace fastattn

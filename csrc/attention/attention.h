@@ -1,6 +1,7 @@
 // Parameters of the attention kernels, shared by every backend (no torch headers), and the CPU kernels' entry points.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "common/dtype.h"
@@ -72,6 +73,13 @@ struct AttentionWeightsParams : AttentionParams {
   void* weights = nullptr;
   bool average_heads = false;
 };
+
+// CUDA, fp16 and bf16; they return null, or why the launch failed. Rows of q, k, v (and dout) are 16-byte aligned and
+// are zero up to the next multiple of eight elements. alibi_slopes, sinks and lse are fp32.
+struct DeviceLaunch;
+size_t attention_fwd_cuda_workspace_bytes(const AttentionParams& p, const DeviceLaunch& launch);
+const char* attention_fwd_cuda(const AttentionParams& p, const DeviceLaunch& launch);
+const char* attention_weights_cuda(const AttentionWeightsParams& p, const DeviceLaunch& launch);
 
 FASTATTN_DECLARE_CPU_KERNEL(void, attention_fwd_cpu, (const AttentionParams& p))
 FASTATTN_DECLARE_CPU_KERNEL(void, attention_bwd_cpu, (const AttentionBwdParams& p))

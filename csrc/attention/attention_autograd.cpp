@@ -9,6 +9,8 @@
 #include <optional>
 #include <tuple>
 
+#include "common/device_launch.h"
+
 namespace fastattn {
 namespace {
 
@@ -35,6 +37,7 @@ struct Scoring {
     ctx->saved_data["window_right"] = window_right;
     ctx->saved_data["bottom_right"] = bottom_right;
     ctx->saved_data["softcap"] = softcap;
+    ctx->saved_data["emulating"] = emulating();
   }
   static Scoring load(AutogradContext* ctx) {
     return {ctx->saved_data["dropout_p"].toDouble(),    ctx->saved_data["is_causal"].toBool(),
@@ -125,6 +128,7 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list gradients) {
+    const EmulationScope scope(ctx->saved_data["emulating"].toBool());
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &out = saved[7], &dlse = gradients[1];
     // query, key, value, attn_mask, alibi_slopes, sinks, rng_state, scoring
@@ -227,6 +231,7 @@ struct AttentionWeightsFunction : torch::autograd::Function<AttentionWeightsFunc
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list gradients) {
+    const EmulationScope scope(ctx->saved_data["emulating"].toBool());
     const variable_list saved = ctx->get_saved_variables();
     const Scoring scoring = Scoring::load(ctx);
     const Tensor &query = saved[0], &key = saved[1], &lse = saved[2], &mask = saved[3];

@@ -44,7 +44,7 @@ inline int64_t mask_element_bytes(DType dtype) { return dtype == DType::kBool ? 
 
 // Null, or why the kernels cannot take these parameters.
 inline const char* make_score_args(ScoreArgs& args, const AttentionParams& p) {
-  if (p.seqlen_q > kMaxSeqlen || p.seqlen_k > kMaxSeqlen) return "attention: seqlen above 2**28";
+  if (p.seqlen_q > kMaxSeqlen || p.seqlen_k > kMaxSeqlen) return "a sequence is longer than 2**28";
   args.seqlen_q = static_cast<int>(p.seqlen_q);
   args.seqlen_k = static_cast<int>(p.seqlen_k);
   args.heads = static_cast<int>(p.heads);
@@ -159,7 +159,11 @@ struct BoolMaskElement {
 FASTATTN_DEVICE void apply_mask_element(float& x, BoolMaskElement element) { x = element.attend ? x : -INFINITY; }
 template <typename Element>
 FASTATTN_DEVICE void apply_mask_element(float& x, Element element) {
-  x = fmaf(to_float(element), kLog2E, x);
+  // The lowest finite numbers are often written for -inf, but a row that has nothing else attends to all keys equally:
+  // in base 2 they must not become -inf.
+  constexpr float kLowest = -2.35e38f;
+  const float added = to_float(element);
+  x = added == -INFINITY ? -INFINITY : fmaf(fmaxf(added, kLowest), kLog2E, x);
 }
 
 template <typename Element, bool kPairs, int kRowTiles, int kColTiles>

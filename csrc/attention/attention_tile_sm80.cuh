@@ -33,10 +33,11 @@ struct SharedTile {
 
 // ---- global to shared
 
-// Starts copying a tile: row r from row_gmem(r), 16-byte aligned, for r < rows. Rows from `rows` on and chunks of eight
-// columns from `cols` on become zeros and are not read. The caller commits the group.
-template <int kThreads, typename Tile, typename RowPointer>
-FASTATTN_DEVICE void load_tile_rows(Tile tile, int rows, int cols, RowPointer row_gmem) {
+// Starts copying a tile. Rows from `rows` on and chunks of eight columns from `cols` on become zeros and are not read;
+// the others are 16-byte aligned. `next_row_gmem` is called for the rows of this thread in turn, from its first on,
+// kThreads / 8 apart, and returns where each one lies. The caller commits the group.
+template <int kThreads, typename Tile, typename NextRow>
+FASTATTN_DEVICE void load_tile_rows(Tile tile, int rows, int cols, NextRow next_row_gmem) {
   static_assert(kThreads % 64 == 0, "a step covers whole groups of eight rows");
   constexpr int kRowsPerStep = kThreads / 8;
   const int thread = static_cast<int>(threadIdx.x), first_row = thread / 8, col = thread % 8 * Tile::kChunkElems;
@@ -45,23 +46,27 @@ FASTATTN_DEVICE void load_tile_rows(Tile tile, int rows, int cols, RowPointer ro
   for (int step = 0; step < (Tile::kRows + kRowsPerStep - 1) / kRowsPerStep; ++step) {
     const int row = first_row + step * kRowsPerStep;
     if (Tile::kRows % kRowsPerStep != 0 && row >= Tile::kRows) break;
-    const bool row_exists = row < rows;
-    const auto* src = row_gmem(row_exists ? row : 0) + col;
+    const auto* src = next_row_gmem(row) + col;
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel) {
       const int panel_col = panel * Tile::kPanelCols + col;
       if (Tile::kCols % Tile::kPanelCols != 0 && panel_col >= Tile::kCols) break;
-      const bool valid = row_exists && panel_col < cols;
-      const uint32_t place = dst + step * kRowsPerStep * Tile::kRowBytes + panel * Tile::kPanelBytes;
-      cp_async<16>(place, valid ? src + panel * Tile::kPanelCols : src - col, valid);
+      cp_async<16>(dst + step * kRowsPerStep * Tile::kRowBytes + panel * Tile::kPanelBytes,
+                   src + panel * Tile::kPanelCols, row < rows && panel_col < cols);
     }
   }
 }
 
-// The same for rows that lie stride_row elements apart, row 0 at `gmem`.
+// The same for rows that lie stride_row elements apart, row 0 at `gmem`. One address is stepped along, because all of
+// a thread's rows at once would take registers from the accumulators.
 template <int kThreads, typename Tile, typename Element>
 FASTATTN_DEVICE void load_tile(Tile tile, const Element* gmem, int64_t stride_row, int rows, int cols) {
-  load_tile_rows<kThreads>(tile, rows, cols, [&](int row) { return gmem + row * stride_row; });
+  const Element* next = gmem + static_cast<int>(threadIdx.x) / 8 * stride_row;
+  load_tile_rows<kThreads>(tile, rows, cols, [&](int) {
+    const Element* row_gmem = next;
+    next += kThreads / 8 * stride_row;
+    return row_gmem;
+  });
 }
 
 // ---- shared to registers

@@ -13,52 +13,50 @@ struct OnlineSoftmax {
   // when a score exceeds it by 2^kSlack, since any reference cancels in the end, and raising it costs a multiplication
   // of the whole output tile. Probabilities stay below 2^kSlack, which fp16 holds as precisely as it does 1.
   static constexpr float kSlack = 8.0f;
+  // The reference of a row that has seen nothing; finite, so that exp2(-inf - reference) is 0 there too.
+  static constexpr float kNothing = -3.4028234663852886e38f;
   float reference[kRowTiles][2];
   float sum[kRowTiles][2];  // of this lane's columns
 
   // A sink is a logit that is there from the start: -inf for none.
   FASTATTN_DEVICE void start(int m, int half, float sink_log2) {
-    reference[m][half] = sink_log2;
+    reference[m][half] = fmaxf(sink_log2, kNothing);
     sum[m][half] = sink_log2 > -INFINITY && threadIdx.x % 4 == 0 ? 1.0f : 0.0f;
   }
 
-  // Scores, times `factor` > 0 (which costs nothing: it becomes part of the subtraction), become probabilities
-  // relative to the reference. What was summed before must be multiplied by `correction`; false if that is 1 in all
-  // rows of the warp.
+  // First half of a step: raises the references to a tile's scores, times `factor` > 0. True if what was summed before
+  // must be multiplied by `correction`; it is 1 in all rows of the warp otherwise.
   template <int kColTiles>
-  FASTATTN_DEVICE bool update(float (&s)[kRowTiles][kColTiles][4], float factor, float (&correction)[kRowTiles][2]) {
+  FASTATTN_DEVICE bool raise(const float (&s)[kRowTiles][kColTiles][4], float factor,
+                             float (&correction)[kRowTiles][2]) {
     bool any_raised = false;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float largest = s[m][0][2 * half];
+        float largest = fmaxf(s[m][0][2 * half], s[m][0][2 * half + 1]);
 #pragma unroll
-        for (int n = 0; n < kColTiles; ++n) largest = fmaxf(largest, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+        for (int n = 1; n < kColTiles; ++n) largest = fmaxf(largest, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
         largest = warp_reduce<4>(largest, Max()) * factor;
-
         const float before = reference[m][half];
         const bool raised = largest > before + kSlack;
-        if (raised) reference[m][half] = largest;
         correction[m][half] = raised ? ex2_approx(before - largest) : 1.0f;
+        if (raised) reference[m][half] = largest;
+        sum[m][half] *= correction[m][half];
         any_raised |= raised;
-
-        // A row that has seen nothing yet: -inf - 0 instead of -inf - -inf.
-        const float subtrahend = reference[m][half] == -INFINITY ? 0.0f : reference[m][half];
-        float row_sum = sum[m][half] * correction[m][half];
-#pragma unroll
-        for (int n = 0; n < kColTiles; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& x = s[m][n][2 * half + e];
-            x = ex2_approx(fmaf(x, factor, -subtrahend));
-            row_sum += x;
-          }
-        }
-        sum[m][half] = row_sum;
       }
     }
     return __any_sync(kFullWarp, any_raised);
+  }
+
+  // Second half: scores become probabilities relative to the references. The factor costs nothing, as part of the
+  // subtraction.
+  template <int kColTiles>
+  FASTATTN_DEVICE void exponentiate(float (&s)[kRowTiles][kColTiles][4], float factor) {
+    for_each_score(s, [&](float& x, int m, int half, int, int) {
+      x = ex2_approx(fmaf(x, factor, -reference[m][half]));
+      sum[m][half] += x;
+    });
   }
 
   // After the last tile: the whole row's sum, and the log-sum-exp in base 2 (-inf for a row that saw nothing).

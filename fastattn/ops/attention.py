@@ -216,15 +216,21 @@ def _prepare(
     )[0]  # fmt: skip
 
 
+_CUDA, _EMULATED = dispatch.cuda_kernels(compiled.refuses_cuda, compiled.run)
+_WEIGHTS_CUDA, _WEIGHTS_EMULATED = dispatch.cuda_kernels(compiled.refuses_cuda, compiled.run_weights)
 dispatch.register(
     "attention",
-    Kernel("cpu", compiled.refuses_cpu, compiled.run_cpu),
+    _CUDA,
+    Kernel("cpu", compiled.refuses_cpu, compiled.run),
     Kernel("eager", never_refuses, run_eager),
+    _EMULATED,
     prepare=_prepare,
 )
 dispatch.register(
     "attention_weights",
-    Kernel("cpu", compiled.refuses_cpu, compiled.run_weights_cpu),
+    _WEIGHTS_CUDA,
+    Kernel("cpu", compiled.refuses_cpu, compiled.run_weights),
     Kernel("eager", never_refuses, run_weights_eager),
+    _WEIGHTS_EMULATED,
     prepare=_prepare,
 )

@@ -1,4 +1,4 @@
-"""The face of ``torch.ops.fastattn.attention*``: what the CPU kernels refuse, how to call them, their fake kernels."""
+"""The face of ``torch.ops.fastattn.attention*``: what its kernels refuse, how to call them, their fake kernels."""
 
 from __future__ import annotations
 
@@ -8,22 +8,42 @@ import torch
 from torch import Tensor
 
 from fastattn._extension import extension
+from fastattn.dispatch import refuses_device
 
 if TYPE_CHECKING:
     from fastattn.ops.attention import AttentionCall
 
 _CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+_CUDA_DTYPES = frozenset({torch.bfloat16, torch.float16})
 _MAX_HEAD_DIM = 256
 
 
 def refuses_cpu(call: AttentionCall) -> str | None:
     """Why the CPU kernels do not run ``call``; None if they do."""
-    query, alibi_slopes = call.query, call.alibi_slopes
+    query = call.query
     if not query.is_cpu:
         return f"query is on {query.device}, not on the cpu"
     if query.dtype not in _CPU_DTYPES:
-        return f"dtype {str(query.dtype).removeprefix('torch.')} is not float32, bfloat16, float16 or float64"
-    head_dim, head_dim_v = query.shape[-1], call.value.shape[-1]
+        return f"dtype {_name(query.dtype)} is not float32, bfloat16, float16 or float64"
+    return _refuses(call)
+
+
+def refuses_cuda(call: AttentionCall, device_type: str) -> str | None:
+    """Why the CUDA kernels do not run ``call``; None if they do."""
+    reason = refuses_device("query", call.query, device_type)
+    if reason is not None:
+        return reason
+    if call.query.dtype not in _CUDA_DTYPES:
+        return f"dtype {_name(call.query.dtype)} is not bfloat16 or float16"
+    # They have no backward yet.
+    if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in call):
+        return "it has no backward yet, and an argument requires grad; call it under torch.no_grad()"
+    return _refuses(call)
+
+
+def _refuses(call: AttentionCall) -> str | None:
+    """What every kernel of the extension refuses."""
+    head_dim, head_dim_v, alibi_slopes = call.query.shape[-1], call.value.shape[-1], call.alibi_slopes
     if head_dim > _MAX_HEAD_DIM or not 0 < head_dim_v <= _MAX_HEAD_DIM:
         return f"head_dim {head_dim} (value: {head_dim_v}) is not in 1 to {_MAX_HEAD_DIM}"
     if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
@@ -33,13 +53,17 @@ def refuses_cpu(call: AttentionCall) -> str | None:
     return None
 
 
-def run_cpu(call: AttentionCall) -> tuple[Tensor, Tensor]:
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     if call.alibi_slopes is not None:
         call = call._replace(alibi_slopes=call.alibi_slopes.float())
     return torch.ops.fastattn.attention(*call)
 
 
-def run_weights_cpu(call: AttentionCall, lse: Tensor, average_heads: bool) -> Tensor:
+def run_weights(call: AttentionCall, lse: Tensor, average_heads: bool) -> Tensor:
     slopes = None if call.alibi_slopes is None else call.alibi_slopes.float()
     return torch.ops.fastattn.attention_weights(
         call.query, call.key, lse, call.attn_mask, slopes, *call[6:], average_heads

@@ -12,7 +12,7 @@ from fastattn import dispatch
 from fastattn.dispatch import Kernel, never_refuses, select
 from fastattn.ops import attention_checks as checks
 from fastattn.ops.attention import AttentionCall, run_eager
-from fastattn.ops.attention_compiled import refuses_cpu, run_cpu
+from fastattn.ops.attention_compiled import refuses_cpu, run
 from fastattn.ops.varlen_attention import with_diagonals
 
 
@@ -327,7 +327,7 @@ def _append(cache: Tensor, rows: Tensor, lengths: int | Tensor, table: Tensor | 
 
 
 def _run_cpu(call: KvCacheCall) -> tuple[Tensor, Tensor]:
-    return _step(call, run_cpu)
+    return _step(call, run)
 
 
 def _run_eager(call: KvCacheCall) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from fastattn import dispatch
 from fastattn.dispatch import Kernel, never_refuses, select
 from fastattn.ops import attention_checks as checks
 from fastattn.ops.attention import AttentionCall, run_eager
-from fastattn.ops.attention_compiled import refuses_cpu, run_cpu
+from fastattn.ops.attention_compiled import refuses_cpu, run
 from fastattn.ops.philox import draw_rng_state
 
 
@@ -254,7 +254,7 @@ def with_diagonals(call: AttentionCall, visible: Tensor, diagonal: Tensor) -> At
 
 
 def _run_cpu(call: VarlenCall) -> tuple[Tensor, Tensor]:
-    return _run_padded(call, run_cpu)
+    return _run_padded(call, run)
 
 
 def _run_eager(call: VarlenCall) -> tuple[Tensor, Tensor]:

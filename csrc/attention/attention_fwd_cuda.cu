@@ -1,0 +1,172 @@
+// Launches the attention forward: chooses a tile, packs heads, splits the keys, and finds the empty tiles of the mask.
+#include "attention/attention_combine.cuh"
+#include "attention/attention_fwd_launch.cuh"
+#include "attention/attention_mask_tiles_launch.cuh"
+
+namespace fastattn {
+
+extern template const char* launch_fwd_tile<half_t, 64>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
+extern template const char* launch_fwd_tile<half_t, 128>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
+extern template const char* launch_fwd_tile<half_t, 256>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
+extern template const char* launch_fwd_tile<bfloat16_t, 64>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
+extern template const char* launch_fwd_tile<bfloat16_t, 128>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
+extern template const char* launch_fwd_tile<bfloat16_t, 256>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
+
+namespace {
+
+int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Everything about a call that its workspace and its launch must agree on.
+struct FwdPlan {
+  int tile = -1;  // of kFwdTiles
+  int group = 1;
+  int64_t tile_heads = 0, row_tiles = 0, blocks = 0;
+  int splits = 1;
+  int64_t partial_stride = 0, partial_out_bytes = 0, partial_lse_bytes = 0;
+  MaskTilesPlan mask_tiles;
+
+  int64_t workspace_bytes() const { return partial_out_bytes + partial_lse_bytes + mask_tiles.bytes; }
+};
+
+ScoreKind score_kind(const AttentionParams& p) {
+  const bool everything = p.softcap > 0.0 || p.alibi_slopes != nullptr || p.dropout_p > 0.0 || !(p.scale > 0.0);
+  return everything ? ScoreKind::kEverything : p.mask.data != nullptr ? ScoreKind::kMask : ScoreKind::kPlain;
+}
+
+// Heads that share k and v are packed into the rows that a short sequence would leave empty.
+int heads_packed(const AttentionParams& p) {
+  constexpr int64_t kShort = 32;
+  return p.seqlen_q <= kShort ? static_cast<int>(p.heads / p.heads_kv) : 1;
+}
+
+// A tile of 64 rows where there are no more or where heads are packed: half of a larger one would be idle.
+int choose_tile(const AttentionParams& p, const DeviceLaunch& launch) {
+  const int64_t head_dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
+  constexpr size_t kLargeSmem = 160 * 1024;
+  const ScoreKind kind = score_kind(p);
+  const bool needs_small = p.seqlen_q <= 64;
+  for (int i = 0; i < kFwdTileCount; ++i) {
+    const FwdTile& tile = kFwdTiles[i];
+    if (tile.head_dim < head_dim || tile.kind < kind || (needs_small && tile.kind == ScoreKind::kPlain)) continue;
+    if (tile.large_smem && launch.shared_bytes_per_block < kLargeSmem) continue;
+    if (static_cast<size_t>(tile.smem_bytes()) > launch.shared_bytes_per_block) continue;
+    return i;
+  }
+  return -1;
+}
+
+// The most key tiles that a row tile visits.
+int64_t visible_key_tiles(const AttentionParams& p, int64_t queries, int64_t block_k) {
+  const int64_t seen = p.window_left + p.window_right + queries;
+  return ceil_div(min_of(p.seqlen_k, seen < 0 ? 0 : seen), block_k);
+}
+
+// How many blocks share the keys of one row tile, so that the card is filled. Of the candidates, each of which costs
+// its partial results, the smallest that keeps the card 85 % as busy as the best.
+int choose_splits(int64_t blocks, int64_t key_tiles, int64_t slots) {
+  constexpr int64_t kMinTiles = 2;
+  if (blocks * 5 >= slots * 4) return 1;
+  const int64_t most = min_of(kMaxSplits, key_tiles / kMinTiles);
+  const auto busy = [&](int64_t splits) {
+    const int64_t rounds = ceil_div(blocks * splits, slots) * ceil_div(key_tiles, splits);
+    return static_cast<double>(blocks * key_tiles) / static_cast<double>(rounds * slots);
+  };
+  double best = 0.0;
+  for (int64_t splits = 1; splits <= most; ++splits) best = busy(splits) > best ? busy(splits) : best;
+  for (int64_t splits = 1; splits <= most; ++splits) {
+    if (busy(splits) >= 0.85 * best) return static_cast<int>(splits);
+  }
+  return 1;
+}
+
+FwdPlan plan_fwd(const AttentionParams& p, const DeviceLaunch& launch) {
+  FwdPlan plan;
+  plan.tile = choose_tile(p, launch);
+  if (plan.tile < 0) return plan;
+  const FwdTile& tile = kFwdTiles[plan.tile];
+  const int64_t block_q = tile.block_q();
+  plan.group = heads_packed(p);
+  plan.tile_heads = p.heads / plan.group;
+  plan.row_tiles = ceil_div(p.seqlen_q * plan.group, block_q);
+  plan.blocks = p.batch * plan.tile_heads * plan.row_tiles;
+
+  const int64_t slots = 2 * static_cast<int64_t>(launch.multiprocessors);
+  const int64_t queries = min_of(p.seqlen_q, ceil_div(block_q, plan.group) + 1);
+  plan.splits = choose_splits(plan.blocks, visible_key_tiles(p, queries, tile.block_k), slots);
+  if (plan.splits > 1) {
+    const int64_t rows = plan.splits * p.batch * p.heads * p.seqlen_q;
+    plan.partial_stride = ceil_div(p.head_dim_v, 8) * 8;
+    plan.partial_out_bytes = ceil_div(rows * plan.partial_stride * 4, 256) * 256;
+    plan.partial_lse_bytes = ceil_div(rows * 4, 256) * 256;
+  }
+  plan.mask_tiles = plan_mask_tiles(p, static_cast<int>(block_q), tile.block_k, plan.group);
+  return plan;
+}
+
+// (batch, tile head)s whose keys and values fit half of the smallest L2 cache among the cards of compute capability
+// 8.0 and newer that have a large one.
+int heads_per_section(const AttentionParams& p, const FwdPlan& plan) {
+  constexpr int64_t kCacheBytes = 20 << 20;
+  const int64_t bytes = 2 * p.seqlen_k * (p.head_dim + p.head_dim_v) + 1;
+  const int64_t heads_of_kv = plan.tile_heads / p.heads_kv, fit = kCacheBytes / bytes;
+  const int64_t heads = (fit < 1 ? 1 : fit) * heads_of_kv, all = p.batch * plan.tile_heads;
+  return static_cast<int>(min_of(heads, all));
+}
+
+template <typename Element>
+const char* launch_fwd(const FwdPlan& plan, const AttentionFwdArgs& args, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.splits));
+  const char* error = nullptr;
+  switch (kFwdTiles[plan.tile].head_dim) {
+    case 64:
+      error = launch_fwd_tile<Element, 64>(plan.tile, args, grid, stream);
+      break;
+    case 128:
+      error = launch_fwd_tile<Element, 128>(plan.tile, args, grid, stream);
+      break;
+    default:
+      error = launch_fwd_tile<Element, 256>(plan.tile, args, grid, stream);
+  }
+  if (error != nullptr || plan.splits == 1) return error;
+  return launch_combine_splits<Element>(args, stream);
+}
+
+}  // namespace
+
+size_t attention_fwd_cuda_workspace_bytes(const AttentionParams& p, const DeviceLaunch& launch) {
+  return static_cast<size_t>(plan_fwd(p, launch).workspace_bytes());
+}
+
+const char* attention_fwd_cuda(const AttentionParams& p, const DeviceLaunch& launch) {
+  AttentionFwdArgs args;
+  if (const char* error = make_score_args(args.scores, p)) return error;
+  const FwdPlan plan = plan_fwd(p, launch);
+  if (plan.tile < 0) return "head_dim is above 256";
+  if (plan.blocks > INT32_MAX || p.batch * p.heads > INT32_MAX) return "batch * heads is too large";
+
+  args.q = p.q, args.k = p.k, args.v = p.v, args.out = p.out;
+  args.lse = static_cast<float*>(p.lse);
+  args.sinks = static_cast<const float*>(p.sinks);
+  args.batch = static_cast<int>(p.batch), args.heads = static_cast<int>(p.heads);
+  args.heads_kv = static_cast<int>(p.heads_kv);
+  args.head_dim = static_cast<int>(p.head_dim), args.head_dim_v = static_cast<int>(p.head_dim_v);
+  args.out_is_aligned = rows_are_aligned(p.out, p.head_dim_v);
+  args.group = plan.group;
+  args.tile_heads = static_cast<int>(plan.tile_heads), args.row_tiles = static_cast<int>(plan.row_tiles);
+  args.heads_per_section = heads_per_section(p, plan);
+  args.splits = plan.splits;
+  args.partial_stride = static_cast<int>(plan.partial_stride);
+  auto* workspace = static_cast<uint8_t*>(launch.workspace);
+  args.partial_out = reinterpret_cast<float*>(workspace);
+  args.partial_lse = reinterpret_cast<float*>(workspace + plan.partial_out_bytes);
+
+  auto* mask_states = reinterpret_cast<MaskTileState*>(workspace + plan.partial_out_bytes + plan.partial_lse_bytes);
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  args.mask_tiles = mask_tiles(plan.mask_tiles, p, mask_states);
+  if (const char* error = launch_mask_tiles(plan.mask_tiles, args.scores, mask_states, stream)) return error;
+  return p.dtype == DType::kFloat16 ? launch_fwd<half_t>(plan, args, stream)
+                                    : launch_fwd<bfloat16_t>(plan, args, stream);
+}
+
+}  // namespace fastattn

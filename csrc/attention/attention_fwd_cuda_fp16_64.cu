@@ -1,0 +1,5 @@
+#include "attention/attention_fwd_launch.cuh"
+
+namespace fastattn {
+template const char* launch_fwd_tile<half_t, 64>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
+}

@@ -1,0 +1,62 @@
+// Starts attention_fwd_kernel: the table of tiles, and for each element type and head_dim one unit
+// (attention_fwd_cuda_*.cu) that instantiates its kernels.
+#pragma once
+
+#include "attention/attention_fwd_sm80.cuh"
+#include "common/device.h"
+#include "common/launch.cuh"
+
+namespace fastattn {
+
+struct FwdTile {
+  int head_dim;
+  ScoreKind kind;
+  bool large_smem;  // for cards with 160 KiB of shared memory a multiprocessor (8.0, 9.0, 10.0); else from 100 KiB
+  int row_tiles, warps, block_k;
+
+  constexpr int block_q() const { return 16 * row_tiles * warps; }
+  // 128 bytes a row and panel of 64 columns.
+  constexpr int smem_bytes() const { return (block_q() + 2 * block_k) * ((head_dim + 63) / 64) * 128; }
+};
+
+// The first tile that fits is taken. Two row tiles a warp halve the reads of shared memory for each product, and two
+// blocks a multiprocessor hide each other's barriers and softmax; so a thread may have 255 registers, of which scores
+// take block_k / 2 a row tile and the output head_dim / 2. Masks, ALiBi and dropout need the rest, and get one row
+// tile.
+// clang-format off
+constexpr FwdTile kFwdTiles[] = {
+    {64, ScoreKind::kPlain, false, 2, 4, 64},       // 128 x 64, 32 KiB
+    {64, ScoreKind::kMask, false, 1, 4, 64},        // 64 x 64, 24 KiB
+    {64, ScoreKind::kEverything, false, 1, 4, 64},
+    {128, ScoreKind::kPlain, false, 2, 4, 32},      // 128 x 32, 48 KiB
+    {128, ScoreKind::kMask, false, 1, 4, 64},       // 64 x 64, 48 KiB
+    {128, ScoreKind::kEverything, false, 1, 4, 64},
+    {256, ScoreKind::kPlain, true, 1, 8, 64},       // 128 x 64, 128 KiB
+    {256, ScoreKind::kMask, false, 1, 4, 32},       // 64 x 32, 64 KiB
+    {256, ScoreKind::kEverything, false, 1, 4, 32},
+};
+// clang-format on
+constexpr int kFwdTileCount = static_cast<int>(sizeof(kFwdTiles) / sizeof(kFwdTiles[0]));
+
+template <typename Element, int kTile>
+using FwdTraitsOf = AttentionFwdTraits<Element, kFwdTiles[kTile].head_dim, kFwdTiles[kTile].row_tiles,
+                                       kFwdTiles[kTile].warps, kFwdTiles[kTile].block_k, kFwdTiles[kTile].kind>;
+
+// Starts the kernel of kFwdTiles[tile], which has this head_dim.
+template <typename Element, int kHeadDim, int kTile = 0>
+const char* launch_fwd_tile(int tile, const AttentionFwdArgs& args, dim3 grid, cudaStream_t stream) {
+  if constexpr (kTile == kFwdTileCount) {
+    return "there is no kernel for this tile";
+  } else {
+    if constexpr (kFwdTiles[kTile].head_dim == kHeadDim) {
+      using Traits = FwdTraitsOf<Element, kTile>;
+      static_assert(Traits::kSmemBytes == kFwdTiles[kTile].smem_bytes());
+      if (tile == kTile) {
+        return launch_kernel(attention_fwd_kernel<Traits>, grid, Traits::kThreads, Traits::kSmemBytes, stream, args);
+      }
+    }
+    return launch_fwd_tile<Element, kHeadDim, kTile + 1>(tile, args, grid, stream);
+  }
+}
+
+}  // namespace fastattn

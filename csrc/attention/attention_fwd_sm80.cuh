@@ -1,0 +1,338 @@
+// Forward attention for compute capability 8.0 and newer:  out = softmax(scores) v,  lse = log-sum-exp of each row.
+// Work:    one block per (batch, head, kBlockQ query rows, part of the keys); each warp owns 16 kRowTiles rows and
+//          visits every key tile, so that no warp waits for another's softmax.
+// Memory:  q, one tile of k and one of v in shared memory. While a warp multiplies by k the copy of v runs, while it
+//          exponentiates and multiplies by v that of the next k; two blocks a multiprocessor fill each other's gaps.
+// Numbers: fp16/bf16 inputs, fp32 scores, softmax and accumulation; probabilities are rounded for the product with v.
+// Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 1.
+#pragma once
+
+#include "attention/attention_mask_tiles.cuh"
+#include "attention/attention_tile_sm80.cuh"
+#include "attention/mask.h"
+#include "attention/softmax.cuh"
+
+namespace fastattn {
+
+// What a kernel is compiled for, so that a plain call carries no code, and no registers, of the others.
+enum class ScoreKind : int {
+  kPlain,       // scale > 0, causal diagonal and window
+  kMask,        // and attn_mask
+  kEverything,  // and ALiBi, softcap, dropout, any scale
+};
+
+template <typename Element_, int kHeadDim_, int kRowTiles_, int kWarps_, int kBlockK_, ScoreKind kKind_>
+struct AttentionFwdTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_, kRowTiles = kRowTiles_, kWarps = kWarps_, kBlockK = kBlockK_;
+  static constexpr ScoreKind kKind = kKind_;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kBlockQ = 16 * kRowTiles * kWarps;
+  using TileQ = SharedTile<kBlockQ, kHeadDim>;  // later the output's
+  using TileK = SharedTile<kBlockK, kHeadDim>;
+  static constexpr int kSmemBytes = TileQ::kBytes + 2 * TileK::kBytes;
+  static_assert(kBlockK % 32 == 0, "a draw of dropout serves 32 columns");
+};
+
+struct AttentionFwdArgs {
+  ScoreArgs scores;
+  AttentionTensor q, k, v, out;
+  float* lse = nullptr;
+  const float* sinks = nullptr;
+  int batch = 0, heads = 0, heads_kv = 0, head_dim = 0, head_dim_v = 0;
+  bool out_is_aligned = false;  // its rows can be written 16 bytes at a time
+
+  // Heads packed into the rows of a tile (1: none), so heads / group tile heads, with row_tiles tiles each.
+  int group = 1, tile_heads = 0, row_tiles = 0;
+  int heads_per_section = 1;  // consecutive blocks work on so many (batch, tile head)s, whose k and v fit the L2 cache
+  // With splits > 1, normalised parts (splits, batch, heads, seqlen_q, partial_stride) and their lse in base 2.
+  int splits = 1;
+  float* partial_out = nullptr;
+  float* partial_lse = nullptr;
+  int partial_stride = 0;
+  MaskTiles mask_tiles;
+};
+
+// What one block does.
+struct FwdWork {
+  int batch, tile_head, row_tile, split;
+};
+
+// Sections of heads, in them the row tiles from the last to the first, then the heads: the tiles of the causal
+// triangle that take longest start first, and blocks that run at the same time share their k and v in the L2 cache.
+FASTATTN_DEVICE FwdWork fwd_work(const AttentionFwdArgs& args) {
+  const int total = args.batch * args.tile_heads;
+  const int section_blocks = args.heads_per_section * args.row_tiles;
+  const int section = static_cast<int>(blockIdx.x) / section_blocks;
+  const int within = static_cast<int>(blockIdx.x) % section_blocks;
+  const int first_head = section * args.heads_per_section;
+  const int section_heads = min(args.heads_per_section, total - first_head);
+  const int batch_head = first_head + within % section_heads;
+  return {batch_head / args.tile_heads, batch_head % args.tile_heads, args.row_tiles - 1 - within / section_heads,
+          static_cast<int>(blockIdx.y)};
+}
+
+// Key tiles [begin, end) to visit, and those of them [full_begin, full_end) that the band does not cut.
+struct KeyTiles {
+  int begin, end, full_begin, full_end;
+};
+
+template <int kBlockK>
+FASTATTN_DEVICE KeyTiles key_tiles(const AttentionFwdArgs& args, IndexRange queries, int split) {
+  const ScoreArgs& scores = args.scores;
+  const Band band = {scores.seqlen_q, scores.seqlen_k, scores.diagonal, scores.window_left, scores.window_right};
+  const IndexRange any = band.keys_seen_by_any(queries), all = band.keys_seen_by_all(queries);
+  int begin = static_cast<int>(any.begin) / kBlockK;
+  int end = any.end > any.begin ? (static_cast<int>(any.end) + kBlockK - 1) / kBlockK : begin;
+  const int count = end - begin;
+  end = begin + static_cast<int>(int64_t{count} * (split + 1) / args.splits);
+  begin += static_cast<int>(int64_t{count} * split / args.splits);
+  return {begin, end, (static_cast<int>(all.begin) + kBlockK - 1) / kBlockK, static_cast<int>(all.end) / kBlockK};
+}
+
+// ---- the products
+
+// s = q k^T of this warp's rows.
+template <typename Traits, typename LoaderQ, typename LoaderK>
+FASTATTN_DEVICE void multiply_qk(float (&s)[Traits::kRowTiles][Traits::kBlockK / 8][4], const LoaderQ& q_fragments,
+                                 const LoaderK& k_fragments) {
+  for_each_score(s, [](float& x, int, int, int, int) { x = 0.0f; });
+#pragma unroll
+  for (int col = 0; col < Traits::kHeadDim; col += 16) {
+    uint32_t q_rmem[Traits::kRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < Traits::kRowTiles; ++m) q_fragments.load(q_rmem[m], 16 * m, col);
+#pragma unroll
+    for (int n = 0; n < Traits::kBlockK / 8; n += 2) {
+      uint32_t k_rmem[4];
+      k_fragments.load(k_rmem, 8 * n, col);
+#pragma unroll
+      for (int m = 0; m < Traits::kRowTiles; ++m) {
+        mma_pair<typename Traits::Element>(s[m][n], s[m][n + 1], q_rmem[m], k_rmem);
+      }
+    }
+  }
+}
+
+// o += p v. The accumulators of p are, two by two, the A operand of this product: p never leaves the registers.
+template <typename Traits, typename LoaderV>
+FASTATTN_DEVICE void multiply_pv(float (&o)[Traits::kRowTiles][Traits::kHeadDim / 8][4],
+                                 const float (&p)[Traits::kRowTiles][Traits::kBlockK / 8][4],
+                                 const LoaderV& v_fragments) {
+  using Element = typename Traits::Element;
+#pragma unroll
+  for (int row = 0; row < Traits::kBlockK; row += 16) {
+    uint32_t p_rmem[Traits::kRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < Traits::kRowTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float (&quad)[4] = p[m][row / 8 + i / 2];
+        p_rmem[m][i] = pack2<Element>(quad[i % 2 * 2], quad[i % 2 * 2 + 1]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < Traits::kHeadDim / 8; n += 2) {
+      uint32_t v_rmem[4];
+      v_fragments.load(v_rmem, row, 8 * n);
+#pragma unroll
+      for (int m = 0; m < Traits::kRowTiles; ++m) mma_pair<Element>(o[m][n], o[m][n + 1], p_rmem[m], v_rmem);
+    }
+  }
+}
+
+// ---- writing the result
+
+// Through shared memory: a warp's accumulators become whole rows there, which leave 16 bytes a lane. `tile` is q's, of
+// which a warp reads and writes its own rows alone.
+template <typename Traits>
+FASTATTN_DEVICE void store_out(const float (&o)[Traits::kRowTiles][Traits::kHeadDim / 8][4],
+                               typename Traits::TileQ tile, uint8_t* tile_smem, const AttentionFwdArgs& args, int batch,
+                               const QueryRows& tile_rows, int warp_row, int rows) {
+  using Element = typename Traits::Element;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const auto place = [&](int row, int col) { return tile_smem + (tile.chunk_address(row, col) - tile.address); };
+#pragma unroll
+  for (int m = 0; m < Traits::kRowTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint8_t* chunk = place(warp_row + 16 * m + 8 * half + lane / 4, 8 * n);
+        const uint32_t bits = pack2<Element>(o[m][n][2 * half], o[m][n][2 * half + 1]);
+        *reinterpret_cast<uint32_t*>(chunk + lane % 4 * 4) = bits;
+      }
+    }
+  }
+  __syncwarp();
+
+  Element* out_gmem = static_cast<Element*>(args.out.data) + batch * args.out.stride_batch;
+  constexpr int kChunks = Traits::kHeadDim / 8;
+  for (int i = lane; i < 16 * Traits::kRowTiles * kChunks; i += 32) {
+    const int row = warp_row + i / kChunks, col = i % kChunks * 8;
+    if (row >= rows || col >= args.head_dim_v) continue;
+    const int tile_row = tile_rows.first + row;
+    Element* dst = out_gmem + tile_rows.head_of(tile_row) * args.out.stride_head +
+                   tile_rows.query_of(tile_row) * args.out.stride_row + col;
+    const Vec<Element> chunk = load_vec<8>(reinterpret_cast<const Element*>(place(row, col)));
+    if (args.out_is_aligned) {
+      store_vec(dst, chunk);
+    } else {
+      for (int e = 0; e < min(8, args.head_dim_v - col); ++e) dst[e] = chunk[e];
+    }
+  }
+}
+
+// A part of the keys' result, for combine_splits_kernel.
+template <int kColTiles>
+FASTATTN_DEVICE void store_partial_row(const float (&o)[kColTiles][4], int half, const AttentionFwdArgs& args,
+                                       int64_t partial_row) {
+  float* dst = args.partial_out + partial_row * args.partial_stride + lane_column();
+#pragma unroll
+  for (int n = 0; n < kColTiles; ++n) {
+    if (8 * n < args.head_dim_v) store_vec(dst + 8 * n, Vec<float, 2>{{o[n][2 * half], o[n][2 * half + 1]}});
+  }
+}
+
+// ---- the kernel
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads)
+    attention_fwd_kernel(const __grid_constant__ AttentionFwdArgs args) {
+  using Element = typename Traits::Element;
+  constexpr int kRowTiles = Traits::kRowTiles, kBlockK = Traits::kBlockK, kBlockQ = Traits::kBlockQ;
+  constexpr bool kPlain = Traits::kKind == ScoreKind::kPlain, kEverything = Traits::kKind == ScoreKind::kEverything;
+  FASTATTN_DYNAMIC_SMEM(smem);
+  const typename Traits::TileQ q_tile{smem_address(smem)};
+  const typename Traits::TileK k_tile{q_tile.address + Traits::TileQ::kBytes};
+  const typename Traits::TileK v_tile{k_tile.address + Traits::TileK::kBytes};
+
+  // ---- what this block does
+  const ScoreArgs& scores = args.scores;
+  const FwdWork work = fwd_work(args);
+  const int batch = work.batch, lane = static_cast<int>(threadIdx.x) % 32;
+  // Packing is for short sequences, which the plain tiles are too large for; a constant spares them the divisions.
+  const int group = kPlain ? 1 : args.group;
+  const int head_kv = group > 1 ? work.tile_head : work.tile_head / (args.heads / args.heads_kv);
+  const int first_row = work.row_tile * kBlockQ;
+  const int rows = min(kBlockQ, scores.seqlen_q * group - first_row);
+  const QueryRows tile_rows = {first_row, work.tile_head * group, group};
+  const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16 * kRowTiles;
+  const QueryRows lane_rows = {first_row + warp_row + lane / 4, tile_rows.head, group};
+  const IndexRange queries = {tile_rows.query_of(first_row), tile_rows.query_of(first_row + rows - 1) + 1};
+  const KeyTiles tiles = key_tiles<kBlockK>(args, queries, work.split);
+
+  const Element* q_gmem = static_cast<const Element*>(args.q.data) + batch * args.q.stride_batch;
+  const Element* k_gmem =
+      static_cast<const Element*>(args.k.data) + batch * args.k.stride_batch + head_kv * args.k.stride_head;
+  const Element* v_gmem =
+      static_cast<const Element*>(args.v.data) + batch * args.v.stride_batch + head_kv * args.v.stride_head;
+  const auto load_k = [&](int tile) {
+    const int key = tile * kBlockK;
+    load_tile<Traits::kThreads>(k_tile, k_gmem + key * args.k.stride_row, args.k.stride_row, scores.seqlen_k - key,
+                                args.head_dim);
+    cp_async_commit_group();
+  };
+  const auto load_v = [&](int tile) {
+    const int key = tile * kBlockK;
+    load_tile<Traits::kThreads>(v_tile, v_gmem + key * args.v.stride_row, args.v.stride_row, scores.seqlen_k - key,
+                                args.head_dim_v);
+    cp_async_commit_group();
+  };
+
+  load_tile_rows<Traits::kThreads>(q_tile, rows, args.head_dim, [&](int row) {
+    return q_gmem + tile_rows.head_of(first_row + row) * args.q.stride_head +
+           tile_rows.query_of(first_row + row) * args.q.stride_row;
+  });
+  cp_async_commit_group();
+  MaskTileReader<kPlain> visible(args.mask_tiles, batch, work.tile_head, work.row_tile, tiles.end);
+  int tile = visible.next(tiles.begin);
+  if (tile < tiles.end) load_k(tile);
+
+  // ---- one pass over the keys
+  OnlineSoftmax<kRowTiles> softmax;
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // One of the parts counts the sink.
+      const bool has_sink = args.sinks != nullptr && work.split == 0;
+      const float sink = has_sink ? args.sinks[lane_rows.head_of(lane_rows.row(m, half))] * kLog2E : -INFINITY;
+      softmax.start(m, half, sink);
+    }
+  }
+  DropoutState dropout;
+  if (kEverything && scores.dropout_threshold > 0) dropout = load_dropout_state(scores.rng_state);
+  const FragmentLoader<Fragment::kA, typename Traits::TileQ> q_fragments(q_tile, warp_row);
+  const FragmentLoader<Fragment::kB, typename Traits::TileK> k_fragments(k_tile);
+  const FragmentLoader<Fragment::kBTransposed, typename Traits::TileK> v_fragments(v_tile);
+  float o[kRowTiles][Traits::kHeadDim / 8][4] = {};
+
+  while (tile < tiles.end) {
+    const int col0 = tile * kBlockK;
+    const bool masked = visible.is_partial(tile);
+    cp_async_wait_group<0>();
+    __syncthreads();  // k is there for everyone, and everyone has done with the last v
+    load_v(tile);
+
+    float s[kRowTiles][kBlockK / 8][4];
+    multiply_qk<Traits>(s, q_fragments, k_fragments);
+    if constexpr (!kPlain) {
+      scale_scores<kEverything>(s, scores);
+      if constexpr (kEverything) {
+        if (scores.alibi_slopes != nullptr) add_alibi(s, scores, lane_rows, batch, col0);
+      }
+      if (masked) apply_mask(s, scores, lane_rows, batch, col0);
+    }
+    if (tile < tiles.full_begin || tile >= tiles.full_end) hide_outside_band(s, scores, lane_rows, col0);
+
+    cp_async_wait_group<0>();
+    __syncthreads();  // v is there for everyone, and everyone has done with this k
+    tile = visible.next(tile + 1);
+    if (tile < tiles.end) load_k(tile);
+
+    const float factor = kPlain ? scores.scale_log2 : 1.0f;
+    float correction[kRowTiles][2];
+    if (softmax.raise(s, factor, correction)) {
+      for_each_score(o, [&](float& x, int m, int half, int, int) { x *= correction[m][half]; });
+    }
+    softmax.exponentiate(s, factor);
+    if constexpr (kEverything) {
+      if (scores.dropout_threshold > 0) drop_probabilities(s, scores, dropout, lane_rows, batch, col0);
+    }
+    multiply_pv<Traits>(o, s, v_fragments);
+  }
+  cp_async_wait_group<0>();
+  __syncthreads();  // where no key was visible, q has arrived only now; its tile becomes the output's
+
+  // ---- out and lse
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float total = softmax.total(m, half), lse_log2 = softmax.lse_log2(m, half, total);
+      // A row that saw nothing has o = 0. Not total > 0, which would turn NaN into 0.
+      const float normaliser = total == 0.0f ? 0.0f : scores.dropout_scale / total;
+#pragma unroll
+      for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
+        o[m][n][2 * half] *= normaliser;
+        o[m][n][2 * half + 1] *= normaliser;
+      }
+      const int row = lane_rows.row(m, half);
+      if (row >= first_row + rows) continue;
+      const int64_t batch_head = int64_t{batch} * args.heads + lane_rows.head_of(row);
+      const int64_t result_row = batch_head * scores.seqlen_q + lane_rows.query_of(row);
+      if (args.splits > 1) {
+        const int64_t all_rows = int64_t{args.batch} * args.heads * scores.seqlen_q;
+        const int64_t partial_row = work.split * all_rows + result_row;
+        if (lane % 4 == 0) args.partial_lse[partial_row] = lse_log2;
+        store_partial_row(o[m], half, args, partial_row);
+      } else if (lane % 4 == 0) {
+        args.lse[result_row] = lse_log2 * kLn2;
+      }
+    }
+  }
+  if (args.splits == 1) store_out<Traits>(o, q_tile, smem, args, work.batch, tile_rows, warp_row, rows);
+}
+
+}  // namespace fastattn
