@@ -5,6 +5,7 @@
 // that share a row owns chunks t, t + kThreads, ...: consecutive threads read consecutive memory.
 #pragma once
 
+#include "common/device.h"
 #include "common/launch.cuh"
 #include "common/philox.h"
 #include "common/reduce.cuh"
@@ -13,19 +14,22 @@
 
 namespace fastattn {
 
-// How many threads share a row, and how many chunks each of them keeps in registers; 0: the row is too long for that
-// and is read again from global memory (which the L2 cache serves).
-template <int kThreads_, int kCachedChunks_>
+// How many threads share a row, how many chunks each of them keeps in registers, and how many blocks are to fit on a
+// multiprocessor, which bounds the registers of a thread.
+template <int kThreads_, int kChunks_, int kBlocksPerMultiprocessor_ = 1>
 struct RowShape {
   static constexpr int kThreads = kThreads_;
-  static constexpr int kCachedChunks = kCachedChunks_;
-  static constexpr bool kCached = kCachedChunks > 0;
+  static constexpr int kChunks = kChunks_;
+  static constexpr int kBlocksPerMultiprocessor = kBlocksPerMultiprocessor_;
   // Short rows share a block.
   static constexpr int kBlockThreads = kThreads < 128 ? 128 : kThreads;
   static constexpr int kRowsPerBlock = kBlockThreads / kThreads;
   static constexpr int kWarpsPerRow = kThreads < 32 ? 1 : kThreads / 32;
-  static_assert(kThreads <= 32 || kRowsPerBlock == 1 || kWarpsPerRow == 1, "rows of several warps have the block");
+  static_assert(kThreads <= 32 || kRowsPerBlock == 1, "rows of several warps have the block, whose barriers they use");
 };
+
+// Columns are counted in 32 bits.
+constexpr int64_t kMaxCols = int64_t{1} << 30;
 
 template <typename Element, typename OutElement>
 constexpr int kChunkOf = 16 / (sizeof(Element) > sizeof(OutElement) ? sizeof(Element) : sizeof(OutElement));
@@ -39,7 +43,7 @@ FASTATTN_DEVICE Element* row_pointer(const RowTensor& tensor, int64_t row) {
 
 // Elements [column, column + kCount) of a row; past its end 0. `aligned`: column 0 of every row is aligned to a chunk.
 template <int kCount, typename Element>
-FASTATTN_DEVICE Vec<Element, kCount> load_chunk(const Element* row, int64_t column, int64_t cols, bool aligned) {
+FASTATTN_DEVICE Vec<Element, kCount> load_chunk(const Element* row, int column, int cols, bool aligned) {
   if (aligned && column + kCount <= cols) return load_vec<kCount>(row + column);
   Vec<Element, kCount> chunk;
 #pragma unroll
@@ -48,8 +52,7 @@ FASTATTN_DEVICE Vec<Element, kCount> load_chunk(const Element* row, int64_t colu
 }
 
 template <typename Element, int kCount>
-FASTATTN_DEVICE void store_chunk(Element* row, const Vec<Element, kCount>& chunk, int64_t column, int64_t cols,
-                                 bool aligned) {
+FASTATTN_DEVICE void store_chunk(Element* row, const Vec<Element, kCount>& chunk, int column, int cols, bool aligned) {
   if (aligned && column + kCount <= cols) {
     store_vec(row + column, chunk);
     return;
@@ -60,7 +63,7 @@ FASTATTN_DEVICE void store_chunk(Element* row, const Vec<Element, kCount>& chunk
   }
 }
 
-// The same of an fp32 vector over the columns (a weight), whose chunks may be longer than an access.
+// A chunk in fp32, whose access takes two instructions where it is longer than 16 bytes.
 template <int kCount>
 struct Floats {
   float value[kCount];
@@ -69,71 +72,106 @@ struct Floats {
 };
 
 template <int kCount>
-FASTATTN_DEVICE Floats<kCount> load_floats(const float* vector, int64_t column, int64_t cols, bool aligned) {
+FASTATTN_DEVICE Floats<kCount> load_floats(const float* row, int column, int cols, bool aligned) {
   Floats<kCount> floats;
 #pragma unroll
   for (int begin = 0; begin < kCount; begin += 4) {
-    const Vec<float, 4> part = load_chunk<4>(vector, column + begin, cols, aligned);
+    const Vec<float, 4> part = load_chunk<4>(row, column + begin, cols, aligned);
 #pragma unroll
     for (int i = 0; i < 4; ++i) floats[begin + i] = part[i];
   }
   return floats;
 }
 
+template <int kCount>
+FASTATTN_DEVICE void store_floats(float* row, const Floats<kCount>& floats, int column, int cols, bool aligned) {
+#pragma unroll
+  for (int begin = 0; begin < kCount; begin += 4) {
+    Vec<float, 4> part;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) part[i] = floats[begin + i];
+    store_chunk(row, part, column + begin, cols, aligned);
+  }
+}
+
+template <typename Element, int kCount>
+FASTATTN_DEVICE Floats<kCount> to_floats(const Vec<Element, kCount>& chunk) {
+  Floats<kCount> floats;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) floats[i] = to_float(chunk[i]);
+  return floats;
+}
+
+template <typename Element, int kCount>
+FASTATTN_DEVICE Vec<Element, kCount> from_floats(const Floats<kCount>& floats) {
+  Vec<Element, kCount> chunk;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) chunk[i] = from_float<Element>(floats[i]);
+  return chunk;
+}
+
 // --- Dropout ---------------------------------------------------------------------------------------------------------
 
+// What the rows of a kernel drop; with kDrops false, nothing, and no code is made for it.
+template <bool kDrops>
 struct RowDropout {
-  uint64_t seed;
-  uint32_t offset, threshold;
-  float scale;  // of what is kept
+  uint64_t seed = 0;
+  uint32_t offset = 0, threshold = 0;
+  float scale = 1.0f;  // of what is kept
 
-  FASTATTN_DEVICE RowDropout(double dropout_p, const int64_t* rng_state)
-      : seed(static_cast<uint64_t>(rng_state[0])),
-        offset(static_cast<uint32_t>(rng_state[1])),
-        threshold(dropout_threshold(dropout_p)),
-        scale(dropout_p < 1.0 ? static_cast<float>(1.0 / (1.0 - dropout_p)) : 0.0f) {}
+  // rng_state is read here, on the device: a captured graph draws new numbers at every replay.
+  FASTATTN_DEVICE RowDropout(double dropout_p, const int64_t* rng_state) {
+    if constexpr (kDrops) {
+      seed = static_cast<uint64_t>(rng_state[0]);
+      offset = static_cast<uint32_t>(rng_state[1]);
+      threshold = dropout_threshold(dropout_p);
+      scale = dropout_p < 1.0 ? static_cast<float>(1.0 / (1.0 - dropout_p)) : 0.0f;
+    }
+  }
 
   // Dropped elements become 0, kept ones are scaled; `column` is a multiple of kCount.
   template <int kCount>
-  FASTATTN_DEVICE void apply(Floats<kCount>& values, int64_t row, int64_t column) const {
+  FASTATTN_DEVICE void apply(Floats<kCount>& values, int64_t row, int column) const {
     static_assert(kCount == 4 || kCount == 8, "within one word of a draw");
+    if constexpr (kDrops) {
 #pragma unroll
-    for (int pair = 0; pair < kCount; pair += 2) {
-      const PhiloxState counter = {
-          {dropout_group(column + pair), static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), offset}};
-      const PhiloxState draw = philox_4x32_10(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-#pragma unroll
-      for (int i = pair; i < pair + 2; ++i) {
-        values[i] = dropout_bits(draw, column + i) >= threshold ? values[i] * scale : 0.0f;
-      }
+      for (int pair = 0; pair < kCount; pair += 2) apply_pair(values[pair], values[pair + 1], row, column + pair);
     }
+  }
+
+ private:
+  FASTATTN_DEVICE void apply_pair(float& even, float& odd, int64_t row, int column) const {
+    const PhiloxState counter = {
+        {dropout_group(column), static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), offset}};
+    const PhiloxState draw = philox_4x32_10(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+    // Registers have no address: an index that is known only at run time would send the draw through memory.
+    const uint32_t low = column & 8 ? draw.word[1] : draw.word[0], high = column & 8 ? draw.word[3] : draw.word[2];
+    const uint32_t bits = column & 16 ? high : low;
+    even = (bits & 0xFFFFu) >= threshold ? even * scale : 0.0f;
+    odd = (bits >> 16) >= threshold ? odd * scale : 0.0f;
   }
 };
 
 // --- Sums ------------------------------------------------------------------------------------------------------------
 
-template <typename Shape>
-struct RowScratch {
-  float sum[2][Shape::kWarpsPerRow];
-};
+template <int kWarps, int kSums>
+using SumScratch = float[kSums][kWarps];
 
-// Sums each value over the threads of a row, all of them in one go; every thread gets the same bits.
-template <typename Shape, int kCount>
-FASTATTN_DEVICE void sum_over_row(float (&values)[kCount], RowScratch<Shape>& scratch) {
-  constexpr int kLanes = Shape::kThreads < 32 ? Shape::kThreads : 32;
+// Sums each value over the kThreads that share a row, all values in one go; every thread gets the same bits.
+template <int kThreads, int kWarps, int kScratchSums, int kSums>
+FASTATTN_DEVICE void sum_over_row(float (&values)[kSums], SumScratch<kWarps, kScratchSums>& scratch) {
+  static_assert(kSums <= kScratchSums && kWarps == (kThreads < 32 ? 1 : kThreads / 32));
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) values[i] = warp_reduce<kLanes>(values[i], Sum{});
-  if constexpr (Shape::kWarpsPerRow > 1) {
+  for (int i = 0; i < kSums; ++i) values[i] = warp_reduce<(kThreads < 32 ? kThreads : 32)>(values[i], Sum{});
+  if constexpr (kWarps > 1) {
     __syncthreads();  // everybody has read the last sums
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (threadIdx.x % 32 == 0) scratch.sum[i][threadIdx.x / 32] = values[i];
+    for (int i = 0; i < kSums; ++i) {
+      if (threadIdx.x % 32 == 0) scratch[i][threadIdx.x / 32] = values[i];
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      values[i] = warp_reduce<Shape::kWarpsPerRow>(scratch.sum[i][threadIdx.x % Shape::kWarpsPerRow], Sum{});
-    }
+    for (int i = 0; i < kSums; ++i) values[i] = warp_reduce<kWarps>(scratch[i][threadIdx.x % kWarps], Sum{});
   }
 }
 

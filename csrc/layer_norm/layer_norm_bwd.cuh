@@ -1,11 +1,11 @@
 // Backward layer norm and RMS norm, alone and before a residual addition.
 //   d   = x - mean (rms: x)           dweight = sum over rows of dout * rstd * d,    dbias = sum over rows of dout
 //   dx  = rstd * (dout * weight - mean(dout * weight) - rstd^2 * d * mean(dout * weight * d))     (rms: no second term)
-// Work:    a grid of as many blocks as fit on the device at once goes through the rows; threads share a row as in the
-//          forward. Each block leaves one partial sum of dweight and dbias, and a second kernel adds those up.
-// Memory:  x and dout are read once, dx is written once. Sums over rows stay in registers until the block's last row;
-// of
-//          rows too long for that, in the block's own part of the workspace.
+// Work:    as many blocks as fit on the device at once go through the rows; threads share a row as in the forward. Each
+//          block leaves one partial sum of dweight and dbias; layer_norm_sum_partials_kernel adds those up.
+// Memory:  x and dout are read once, the next row's while this one is worked on; dx is written once. Sums over rows
+// stay
+//          in registers until the block's last row. Longer rows: layer_norm_bwd_long.cuh.
 // Numbers: fp32, every sum in a fixed order: the same bits on every run on one kind of device.
 #pragma once
 
@@ -13,224 +13,217 @@
 
 namespace fastattn {
 
-template <typename Element_, typename OutElement_, typename Shape_>
+template <typename Element_, typename OutElement_, typename Shape_, bool kDrops_>
 struct LayerNormBwdTraits {
   using Element = Element_;        // of x, dx, dnew_residual
   using OutElement = OutElement_;  // of dout, dinput
   using Shape = Shape_;
+  static constexpr bool kDrops = kDrops_;
   static constexpr int kChunk = kChunkOf<Element, OutElement>;
-  // Columns that the block's threads hold sums of, and the shared memory in which rows of one block add theirs up.
-  static constexpr int kCachedCols = Shape::kThreads * Shape::kCachedChunks * kChunk;
+  using Dropout = RowDropout<kDrops>;
+  // The draws of a dropout take the registers that the next row would need.
+  static constexpr bool kPrefetches = !kDrops;
+  // Columns that threads hold sums of, and the shared memory in which the rows of one block add theirs up.
+  static constexpr int kColumns = Shape::kThreads * Shape::kChunks * kChunk;
   static constexpr int kSmemBytes =
-      Shape::kRowsPerBlock > 1 ? Shape::kRowsPerBlock * kCachedCols * static_cast<int>(sizeof(float)) : 0;
+      Shape::kRowsPerBlock > 1 ? Shape::kRowsPerBlock * kColumns * static_cast<int>(sizeof(float)) : 0;
 };
 
-// The block's (2, cols) sums of dweight and dbias.
+// --- One row, by its formulas ----------------------------------------------------------------------------------------
+
+struct RowMoments {
+  float mean, rstd;
+
+  FASTATTN_DEVICE RowMoments(const LayerNormBwdParams& p, int64_t row)
+      : mean(p.rms ? 0.0f : static_cast<const float*>(p.mean)[row]), rstd(static_cast<const float*>(p.rstd)[row]) {
+    // A row of one element is its own mean, whatever it is: gradients are 0, not a difference scaled by eps^-1/2.
+    if (!p.rms && p.cols == 1) rstd = 0.0f;
+  }
+};
+
+// dx = rstd * (dout * weight - dy_mean) - d_scale * d, from the sums of dy = dout * weight and of dy * d.
+struct RowTerms {
+  float dy_mean, d_scale;
+
+  FASTATTN_DEVICE RowTerms(const LayerNormBwdParams& p, const RowMoments& moments, float sum_dy, float sum_dy_d) {
+    const float inverse_n = 1.0f / static_cast<float>(p.cols);
+    dy_mean = p.rms ? 0.0f : sum_dy * inverse_n;
+    d_scale = sum_dy_d * inverse_n * moments.rstd * moments.rstd * moments.rstd;
+  }
+};
+
+// Writes dx and dinput of a chunk: the gradient that came through the norm, and the one that reached x from elsewhere.
+template <typename Traits>
+FASTATTN_DEVICE void store_gradient(const LayerNormBwdParams& p, const typename Traits::Dropout& dropout,
+                                    Floats<Traits::kChunk> gradient, int64_t row, int column, int cols, bool aligned) {
+  using Element = typename Traits::Element;
+  using OutElement = typename Traits::OutElement;
+  if (p.dnew_residual.data != nullptr) {
+    const auto* others = row_pointer<const Element>(p.dnew_residual, row);
+    const auto other = load_chunk<Traits::kChunk>(others, column, cols, aligned);
+#pragma unroll
+    for (int i = 0; i < Traits::kChunk; ++i) gradient[i] += to_float(other[i]);
+  }
+  const auto dx = from_floats<Element>(gradient);
+  store_chunk(row_pointer<Element>(p.dx, row), dx, column, cols, aligned);
+  if (Traits::kDrops || p.dinput.data != nullptr) {
+    Floats<Traits::kChunk> passed = to_floats(dx);
+    dropout.apply(passed, row, column);
+    store_chunk(row_pointer<OutElement>(p.dinput, row), from_floats<OutElement>(passed), column, cols, aligned);
+  }
+}
+
+// Where the block leaves its sums: dweight's columns, then dbias's.
 FASTATTN_DEVICE float* block_sums(const LayerNormBwdParams& p) {
   return static_cast<float*>(p.partial) + int64_t{blockIdx.x} * 2 * p.cols;
 }
 
-struct RowTerms {
-  float mean, rstd;
-  float dy_mean, d_scale;  // dx = rstd * (dout * weight - dy_mean) - d_scale * d
+// --- Rows in registers -----------------------------------------------------------------------------------------------
+
+// What a thread knows of one row; all zeros beyond the last row, so that it adds nothing to any sum.
+template <typename Traits>
+struct BwdRow {
+  Vec<typename Traits::Element, Traits::kChunk> x[Traits::Shape::kChunks];
+  Vec<typename Traits::OutElement, Traits::kChunk> dout[Traits::Shape::kChunks];
+  RowMoments moments;
+
+  FASTATTN_DEVICE BwdRow(const LayerNormBwdParams& p, int64_t row, int thread, bool aligned)
+      : moments(p, row < p.rows ? row : 0) {
+    const int cols = row < p.rows ? static_cast<int>(p.cols) : 0;
+    const auto* x_gmem = row_pointer<const typename Traits::Element>(p.x, row < p.rows ? row : 0);
+    const auto* dout_gmem = row_pointer<const typename Traits::OutElement>(p.dout, row < p.rows ? row : 0);
+#pragma unroll
+    for (int i = 0; i < Traits::Shape::kChunks; ++i) {
+      const int column = (i * Traits::Shape::kThreads + thread) * Traits::kChunk;
+      x[i] = load_chunk<Traits::kChunk>(x_gmem, column, cols, aligned);
+      dout[i] = load_chunk<Traits::kChunk>(dout_gmem, column, cols, aligned);
+    }
+  }
 };
 
 template <typename Traits>
 struct BwdBlock {
-  using Element = typename Traits::Element;
-  using OutElement = typename Traits::OutElement;
   using Shape = typename Traits::Shape;
   static constexpr int kChunk = Traits::kChunk;
-  static constexpr int kCachedChunks = Shape::kCached ? Shape::kCachedChunks : 1;
+  static constexpr int kChunks = Shape::kChunks;
+  using Scratch = SumScratch<Shape::kWarpsPerRow, 2>;
 
   const LayerNormBwdParams& p;
+  int cols;
   bool aligned;
   int thread;  // among those of a row
-  Vec<Element, kChunk> x[kCachedChunks];
-  Vec<OutElement, kChunk> dout[kCachedChunks];
-  Floats<kChunk> dweight[kCachedChunks], dbias[kCachedChunks];
+  typename Traits::Dropout dropout;
+  Floats<kChunk> dweight[kChunks], dbias[kChunks];  // of all rows so far
 
-  FASTATTN_DEVICE int64_t column_of(int i) const { return int64_t{i * Shape::kThreads + thread} * kChunk; }
+  FASTATTN_DEVICE int column_of(int i) const { return (i * Shape::kThreads + thread) * kChunk; }
 
-  FASTATTN_DEVICE void load(int64_t row) {
-    if constexpr (Shape::kCached) {
+  FASTATTN_DEVICE Floats<kChunk> load_weight(int i) const {
+    return load_floats<kChunk>(static_cast<const float*>(p.weight), column_of(i), cols, aligned);
+  }
+
+  FASTATTN_DEVICE RowTerms row_terms(const BwdRow<Traits>& row, Scratch& scratch) const {
+    float sums[2] = {};
 #pragma unroll
-      for (int i = 0; i < kCachedChunks; ++i) {
-        // A row beyond the last one is all zeros: it adds nothing to any sum.
-        const int64_t cols = row < p.rows ? p.cols : 0;
-        const int64_t at = row < p.rows ? row : 0;
-        x[i] = load_chunk<kChunk>(row_pointer<Element>(p.x, at), column_of(i), cols, aligned);
-        dout[i] = load_chunk<kChunk>(row_pointer<OutElement>(p.dout, at), column_of(i), cols, aligned);
-      }
-    }
-  }
-
-  // fn(i, column, chunk of x, chunk of dout) for this thread's chunks of a row.
-  template <typename Fn>
-  FASTATTN_DEVICE void for_each(int64_t row, Fn&& fn) {
-    if constexpr (Shape::kCached) {
-#pragma unroll
-      for (int i = 0; i < kCachedChunks; ++i) {
-        if (column_of(i) < p.cols) fn(i, column_of(i), x[i], dout[i]);
-      }
-    } else {
-      for (int64_t column = column_of(0); column < p.cols; column += Shape::kThreads * kChunk) {
-        fn(0, column, load_chunk<kChunk>(row_pointer<Element>(p.x, row), column, p.cols, aligned),
-           load_chunk<kChunk>(row_pointer<OutElement>(p.dout, row), column, p.cols, aligned));
-      }
-    }
-  }
-
-  FASTATTN_DEVICE Floats<kChunk> load_weight(int64_t column) const {
-    return load_floats<kChunk>(static_cast<const float*>(p.weight), column, p.cols, aligned);
-  }
-
-  FASTATTN_DEVICE RowTerms row_terms(int64_t row, RowScratch<Shape>& scratch) {
-    RowTerms terms = {};
-    if (row < p.rows) {
-      terms.mean = p.rms ? 0.0f : static_cast<const float*>(p.mean)[row];
-      terms.rstd = static_cast<const float*>(p.rstd)[row];
-    }
-    // A row of one element is its own mean, whatever it is: gradients are 0, not a difference scaled by eps^-1/2.
-    if (!p.rms && p.cols == 1) terms.rstd = 0.0f;
-    float sums[2] = {};  // of dy = dout * weight and of dy * d
-    for_each(row, [&](int, int64_t column, const auto& x_chunk, const auto& dout_chunk) {
-      const auto weight = load_weight(column);
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const auto weight = load_weight(chunk);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        const float dy = to_float(dout_chunk[i]) * weight[i];  // 0 past the end
+        const float dy = to_float(row.dout[chunk][i]) * weight[i];  // 0 past the end
         sums[0] += dy;
-        sums[1] += dy * (to_float(x_chunk[i]) - terms.mean);
+        sums[1] += dy * (to_float(row.x[chunk][i]) - row.moments.mean);
       }
-    });
-    sum_over_row<Shape>(sums, scratch);
-    const float inverse_n = 1.0f / static_cast<float>(p.cols);
-    terms.dy_mean = p.rms ? 0.0f : sums[0] * inverse_n;
-    terms.d_scale = sums[1] * inverse_n * terms.rstd * terms.rstd * terms.rstd;
-    return terms;
-  }
-
-  // Writes dx and dinput of a row, whose share of dweight and dbias joins the sums.
-  FASTATTN_DEVICE void finish_row(int64_t row, const RowTerms& terms, bool first) {
-    for_each(row, [&](int chunk, int64_t column, const auto& x_chunk, const auto& dout_chunk) {
-      const auto weight = load_weight(column);
-      Floats<kChunk> gradient, dweight_share, dbias_share;
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-        const float d = to_float(x_chunk[i]) - terms.mean, dy = to_float(dout_chunk[i]);
-        dweight_share[i] = dy * terms.rstd * d;
-        dbias_share[i] = dy;
-        gradient[i] = terms.rstd * (dy * weight[i] - terms.dy_mean) - terms.d_scale * d;
-      }
-      if (row < p.rows) store_gradients(row, column, gradient);
-      if (p.partial != nullptr) add_shares(chunk, column, dweight_share, dbias_share, first);
-    });
-  }
-
-  FASTATTN_DEVICE void store_gradients(int64_t row, int64_t column, const Floats<kChunk>& gradient) {
-    Vec<Element, kChunk> other{}, dx;
-    const bool has_other = p.dnew_residual.data != nullptr;
-    if (has_other) other = load_chunk<kChunk>(row_pointer<Element>(p.dnew_residual, row), column, p.cols, aligned);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      dx[i] = from_float<Element>(has_other ? gradient[i] + to_float(other[i]) : gradient[i]);
     }
-    store_chunk(row_pointer<Element>(p.dx, row), dx, column, p.cols, aligned);
-    if (p.dinput.data == nullptr) return;
-    Floats<kChunk> passed;
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) passed[i] = to_float(dx[i]);
-    if (p.dropout_p > 0.0) RowDropout(p.dropout_p, p.rng_state).apply(passed, row, column);
-    Vec<OutElement, kChunk> dinput;
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) dinput[i] = from_float<OutElement>(passed[i]);
-    store_chunk(row_pointer<OutElement>(p.dinput, row), dinput, column, p.cols, aligned);
+    sum_over_row<Shape::kThreads>(sums, scratch);
+    return {p, row.moments, sums[0], sums[1]};
   }
 
-  FASTATTN_DEVICE void add_shares(int chunk, int64_t column, const Floats<kChunk>& dweight_share,
-                                  const Floats<kChunk>& dbias_share, bool first) {
-    if constexpr (Shape::kCached) {
+  // Writes the gradients of a row, whose share of dweight and dbias joins the sums.
+  FASTATTN_DEVICE void finish_row(const BwdRow<Traits>& row, int64_t row_index, const RowTerms& terms) {
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const auto weight = load_weight(chunk);
+      Floats<kChunk> gradient;
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        dweight[chunk][i] += dweight_share[i];
-        dbias[chunk][i] += dbias_share[i];
+        const float d = to_float(row.x[chunk][i]) - row.moments.mean;
+        const float dout_rstd = to_float(row.dout[chunk][i]) * row.moments.rstd;
+        dweight[chunk][i] += dout_rstd * d;
+        dbias[chunk][i] += to_float(row.dout[chunk][i]);
+        gradient[i] = dout_rstd * weight[i] - row.moments.rstd * terms.dy_mean - terms.d_scale * d;
       }
-    } else {
-      float* sums = block_sums(p);
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-        if (column + i >= p.cols) continue;
-        sums[column + i] = first ? dweight_share[i] : sums[column + i] + dweight_share[i];
-        sums[p.cols + column + i] = first ? dbias_share[i] : sums[p.cols + column + i] + dbias_share[i];
+      if (row_index < p.rows && column_of(chunk) < cols) {
+        store_gradient<Traits>(p, dropout, gradient, row_index, column_of(chunk), cols, aligned);
       }
     }
   }
 
-  // sums = of one gradient, over the rows that the block's threads worked on at the same time.
-  FASTATTN_DEVICE void store_sums(float* sums, const Floats<kChunk> (&shares)[kCachedChunks], float* smem) {
+  // Writes the sums of one gradient to global memory, those of rows that the block had at the same time added up.
+  FASTATTN_DEVICE void store_sums(float* sums_gmem, const Floats<kChunk> (&sums)[kChunks], float* smem) const {
     if constexpr (Shape::kRowsPerBlock == 1) {
 #pragma unroll
-      for (int chunk = 0; chunk < kCachedChunks; ++chunk) {
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) {
-          if (column_of(chunk) + i < p.cols) sums[column_of(chunk) + i] = shares[chunk][i];
-        }
+      for (int i = 0; i < kChunks; ++i) {
+        if (column_of(i) < cols) store_floats(sums_gmem, sums[i], column_of(i), cols, aligned && cols % 4 == 0);
       }
     } else {
-      const int own = static_cast<int>(threadIdx.x) / Shape::kThreads;
-      __syncthreads();  // the last sums were read
+      float* own_smem = smem + static_cast<int>(threadIdx.x) / Shape::kThreads * Traits::kColumns;
+      __syncthreads();  // the other gradient's sums were read
 #pragma unroll
-      for (int chunk = 0; chunk < kCachedChunks; ++chunk) {
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) smem[own * Traits::kCachedCols + column_of(chunk) + i] = shares[chunk][i];
-      }
+      for (int i = 0; i < kChunks; ++i) store_floats(own_smem, sums[i], column_of(i), Traits::kColumns, true);
       __syncthreads();
-      for (int column = static_cast<int>(threadIdx.x); column < p.cols; column += Shape::kBlockThreads) {
+      for (int column = static_cast<int>(threadIdx.x); column < cols; column += Shape::kBlockThreads) {
         float total = 0.0f;
 #pragma unroll
-        for (int row = 0; row < Shape::kRowsPerBlock; ++row) total += smem[row * Traits::kCachedCols + column];
-        sums[column] = total;
+        for (int row = 0; row < Shape::kRowsPerBlock; ++row) total += smem[row * Traits::kColumns + column];
+        sums_gmem[column] = total;
       }
     }
   }
 };
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::Shape::kBlockThreads)
+__global__ void __launch_bounds__(Traits::Shape::kBlockThreads, Traits::Shape::kBlocksPerMultiprocessor)
     layer_norm_bwd_kernel(const __grid_constant__ LayerNormBwdParams p, bool aligned) {
   using Shape = typename Traits::Shape;
-  FASTATTN_SHARED(scratch, RowScratch<Shape>);
+  FASTATTN_SHARED(scratch, typename BwdBlock<Traits>::Scratch);
   FASTATTN_DYNAMIC_SMEM(smem);
-  BwdBlock<Traits> block = {p, aligned, static_cast<int>(threadIdx.x) % Shape::kThreads, {}, {}, {}, {}};
-  // The rows of one iteration; threads without one go along, their warp's reductions need them.
-  const int64_t first_row = int64_t{blockIdx.x} * Shape::kRowsPerBlock;
-  for (int64_t rows = first_row; rows < p.rows; rows += int64_t{gridDim.x} * Shape::kRowsPerBlock) {
-    const int64_t row = rows + static_cast<int>(threadIdx.x) / Shape::kThreads;
-    block.load(row);
-    const RowTerms terms = block.row_terms(row, scratch);
-    block.finish_row(row, terms, rows == first_row);
+  const int thread = static_cast<int>(threadIdx.x) % Shape::kThreads;
+  const int64_t step = int64_t{gridDim.x} * Shape::kRowsPerBlock;
+  // Threads beyond the last row go along with their block, whose reductions need them.
+  int64_t rows_begin = int64_t{blockIdx.x} * Shape::kRowsPerBlock;
+  const int row_in_block = static_cast<int>(threadIdx.x) / Shape::kThreads;
+  BwdBlock<Traits> block = {p, static_cast<int>(p.cols), aligned, thread, {p.dropout_p, p.rng_state}, {}, {}};
+  BwdRow<Traits> row(p, rows_begin + row_in_block, thread, aligned);
+  while (rows_begin < p.rows) {
+    const int64_t row_index = rows_begin + row_in_block;
+    rows_begin += step;
+    if constexpr (Traits::kPrefetches) {
+      const BwdRow<Traits> next(p, rows_begin + row_in_block, thread, aligned);
+      block.finish_row(row, row_index, block.row_terms(row, scratch));
+      row = next;
+    } else {
+      block.finish_row(row, row_index, block.row_terms(row, scratch));
+      row = BwdRow<Traits>(p, rows_begin + row_in_block, thread, aligned);
+    }
   }
-  if (Shape::kCached && p.partial != nullptr) {
-    block.store_sums(block_sums(p), block.dweight, reinterpret_cast<float*>(smem));
-    block.store_sums(block_sums(p) + p.cols, block.dbias, reinterpret_cast<float*>(smem));
-  }
+  if (p.partial == nullptr) return;
+  block.store_sums(block_sums(p), block.dweight, reinterpret_cast<float*>(smem));
+  block.store_sums(block_sums(p) + p.cols, block.dbias, reinterpret_cast<float*>(smem));
 }
 
 // --- Adding up the blocks --------------------------------------------------------------------------------------------
 
-// One block sums 32 columns of dweight (blockIdx.y == 0) or dbias over all partial sums, each warp a share of them.
-constexpr int kSumWarps = 16;
-
-inline __global__ void __launch_bounds__(32 * kSumWarps)
-    layer_norm_sum_partials_kernel(const __grid_constant__ LayerNormBwdParams p, int blocks) {
-  FASTATTN_SHARED(sums, float[kSumWarps][32]);
+// A block sums 32 columns of dweight (blockIdx.y = 0) or dbias (1) over all partial sums, each warp a share of those.
+template <int kWarps>
+__global__ void __launch_bounds__(32 * kWarps)
+    layer_norm_sum_partials_kernel(const __grid_constant__ LayerNormBwdParams p, int partials) {
+  FASTATTN_SHARED(sums, float[kWarps][32]);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t column = int64_t{blockIdx.x} * 32 + lane;
   const float* partial = static_cast<const float*>(p.partial) + blockIdx.y * p.cols;
   float sum = 0.0f;
   if (column < p.cols) {
 #pragma unroll 4
-    for (int64_t block = warp; block < blocks; block += kSumWarps) sum += partial[block * 2 * p.cols + column];
+    for (int i = warp; i < partials; i += kWarps) sum += partial[int64_t{i} * 2 * p.cols + column];
   }
   sums[warp][lane] = sum;
   __syncthreads();
@@ -238,44 +231,42 @@ inline __global__ void __launch_bounds__(32 * kSumWarps)
   if (warp != 0 || column >= p.cols || gradient == nullptr) return;
   float total = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kSumWarps; ++i) total += sums[i][lane];
+  for (int i = 0; i < kWarps; ++i) total += sums[i][lane];
   gradient[column] = total;
+}
+
+inline const char* launch_sum_partials(const LayerNormBwdParams& p, const DeviceLaunch& launch, int partials) {
+  constexpr int kWarps = 16;
+  const dim3 grid(static_cast<unsigned>((p.cols + 31) / 32), 2);
+  return launch_kernel(layer_norm_sum_partials_kernel<kWarps>, grid, dim3(32 * kWarps), 0,
+                       static_cast<cudaStream_t>(launch.stream), p, partials);
 }
 
 // --- Launch ----------------------------------------------------------------------------------------------------------
 
-// Blocks that fit on the device at once: 2048 threads a multiprocessor is what registers and the hardware allow at
-// best.
+// How many blocks share the rows: as many as fit at once, and no more than have a row.
 template <typename Shape>
-int64_t backward_blocks(const LayerNormBwdParams& p, const DeviceLaunch& launch) {
+int backward_blocks(const LayerNormBwdParams& p, const DeviceLaunch& launch) {
   const int64_t needed = (p.rows + Shape::kRowsPerBlock - 1) / Shape::kRowsPerBlock;
-  const int64_t resident = int64_t{launch.multiprocessors} * (Shape::kBlockThreads <= 512 ? 2 : 1);
-  return needed < resident ? needed : resident;
+  const int64_t resident = int64_t{launch.multiprocessors} * Shape::kBlocksPerMultiprocessor;
+  return static_cast<int>(needed < resident ? needed : resident);
 }
 
 template <typename Traits>
-const char* launch_layer_norm_bwd(const LayerNormBwdParams& given, const DeviceLaunch& launch) {
+bool backward_is_aligned(const LayerNormBwdParams& p) {
   using Element = typename Traits::Element;
   using OutElement = typename Traits::OutElement;
-  using Shape = typename Traits::Shape;
   constexpr int kChunk = Traits::kChunk;
-  LayerNormBwdParams p = given;
-  const bool param_grads = p.dweight != nullptr || p.dbias != nullptr;
-  p.partial = param_grads ? launch.workspace : nullptr;
-  const bool aligned = rows_are_aligned<Element>(p.x, kChunk) && rows_are_aligned<OutElement>(p.dout, kChunk) &&
-                       rows_are_aligned<Element>(p.dnew_residual, kChunk) && rows_are_aligned<Element>(p.dx, kChunk) &&
-                       rows_are_aligned<OutElement>(p.dinput, kChunk) && is_aligned(p.weight, 16);
-  const auto stream = static_cast<cudaStream_t>(launch.stream);
-  const int64_t blocks = backward_blocks<Shape>(p, launch);
-  const char* error = nullptr;
-  if (blocks > 0) {
-    error = launch_kernel(layer_norm_bwd_kernel<Traits>, dim3(static_cast<unsigned>(blocks)),
-                          dim3(Shape::kBlockThreads), Traits::kSmemBytes, stream, p, aligned);
-  }
-  if (error != nullptr || !param_grads) return error;
-  const int64_t column_blocks = (p.cols + 31) / 32;
-  return launch_kernel(layer_norm_sum_partials_kernel, dim3(static_cast<unsigned>(column_blocks), 2),
-                       dim3(32 * kSumWarps), 0, stream, p, static_cast<int>(blocks));
+  return rows_are_aligned<Element>(p.x, kChunk) && rows_are_aligned<OutElement>(p.dout, kChunk) &&
+         rows_are_aligned<Element>(p.dnew_residual, kChunk) && rows_are_aligned<Element>(p.dx, kChunk) &&
+         rows_are_aligned<OutElement>(p.dinput, kChunk) && is_aligned(p.weight, 16);
+}
+
+template <typename Traits>
+const char* launch_layer_norm_bwd(const LayerNormBwdParams& p, const DeviceLaunch& launch, int blocks) {
+  return launch_kernel(layer_norm_bwd_kernel<Traits>, dim3(static_cast<unsigned>(blocks)),
+                       dim3(Traits::Shape::kBlockThreads), Traits::kSmemBytes, static_cast<cudaStream_t>(launch.stream),
+                       p, backward_is_aligned<Traits>(p));
 }
 
 }  // namespace fastattn

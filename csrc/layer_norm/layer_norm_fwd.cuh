@@ -1,7 +1,7 @@
 // Forward layer norm and RMS norm, alone and after a residual addition (layer_norm.h has the formulas).
 // Work:    a row belongs to 8 to 1024 threads (RowShape), as many as keep it in registers; short rows share a block.
 // Memory:  each row is read once and written once, 16 bytes a thread where addresses allow. Rows too long for the
-//          registers are read again, once a pass.
+//          registers (kChunks = 0) are read again for each pass, from the L2 cache as a rule.
 // Numbers: fp32. The variance is that of the deviations from the mean, not a difference of large numbers. The mean's
 // own
 //          rounding is corrected by the mean of the deviations, which a row with a large mean needs.
@@ -11,81 +11,79 @@
 
 namespace fastattn {
 
-template <typename Element_, typename OutElement_, typename Shape_>
+template <typename Element_, typename OutElement_, typename Shape_, bool kDrops_>
 struct LayerNormFwdTraits {
-  using Element = Element_;  // of x and the residual
-  using OutElement = OutElement_;
+  using Element = Element_;        // of x and the residual
+  using OutElement = OutElement_;  // of out and the input that is added
   using Shape = Shape_;
+  static constexpr bool kDrops = kDrops_;
+  static constexpr bool kCached = Shape::kChunks > 0;
   static constexpr int kChunk = kChunkOf<Element, OutElement>;
+  using Chunk = Vec<Element, kChunk>;
+  using Scratch = SumScratch<Shape::kWarpsPerRow, 2>;
 };
 
 // A thread's part of one row.
 template <typename Traits>
 struct FwdRow {
+  using Element = typename Traits::Element;
+  using OutElement = typename Traits::OutElement;
   using Shape = typename Traits::Shape;
-  using Chunk = Vec<typename Traits::Element, Traits::kChunk>;
+  using Chunk = typename Traits::Chunk;
+  static constexpr int kChunk = Traits::kChunk;
+
   const LayerNormParams& p;
   int64_t row;
+  int cols;    // 0 for threads beyond the last row, which go along because their warp's reductions need them
   int thread;  // among those of the row
   bool aligned;
-  Chunk cache[Shape::kCached ? Shape::kCachedChunks : 1];
+  RowDropout<Traits::kDrops> dropout;
+  Chunk cache[Traits::kCached ? Shape::kChunks : 1];
 
-  FASTATTN_DEVICE int64_t cols() const { return row < p.rows ? p.cols : 0; }
+  FASTATTN_DEVICE int column_of(int i) const { return (i * Shape::kThreads + thread) * kChunk; }
 
   // fn(column, chunk of x) for the chunks that this thread owns.
   template <typename Fn>
-  FASTATTN_DEVICE void for_each(Fn&& fn) {
-    if constexpr (Shape::kCached) {
+  FASTATTN_DEVICE void for_each(Fn&& fn) const {
+    if constexpr (Traits::kCached) {
 #pragma unroll
-      for (int i = 0; i < Shape::kCachedChunks; ++i) {
-        const int64_t column = int64_t{i * Shape::kThreads + thread} * Traits::kChunk;
-        if (column < cols()) fn(column, cache[i]);
+      for (int i = 0; i < Shape::kChunks; ++i) {
+        if (column_of(i) < cols) fn(column_of(i), cache[i]);
       }
     } else {
-      const auto* x = row_pointer<typename Traits::Element>(p.x, row);
-      for (int64_t column = int64_t{thread} * Traits::kChunk; column < cols();
-           column += Shape::kThreads * Traits::kChunk) {
-        fn(column, load_chunk<Traits::kChunk>(x, column, cols(), aligned));
+      const auto* x = row_pointer<const Element>(p.x, row);
+      for (int column = column_of(0); column < cols; column += Shape::kThreads * kChunk) {
+        fn(column, load_chunk<kChunk>(x, column, cols, aligned));
       }
     }
   }
 
-  // x, or residual + dropout(input), which becomes x.
+  // Fetches x, or makes it: residual + dropout(input).
   FASTATTN_DEVICE void load() {
-    const bool adds = p.residual.data != nullptr;
-    if constexpr (Shape::kCached) {
+    const bool adds = Traits::kDrops || p.residual.data != nullptr;
+    if constexpr (Traits::kCached) {
+      const auto* x = row_pointer<const Element>(p.x, row);
 #pragma unroll
-      for (int i = 0; i < Shape::kCachedChunks; ++i) {
-        const int64_t column = int64_t{i * Shape::kThreads + thread} * Traits::kChunk;
-        if (column >= cols()) continue;
-        cache[i] =
-            adds ? add(column)
-                 : load_chunk<Traits::kChunk>(row_pointer<typename Traits::Element>(p.x, row), column, cols(), aligned);
+      for (int i = 0; i < Shape::kChunks; ++i) {
+        if (column_of(i) < cols) {
+          cache[i] = adds ? add(column_of(i)) : load_chunk<kChunk>(x, column_of(i), cols, aligned);
+        }
       }
     } else if (adds) {
-      for (int64_t column = int64_t{thread} * Traits::kChunk; column < cols();
-           column += Shape::kThreads * Traits::kChunk) {
-        add(column);
-      }
+      for (int column = column_of(0); column < cols; column += Shape::kThreads * kChunk) add(column);
     }
   }
 
-  FASTATTN_DEVICE Chunk add(int64_t column) {
-    const auto residual =
-        load_chunk<Traits::kChunk>(row_pointer<typename Traits::Element>(p.residual, row), column, cols(), aligned);
-    const auto input =
-        load_chunk<Traits::kChunk>(row_pointer<typename Traits::OutElement>(p.input, row), column, cols(), aligned);
-    Floats<Traits::kChunk> added;
+  FASTATTN_DEVICE Chunk add(int column) const {
+    const auto residual = load_chunk<kChunk>(row_pointer<const Element>(p.residual, row), column, cols, aligned);
+    const auto input = load_chunk<kChunk>(row_pointer<const OutElement>(p.input, row), column, cols, aligned);
+    Floats<kChunk> sum = to_floats(input);
+    dropout.apply(sum, row, column);
 #pragma unroll
-    for (int i = 0; i < Traits::kChunk; ++i) added[i] = to_float(input[i]);
-    if (p.dropout_p > 0.0) RowDropout(p.dropout_p, p.rng_state).apply(added, row, column);
-    Chunk sum;
-#pragma unroll
-    for (int i = 0; i < Traits::kChunk; ++i) {
-      sum[i] = from_float<typename Traits::Element>(to_float(residual[i]) + added[i]);
-    }
-    store_chunk(row_pointer<typename Traits::Element>(p.x, row), sum, column, cols(), aligned);
-    return sum;
+    for (int i = 0; i < kChunk; ++i) sum[i] += to_float(residual[i]);
+    const Chunk x = from_floats<Element>(sum);
+    store_chunk(row_pointer<Element>(p.x, row), x, column, cols, aligned);
+    return x;
   }
 };
 
@@ -94,29 +92,29 @@ struct RowStatistics {
 };
 
 template <typename Traits>
-FASTATTN_DEVICE RowStatistics row_statistics(FwdRow<Traits>& row, RowScratch<typename Traits::Shape>& scratch) {
-  using Shape = typename Traits::Shape;
+FASTATTN_DEVICE RowStatistics row_statistics(const FwdRow<Traits>& row, typename Traits::Scratch& scratch) {
+  constexpr int kThreads = Traits::Shape::kThreads;
   const float inverse_n = 1.0f / static_cast<float>(row.p.cols);
   float center = 0.0f;
   if (!row.p.rms) {
     float sum[1] = {};
-    row.for_each([&](int64_t, const auto& chunk) {
+    row.for_each([&](int, const auto& chunk) {
 #pragma unroll
       for (int i = 0; i < Traits::kChunk; ++i) sum[0] += to_float(chunk[i]);  // 0 past the end
     });
-    sum_over_row<Shape>(sum, scratch);
+    sum_over_row<kThreads>(sum, scratch);
     center = sum[0] * inverse_n;
   }
   float sums[2] = {};  // of deviations, of their squares
-  row.for_each([&](int64_t column, const auto& chunk) {
+  row.for_each([&](int column, const auto& chunk) {
 #pragma unroll
     for (int i = 0; i < Traits::kChunk; ++i) {
-      const float deviation = column + i < row.p.cols ? to_float(chunk[i]) - center : 0.0f;
+      const float deviation = column + i < row.cols ? to_float(chunk[i]) - center : 0.0f;
       sums[0] += deviation;
       sums[1] += deviation * deviation;
     }
   });
-  sum_over_row<Shape>(sums, scratch);
+  sum_over_row<kThreads>(sums, scratch);
   const float correction = row.p.rms ? 0.0f : sums[0] * inverse_n;
   const float variance = sums[1] * inverse_n - correction * correction;
   // Rounding may leave an equal row a variance just below 0; a comparison, unlike fmaxf, lets NaN through.
@@ -125,32 +123,27 @@ FASTATTN_DEVICE RowStatistics row_statistics(FwdRow<Traits>& row, RowScratch<typ
 }
 
 template <typename Traits>
-FASTATTN_DEVICE void normalize_row(FwdRow<Traits>& row, const RowStatistics& statistics) {
-  const LayerNormParams& p = row.p;
-  const auto* weight = static_cast<const float*>(p.weight);
-  const auto* bias = static_cast<const float*>(p.bias);
-  auto* out = row_pointer<typename Traits::OutElement>(p.out, row.row);
+FASTATTN_DEVICE void normalize_row(const FwdRow<Traits>& row, const RowStatistics& statistics) {
+  constexpr int kChunk = Traits::kChunk;
+  const auto* weight = static_cast<const float*>(row.p.weight);
+  const auto* bias = static_cast<const float*>(row.p.bias);
+  auto* out = row_pointer<typename Traits::OutElement>(row.p.out, row.row);
   const float offset = -statistics.correction * statistics.rstd;
-  row.for_each([&](int64_t column, const auto& chunk) {
-    Floats<Traits::kChunk> values;
+  row.for_each([&](int column, const auto& chunk) {
+    Floats<kChunk> values = to_floats(chunk);
 #pragma unroll
-    for (int i = 0; i < Traits::kChunk; ++i) {
-      values[i] = (to_float(chunk[i]) - statistics.center) * statistics.rstd + offset;
-    }
+    for (int i = 0; i < kChunk; ++i) values[i] = (values[i] - statistics.center) * statistics.rstd + offset;
     if (weight != nullptr) {
-      const auto scale = load_floats<Traits::kChunk>(weight, column, p.cols, row.aligned);
+      const auto scale = load_floats<kChunk>(weight, column, row.cols, row.aligned);
 #pragma unroll
-      for (int i = 0; i < Traits::kChunk; ++i) values[i] *= scale[i];
+      for (int i = 0; i < kChunk; ++i) values[i] *= scale[i];
     }
     if (bias != nullptr) {
-      const auto shift = load_floats<Traits::kChunk>(bias, column, p.cols, row.aligned);
+      const auto shift = load_floats<kChunk>(bias, column, row.cols, row.aligned);
 #pragma unroll
-      for (int i = 0; i < Traits::kChunk; ++i) values[i] += shift[i];
+      for (int i = 0; i < kChunk; ++i) values[i] += shift[i];
     }
-    Vec<typename Traits::OutElement, Traits::kChunk> result;
-#pragma unroll
-    for (int i = 0; i < Traits::kChunk; ++i) result[i] = from_float<typename Traits::OutElement>(values[i]);
-    store_chunk(out, result, column, p.cols, row.aligned);
+    store_chunk(out, from_floats<typename Traits::OutElement>(values), column, row.cols, row.aligned);
   });
 }
 
@@ -158,20 +151,18 @@ template <typename Traits>
 __global__ void __launch_bounds__(Traits::Shape::kBlockThreads)
     layer_norm_fwd_kernel(const __grid_constant__ LayerNormParams p, bool aligned) {
   using Shape = typename Traits::Shape;
-  FASTATTN_SHARED(scratch, RowScratch<Shape>);
+  FASTATTN_SHARED(scratch, typename Traits::Scratch);
   const int thread = static_cast<int>(threadIdx.x) % Shape::kThreads;
-  // Threads beyond the last row go along with it: their warp's reductions need them.
-  FwdRow<Traits> row = {p,
-                        int64_t{blockIdx.x} * Shape::kRowsPerBlock + static_cast<int>(threadIdx.x) / Shape::kThreads,
-                        thread,
-                        aligned,
-                        {}};
+  const int64_t row_index =
+      int64_t{blockIdx.x} * Shape::kRowsPerBlock + static_cast<int>(threadIdx.x) / Shape::kThreads;
+  const int cols = row_index < p.rows ? static_cast<int>(p.cols) : 0;
+  FwdRow<Traits> row = {p, row_index, cols, thread, aligned, {p.dropout_p, p.rng_state}, {}};
   row.load();
   const RowStatistics statistics = row_statistics(row, scratch);
   normalize_row(row, statistics);
-  if (thread == 0 && row.row < p.rows) {
-    static_cast<float*>(p.rstd)[row.row] = statistics.rstd;
-    if (!p.rms) static_cast<float*>(p.mean)[row.row] = statistics.center + statistics.correction;
+  if (thread == 0 && row_index < p.rows) {
+    static_cast<float*>(p.rstd)[row_index] = statistics.rstd;
+    if (!p.rms) static_cast<float*>(p.mean)[row_index] = statistics.center + statistics.correction;
   }
 }
 

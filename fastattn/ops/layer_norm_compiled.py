@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _CUDA_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_CUDA_MAX_COLS = 2**30
 
 
 def refuses_cpu(call: LayerNormCall) -> str | None:
@@ -35,6 +36,9 @@ def refuses_cuda(call: LayerNormCall, device_type: str) -> str | None:
         return reason
     if call.input.dtype not in _CUDA_DTYPES:
         return f"input has dtype {call.input.dtype}, not float32, bfloat16 or float16"
+    cols = call.input.shape[call.input.dim() - call.normalized_dims :].numel()
+    if cols > _CUDA_MAX_COLS:
+        return f"rows have {cols} elements, more than {_CUDA_MAX_COLS}"
     return _refuses_residual(call)
 
 
