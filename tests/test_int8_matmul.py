@@ -16,7 +16,7 @@ from fastattn.ops.int8_matmul_compiled import MAX_DEPTH, pack_weight
 needs_cpu = pytest.mark.skipif(extension is None, reason=str(missing_reason))
 BACKENDS = [
     *(extension.usable_cpu_isas() if extension else []),
-    *(name for name in ("cuda", "emulated") if fastattn.available_backends()[name] is None),
+    *(name for name in ("cuda", "triton", "emulated") if fastattn.available_backends()[name] is None),
 ] or [pytest.param(None, marks=pytest.mark.skip(reason=str(missing_reason)))]
 
 # 12 rows (6, 4) and 32 columns are a tile, 4 of k a group, 1024 of k a slice; each is met exactly, one short, one over.
@@ -45,12 +45,12 @@ def shape_id(shape):
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """The name of each backend with kernels; the CPU's once for each of its builds."""
-    if request.param == "cuda":
+    if request.param in ("cuda", "triton") and torch.cuda.is_available():
         torch.set_default_device("cuda")
-        yield "cuda"
+        yield request.param
         torch.set_default_device(None)
-    elif request.param == "emulated":
-        yield "emulated"
+    elif request.param in ("triton", "emulated"):
+        yield request.param
     else:
         before = extension.active_cpu_isa()
         extension.set_cpu_isa(request.param)
@@ -488,7 +488,11 @@ BAD_CALLS = {
     "linear device": (lambda: linear(X, B, ONES4.to("meta")), ValueError, "weight_scale on meta"),
     "linear scale grad": (lambda: linear(X, B, torch.ones(4, requires_grad=True)), ValueError, "requires grad.*detach"),
     "backend": (lambda: linear(X, B, ONES4, backend="gpu"), ValueError, "backend must be"),
-    "no kernel": (lambda: linear(X, B, ONES4, backend="triton"), NotImplementedError, "int8_linear: backend 'triton'"),
+    "no kernel": (
+        lambda: linear(X.to("meta"), B.to("meta"), ONES4.to("meta"), backend="triton"),
+        NotImplementedError,
+        "int8_linear: backend 'triton' cannot run this",
+    ),
 }
 
 

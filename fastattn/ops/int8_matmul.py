@@ -11,6 +11,7 @@ from fastattn import dispatch
 from fastattn.dispatch import Kernel, cuda_kernels, never_refuses
 from fastattn.ops import int8_matmul_compiled as compiled
 from fastattn.ops import int8_matmul_eager as eager
+from fastattn.ops import int8_matmul_triton as triton
 
 # Public name -> name in the op schemas.
 ACTIVATIONS = {None: "none", "relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_tanh", "silu": "silu"}
@@ -234,6 +235,7 @@ _QUANTIZE_CUDA, _QUANTIZE_EMULATED = cuda_kernels(compiled.refuses_cuda_quantize
 dispatch.register(
     "quantize_int8",
     _QUANTIZE_CUDA,
+    Kernel("triton", triton.refuses_quantize, triton.quantize_int8),
     Kernel("cpu", compiled.refuses_cpu_quantize, compiled.quantize_int8),
     Kernel("eager", never_refuses, eager.quantize_int8),
     _QUANTIZE_EMULATED,
@@ -243,6 +245,7 @@ _MATMUL_CUDA, _MATMUL_EMULATED = cuda_kernels(compiled.refuses_cuda_matmul, comp
 dispatch.register(
     "int8_matmul",
     _MATMUL_CUDA,
+    Kernel("triton", triton.refuses_matmul, triton.int8_matmul),
     Kernel("cpu", compiled.refuses_cpu_matmul, compiled.int8_matmul),
     Kernel("eager", never_refuses, eager.int8_matmul),
     _MATMUL_EMULATED,
@@ -252,6 +255,7 @@ _LINEAR_CUDA, _LINEAR_EMULATED = cuda_kernels(compiled.refuses_cuda_linear, comp
 dispatch.register(
     "int8_linear",
     _LINEAR_CUDA,
+    Kernel("triton", triton.refuses_linear, triton.int8_linear),
     Kernel("cpu", compiled.refuses_cpu_linear, compiled.int8_linear),
     Kernel("eager", never_refuses, eager.int8_linear),
     _LINEAR_EMULATED,

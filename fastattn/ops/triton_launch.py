@@ -50,7 +50,7 @@ def _round_as_a_gpu_does() -> None:
     InterpreterBuilder.cast_impl = cast_impl
 
 
-def launch(on: Tensor, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+def launch(on: Tensor, kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
     """Runs ``kernel`` on the device and current stream of ``on``; neither waits nor allocates."""
     if on.device.type == "cpu":
         _round_as_a_gpu_does()
