@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate_as_eager
+from emulated import Mode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -344,6 +345,22 @@ def test_a_packed_form_of_another_weight_is_not_used(changed, cpu_isa):
         packed = packed[:100]
     expected = fastattn.int8_linear(x, weight, scale, bias, backend="cpu")
     assert torch.equal(torch.ops.fastattn.int8_linear_packed(x, packed, weight, scale, bias, "none"), expected)
+
+
+@pytest.mark.skipif(fastattn.available_backends()["emulated"] is not None, reason="no emulated CUDA kernels")
+@pytest.mark.parametrize("rows", [1, 70, 130])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
+def test_every_card_gives_the_same_integers(capability, rows):
+    """Launchers are told of different cards, with two multiprocessors, so that persistent blocks take several tiles."""
+    a, b = random_int8(rows, 208), random_int8(300, 208)
+    Mode().apply(compute_capability=capability, multiprocessors=2)
+    try:
+        for left in (a, a[:1].expand(rows, -1), a[:, 3:]):
+            right = b[:, : left.shape[1]]
+            out = fastattn.int8_matmul(left, right, torch.ones(rows), torch.ones(300), backend="emulated")
+            assert torch.equal(out, exact_product(left, right))
+    finally:
+        Mode().apply()
 
 
 # --- Gradients -------------------------------------------------------------------------------------------------------

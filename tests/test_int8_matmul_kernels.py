@@ -34,17 +34,20 @@ class Tile(IntEnum):
     T64X128 = 4
     T128X128 = 5
     T128X256 = 6
+    HOPPER_128X128 = 7
+    HOPPER_128X256 = 8
 
 
 FEW_ROWS = (Tile.FEW_ROWS_8, Tile.FEW_ROWS_16, Tile.FEW_ROWS_32)
 LARGE = (Tile.T64X64, Tile.T64X128, Tile.T128X128, Tile.T128X256)
+HOPPER = (Tile.HOPPER_128X128, Tile.HOPPER_128X256)
 
 
 class Int8Call(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int)
         for name in ("rows", "columns", "depth", "stride_a", "stride_b", "a_dtype", "bias_dtype", "out_dtype",
-                     "activation", "tile", "splits")
+                     "activation", "tile", "splits", "multiprocessors")
     )  # fmt: skip
 
 
@@ -82,7 +85,7 @@ def poisoned(shape, dtype):
 
 
 def multiply(library, a, b, tile, splits=1, a_scale=None, b_scale=None, bias=None, activation=None,
-             out_dtype=torch.float32):  # fmt: skip
+             out_dtype=torch.float32, multiprocessors=132):  # fmt: skip
     """One product by the kernel of ``tile``; checks that nothing but the output was written."""
     rows, columns = a.shape[0], b.shape[0]
     storage, out = poisoned((rows, columns), out_dtype)
@@ -91,7 +94,7 @@ def multiply(library, a, b, tile, splits=1, a_scale=None, b_scale=None, bias=Non
     nothing = torch.empty(0)
     call = Int8Call(rows, columns, a.shape[1], a.stride(0), b.stride(0), DTYPES[a.dtype],
                     DTYPES[torch.float32 if bias is None else bias.dtype], DTYPES[out_dtype],
-                    ACTIVATION_CODES[activation], int(tile), splits)  # fmt: skip
+                    ACTIVATION_CODES[activation], int(tile), splits, multiprocessors)  # fmt: skip
     device = library.device
     moved = [a, a_scale, b, b_scale, nothing if bias is None else bias, out]
     if device == "cuda":
@@ -126,6 +129,8 @@ TILE_SHAPES = {
     Tile.T64X128: [(64, 128, 64), (63, 130, 97), (130, 65, 400)],
     Tile.T128X128: [(128, 128, 64), (130, 97, 65), (97, 129, 272)],
     Tile.T128X256: [(128, 256, 64), (129, 130, 97), (63, 257, 400)],
+    Tile.HOPPER_128X128: [(128, 128, 128), (130, 97, 65), (97, 129, 1100)],
+    Tile.HOPPER_128X256: [(128, 256, 128), (129, 130, 97), (63, 257, 700)],
 }
 
 
@@ -146,6 +151,15 @@ def test_split_sums_are_exact(library, tile, splits):
     assert torch.equal(multiply(library, a, b, tile, splits), exact(a, b))
 
 
+@pytest.mark.parametrize("tile", HOPPER, ids=lambda tile: tile.name)
+@pytest.mark.parametrize("depth", [100, 300])
+def test_persistent_blocks_take_several_tiles(library, tile, depth):
+    """Five tiles, of which two blocks take three and two: the ring, its phases and the staging area are used again."""
+    columns = 128 if tile == Tile.HOPPER_128X128 else 256
+    a, b = random_int8(70, depth), random_int8(4 * columns + 3, depth)
+    assert torch.equal(multiply(library, a, b, tile, multiprocessors=2), exact(a, b))
+
+
 def test_many_tiles_are_each_computed_once(plain_library):
     """More than one group of tiles in the order of the blocks, and a last group of fewer rows."""
     a, b = random_int8(64 * 10 + 1, 16), random_int8(64 * 3 + 1, 16)
@@ -164,10 +178,15 @@ def test_odd_shapes(plain_library, rows, depth):
         a, b = random_int8(rows, depth), random_int8(columns, depth)
         tile = (FEW_ROWS if rows <= 16 else LARGE)[(columns + depth) % 3]
         assert torch.equal(multiply(plain_library, a, b, tile), exact(a, b)), (tile, columns)
+        if depth > 0 and columns in (1, 65, 130):
+            tile = HOPPER[(columns + depth) % 2]
+            assert torch.equal(multiply(plain_library, a, b, tile), exact(a, b)), (tile, columns)
 
 
-@pytest.mark.parametrize("tile", [Tile.FEW_ROWS_16, Tile.T64X64, Tile.T128X256], ids=lambda tile: tile.name)
-@pytest.mark.parametrize("depth", [97, 112])
+@pytest.mark.parametrize(
+    "tile", [Tile.FEW_ROWS_16, Tile.T64X64, Tile.T128X256, Tile.HOPPER_128X128], ids=lambda tile: tile.name
+)
+@pytest.mark.parametrize("depth", [97, 112, 250])
 @pytest.mark.parametrize("stride, offset", [(128, 0), (128, 16), (120, 0), (131, 0), (128, 1), (128, 8), (0, 0)])
 def test_strided_rows(plain_library, tile, depth, stride, offset):
     """Aligned rows are read in place, others from an aligned copy; what lies between rows is never read as data."""
@@ -183,7 +202,9 @@ def test_strided_rows(plain_library, tile, depth, stride, offset):
 
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("tile, splits", [(Tile.FEW_ROWS_16, 1), (Tile.T64X64, 2), (Tile.T128X128, 1)])
+@pytest.mark.parametrize(
+    "tile, splits", [(Tile.FEW_ROWS_16, 1), (Tile.T64X64, 2), (Tile.T128X128, 1), (Tile.HOPPER_128X256, 1)]
+)
 def test_epilogue_is_as_accurate_as_eager(plain_library, tile, splits, activation, out_dtype):
     rows = 13 if tile in FEW_ROWS else 70
     # 132 columns are stored as vectors, 75 one by one.
@@ -278,7 +299,9 @@ def test_ties_round_to_even(plain_library):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows, tile, splits", [(3, Tile.FEW_ROWS_8, 1), (40, Tile.T64X64, 4), (40, Tile.T64X128, 1)])
+@pytest.mark.parametrize(
+    "rows, tile, splits", [(3, Tile.FEW_ROWS_8, 1), (40, Tile.T64X64, 4), (40, Tile.HOPPER_128X128, 1)]
+)
 def test_linear_equals_quantize_then_matmul(library, dtype, rows, tile, splits):
     x = torch.randn(rows, 203).to(dtype)
     weight, weight_scale = fastattn.quantize_int8(torch.randn(50, 203), backend="eager")
@@ -291,34 +314,38 @@ def test_linear_equals_quantize_then_matmul(library, dtype, rows, tile, splits):
 # --- the choice of a tile --------------------------------------------------------------------------------------------
 
 
-def plan(library, *shape, multiprocessors=132):
+def plan(library, *shape, multiprocessors=132, compute_capability=80):
     result = torch.zeros(2, dtype=torch.int32)
-    library.call("int8_plan", *shape, multiprocessors, result)
+    library.call("int8_plan", *shape, multiprocessors, compute_capability, result)
     return Tile(int(result[0])), int(result[1])
 
 
 @pytest.mark.parametrize(
-    "shape, expected",
+    "shape, capability, expected",
     [
-        ((1, 4096, 4096), (Tile.FEW_ROWS_8, 1)),
-        ((16, 14336, 4096), (Tile.FEW_ROWS_32, 1)),
-        ((8192, 8192, 8192), (Tile.T128X256, 1)),
-        ((4096, 4096, 4096), (Tile.T128X256, 1)),
-        ((0, 0, 0), (Tile.FEW_ROWS_8, 1)),
+        ((1, 4096, 4096), 80, (Tile.FEW_ROWS_8, 1)),
+        ((16, 14336, 4096), 90, (Tile.FEW_ROWS_32, 1)),
+        ((8192, 8192, 8192), 80, (Tile.T128X256, 1)),
+        ((8192, 8192, 8192), 120, (Tile.T128X256, 1)),
+        ((8192, 8192, 8192), 90, (Tile.HOPPER_128X256, 1)),
+        ((1024, 1024, 4096), 90, (Tile.HOPPER_128X128, 1)),
+        ((0, 0, 0), 90, (Tile.FEW_ROWS_8, 1)),
     ],
 )
-def test_plans(plain_library, shape, expected):
-    assert plan(plain_library, *shape) == expected
+def test_plans(plain_library, shape, capability, expected):
+    assert plan(plain_library, *shape, compute_capability=capability) == expected
 
 
-def test_narrow_products_are_split_over_the_card(plain_library):
-    tile, splits = plan(plain_library, 32, 4096, 4096)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_narrow_products_are_split_over_the_card(plain_library, capability):
+    tile, splits = plan(plain_library, 32, 4096, 4096, compute_capability=capability)
     assert tile in (Tile.T64X64, Tile.T64X128) and splits > 1
     for rows in (17, 64, 100, 1000):
         for columns in (1, 100, 1000, 5000):
             for depth in (0, 1, 64, 100, 5000):
-                tile, splits = plan(plain_library, rows, columns, depth)
-                assert tile in LARGE and 1 <= splits <= 8
+                tile, splits = plan(plain_library, rows, columns, depth, compute_capability=capability)
+                assert 1 <= splits <= 8
+                assert tile in LARGE or (tile in HOPPER and capability == 90 and depth > 0)
 
 
 def test_the_emulated_library_is_the_one_under_test(plain_library):

@@ -7,11 +7,16 @@ namespace fastattn {
 FASTATTN_INT8_MATMUL_UNIT(extern, float)
 FASTATTN_INT8_MATMUL_UNIT(extern, half_t)
 FASTATTN_INT8_MATMUL_UNIT(extern, bfloat16_t)
+extern template const char* launch_int8_hopper<float>(Int8Tile, const Int8KernelParams&, int, cudaStream_t);
+extern template const char* launch_int8_hopper<half_t>(Int8Tile, const Int8KernelParams&, int, cudaStream_t);
+extern template const char* launch_int8_hopper<bfloat16_t>(Int8Tile, const Int8KernelParams&, int, cudaStream_t);
 
 namespace {
 
-bool rows_are_aligned(const int8_t* first, int64_t stride, int64_t rows) {
-  return reinterpret_cast<uintptr_t>(first) % 16 == 0 && (stride % 16 == 0 || rows <= 1);
+// Whether a kernel can read the rows in place. TMA takes no rows that overlap, such as expanded ones.
+bool rows_are_aligned(const int8_t* first, int64_t stride, int64_t rows, int64_t depth, const Int8Plan& plan) {
+  if (reinterpret_cast<uintptr_t>(first) % 16 != 0) return false;
+  return rows <= 1 || (stride % 16 == 0 && (stride >= depth || !is_hopper_tile(plan.tile)));
 }
 
 // What stands in the workspace, by offset: a quantised or aligned, its scales, b aligned, the parts of a split.
@@ -24,8 +29,8 @@ struct Workspace {
 
   Workspace(const Int8MatmulParams& p, const Int8Plan& plan_) : plan(plan_) {
     quantizes = p.a_dtype != DType::kInt8;
-    aligns_a = !quantizes && !rows_are_aligned(static_cast<const int8_t*>(p.a), p.stride_a, p.rows);
-    aligns_b = !rows_are_aligned(p.b, p.stride_b, p.columns);
+    aligns_a = !quantizes && !rows_are_aligned(static_cast<const int8_t*>(p.a), p.stride_a, p.rows, p.depth, plan);
+    aligns_b = !rows_are_aligned(p.b, p.stride_b, p.columns, p.depth, plan);
     stride = int8_aligned_stride(p.depth);
     stride_partial = int8_ceil_div(p.columns, 4) * 4;
     a = reserve(quantizes || aligns_a ? p.rows * stride : 0);
@@ -56,7 +61,12 @@ const char* quantize_a(const Int8MatmulParams& p, const Int8KernelParams& kernel
 }
 
 template <typename Out>
-const char* multiply(Int8KernelParams p, const Workspace& layout, char* workspace, cudaStream_t stream) {
+const char* multiply(const Int8KernelParams& p, const Workspace& layout, const DeviceLaunch& launch) {
+  char* const workspace = static_cast<char*>(launch.workspace);
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  if (is_hopper_tile(layout.plan.tile)) {
+    return launch_int8_hopper<Out>(layout.plan.tile, p, launch.multiprocessors, stream);
+  }
   if (layout.plan.splits == 1) return launch_int8_matmul<Out>(layout.plan.tile, p, stream);
   Int8KernelParams part = p;
   part.out = workspace + layout.partial;
@@ -117,22 +127,22 @@ const char* int8_matmul_cuda(const Int8MatmulParams& p, const Int8Plan& plan, co
 
   switch (p.out_dtype) {
     case DType::kFloat32:
-      return multiply<float>(kernel, layout, workspace, stream);
+      return multiply<float>(kernel, layout, launch);
     case DType::kFloat16:
-      return multiply<half_t>(kernel, layout, workspace, stream);
+      return multiply<half_t>(kernel, layout, launch);
     case DType::kBFloat16:
-      return multiply<bfloat16_t>(kernel, layout, workspace, stream);
+      return multiply<bfloat16_t>(kernel, layout, launch);
     default:
       return "int8_matmul: the output must be float32, bfloat16 or float16";
   }
 }
 
 size_t int8_matmul_cuda_workspace_bytes(const Int8MatmulParams& p, const DeviceLaunch& launch) {
-  return int8_matmul_cuda_workspace_bytes(p, plan_int8_matmul(p.rows, p.columns, p.depth, launch.multiprocessors));
+  return int8_matmul_cuda_workspace_bytes(p, plan_int8_matmul(p.rows, p.columns, p.depth, launch));
 }
 
 const char* int8_matmul_cuda(const Int8MatmulParams& p, const DeviceLaunch& launch) {
-  return int8_matmul_cuda(p, plan_int8_matmul(p.rows, p.columns, p.depth, launch.multiprocessors), launch);
+  return int8_matmul_cuda(p, plan_int8_matmul(p.rows, p.columns, p.depth, launch), launch);
 }
 
 }  // namespace fastattn

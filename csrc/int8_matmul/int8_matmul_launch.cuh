@@ -49,6 +49,8 @@ const char* launch_int8_matmul(Int8Tile tile, const Int8KernelParams& p, cudaStr
       return launch_int8_tile<Int8Tile128x128, Out>(p, stream);
     case Int8Tile::k128x256:
       return launch_int8_tile<Int8Tile128x256, Out>(p, stream);
+    default:
+      break;
   }
   return "int8_matmul: unknown tile";
 }
@@ -67,6 +69,11 @@ const char* launch_int8_finish(const Int8KernelParams& p, const int32_t* partial
   declaration template const char* launch_int8_matmul<Out>(Int8Tile, const Int8KernelParams&, cudaStream_t); \
   declaration template const char* launch_int8_finish<Out>(const Int8KernelParams&, const int32_t*, int64_t, \
                                                            cudaStream_t);
+
+// The same by the tiles of int8_matmul_sm90.cuh, by `multiprocessors` persistent blocks. Defined in
+// int8_matmul_cuda_sm90.cu.
+template <typename Out>
+const char* launch_int8_hopper(Int8Tile tile, const Int8KernelParams& p, int multiprocessors, cudaStream_t stream);
 
 // The parts of a split product: small tiles alone are split.
 const char* launch_int8_partial(Int8Tile tile, const Int8KernelParams& p, cudaStream_t stream);

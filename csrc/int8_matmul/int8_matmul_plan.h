@@ -8,22 +8,44 @@
 
 namespace fastattn {
 
-// Tiles of out, (rows) x (columns). kFewRows are those of int8_matmul_few_rows_sm80.cuh, by their columns.
-enum class Int8Tile : int { kFewRows8, kFewRows16, kFewRows32, k64x64, k64x128, k128x128, k128x256 };
+// Tiles of out, (rows) x (columns). kFewRows are those of int8_matmul_few_rows_sm80.cuh, by their columns; kHopper
+// those of int8_matmul_sm90.cuh.
+enum class Int8Tile : int {
+  kFewRows8,
+  kFewRows16,
+  kFewRows32,
+  k64x64,
+  k64x128,
+  k128x128,
+  k128x256,
+  kHopper128x128,
+  kHopper128x256,
+};
 
 struct Int8TileFacts {
   Int8Tile tile;
   int rows, columns;
-  int depth;          // of a stage
-  double efficiency;  // of the tensor cores, once the ring is full: small tiles load more bytes per product
+  int depth;           // of a stage
+  double efficiency;   // of the card's tensor cores, once the ring is full: small tiles load more bytes per product
+  int overhead_depth;  // filling the ring and writing the tile take as long as so much more k
 };
 constexpr Int8TileFacts kInt8Tiles[] = {
-    {Int8Tile::k128x256, 128, 256, 64, 1.0},
-    {Int8Tile::k128x128, 128, 128, 64, 0.9},
-    {Int8Tile::k64x128, 64, 128, 64, 0.75},
-    {Int8Tile::k64x64, 64, 64, 128, 0.55},
+    {Int8Tile::k128x256, 128, 256, 64, 1.0, 256},
+    {Int8Tile::k128x128, 128, 128, 64, 0.9, 256},
+    {Int8Tile::k64x128, 64, 128, 64, 0.75, 256},
+    {Int8Tile::k64x64, 64, 64, 128, 0.55, 256},
+};
+// mma reaches about half of what wgmma does. Ping-pong hides the epilogue, and the ring runs on across tiles.
+constexpr Int8TileFacts kInt8HopperTiles[] = {
+    {Int8Tile::kHopper128x256, 128, 256, 128, 1.0, 256}, {Int8Tile::kHopper128x128, 128, 128, 128, 0.8, 64},
+    {Int8Tile::k128x128, 128, 128, 64, 0.5, 256},        {Int8Tile::k64x128, 64, 128, 64, 0.4, 256},
+    {Int8Tile::k64x64, 64, 64, 128, 0.3, 256},
 };
 constexpr int kInt8FewRows = 16;
+
+constexpr bool is_hopper_tile(Int8Tile tile) {
+  return tile == Int8Tile::kHopper128x128 || tile == Int8Tile::kHopper128x256;
+}
 
 struct Int8Plan {
   Int8Tile tile = Int8Tile::k64x64;
@@ -41,28 +63,23 @@ constexpr Int8Plan int8_split(const Int8TileFacts& facts, int64_t depth, int64_t
   return {facts.tile, static_cast<int>(used), static_cast<int>(stages_per_split * facts.depth)};
 }
 
-// The products on the busiest multiprocessor, in units of full efficiency. Filling the ring and writing the tile take
-// as long as some more k; adding the parts of a split takes another launch.
+// The products on the busiest multiprocessor, in units of full efficiency. Adding the parts of a split takes another
+// launch.
 constexpr double int8_cost(const Int8TileFacts& facts, const Int8Plan& plan, int64_t rows, int64_t columns,
                            int multiprocessors) {
-  constexpr double kOverheadDepth = 256, kFinishCost = 6e6;
+  constexpr double kFinishCost = 6e6;
   const int64_t blocks = int8_ceil_div(rows, facts.rows) * int8_ceil_div(columns, facts.columns) * plan.splits;
-  const double products = facts.rows * facts.columns * (plan.depth_per_split + kOverheadDepth) / facts.efficiency;
+  const int64_t depth = plan.depth_per_split + facts.overhead_depth;
+  const double products = static_cast<double>(facts.rows * facts.columns * depth) / facts.efficiency;
   return static_cast<double>(int8_ceil_div(blocks, multiprocessors)) * products + (plan.splits > 1 ? kFinishCost : 0.0);
 }
 
-// Depends on shapes and card alone, so that equal calls give equal launches.
-constexpr Int8Plan plan_int8_matmul(int64_t rows, int64_t columns, int64_t depth, int multiprocessors) {
-  if (rows <= kInt8FewRows) {
-    // Wide blocks read a less often; narrow ones keep every multiprocessor busy.
-    const Int8Tile tile = columns >= int64_t{64} * multiprocessors   ? Int8Tile::kFewRows32
-                          : columns >= int64_t{32} * multiprocessors ? Int8Tile::kFewRows16
-                                                                     : Int8Tile::kFewRows8;
-    return {tile, 1, static_cast<int>(depth)};
-  }
+template <int kCount>
+constexpr Int8Plan best_int8_plan(const Int8TileFacts (&tiles)[kCount], int64_t rows, int64_t columns, int64_t depth,
+                                  int multiprocessors) {
   Int8Plan best;
   double best_cost = -1.0;
-  for (const Int8TileFacts& facts : kInt8Tiles) {
+  for (const Int8TileFacts& facts : tiles) {
     const bool small = facts.rows == 64;  // large tiles are for products that fill the card without a split
     for (int64_t splits = 1; splits <= (small ? 8 : 1); splits *= 2) {
       const Int8Plan plan = int8_split(facts, depth, splits);
@@ -74,6 +91,21 @@ constexpr Int8Plan plan_int8_matmul(int64_t rows, int64_t columns, int64_t depth
     }
   }
   return best;
+}
+
+// Depends on shapes and card alone, so that equal calls give equal launches.
+constexpr Int8Plan plan_int8_matmul(int64_t rows, int64_t columns, int64_t depth, const DeviceLaunch& launch) {
+  if (rows <= kInt8FewRows) {
+    // Wide blocks read a less often; narrow ones keep every multiprocessor busy.
+    const Int8Tile tile = columns >= int64_t{64} * launch.multiprocessors   ? Int8Tile::kFewRows32
+                          : columns >= int64_t{32} * launch.multiprocessors ? Int8Tile::kFewRows16
+                                                                            : Int8Tile::kFewRows8;
+    return {tile, 1, static_cast<int>(depth)};
+  }
+  // TMA counts rows in int32, and a tensor map has no empty dimension.
+  const bool hopper = launch.compute_capability == 90 && depth > 0 && rows <= INT32_MAX && columns <= INT32_MAX;
+  return hopper ? best_int8_plan(kInt8HopperTiles, rows, columns, depth, launch.multiprocessors)
+                : best_int8_plan(kInt8Tiles, rows, columns, depth, launch.multiprocessors);
 }
 
 // As those of int8_matmul.h, by a plan of the caller's: tests run every tile.

@@ -121,15 +121,16 @@ struct Int8TileIndex {
 };
 
 // Blocks go down kGroup tiles of rows before the next column: the blocks of a wave then cover a patch of out that is
-// about square, and read the fewest different rows of a and b.
+// about square, and read the fewest different rows of a and b. There are fewer than 2^31 tiles: 32 bits divide faster.
 template <typename Tile>
-FASTATTN_DEVICE Int8TileIndex int8_tile_of_block(int64_t block, int64_t rows, int64_t columns) {
-  constexpr int kGroup = 8;
-  const int64_t row_tiles = (rows + Tile::kRows - 1) / Tile::kRows;
-  const int64_t column_tiles = (columns + Tile::kColumns - 1) / Tile::kColumns;
-  const int64_t group = block / (kGroup * column_tiles), within = block % (kGroup * column_tiles);
-  const int64_t first = group * kGroup, group_rows = min(row_tiles - first, static_cast<int64_t>(kGroup));
-  return {(first + within % group_rows) * Tile::kRows, within / group_rows * Tile::kColumns};
+FASTATTN_DEVICE Int8TileIndex int8_tile_of_block(unsigned block, int64_t rows, int64_t columns) {
+  constexpr unsigned kGroup = 8;
+  const unsigned row_tiles = static_cast<unsigned>((rows + Tile::kRows - 1) / Tile::kRows);
+  const unsigned column_tiles = static_cast<unsigned>((columns + Tile::kColumns - 1) / Tile::kColumns);
+  const unsigned group_tiles = min(kGroup, row_tiles) * column_tiles;
+  const unsigned group = block / group_tiles, within = block % group_tiles;
+  const unsigned first = group * kGroup, group_rows = min(row_tiles - first, kGroup);
+  return {int64_t{first + within % group_rows} * Tile::kRows, int64_t{within / group_rows} * Tile::kColumns};
 }
 
 // ---- epilogue

@@ -6,14 +6,18 @@ using namespace fastattn;
 struct Int8Call {
   int rows, columns, depth, stride_a, stride_b;
   int a_dtype, bias_dtype, out_dtype, activation;
-  int tile, splits;
+  int tile, splits, multiprocessors;
 };
 
 static Int8Plan plan_of(const Int8Call& call) {
   Int8Plan plan{static_cast<Int8Tile>(call.tile), 1, call.depth};
-  for (const Int8TileFacts& facts : kInt8Tiles) {
-    if (facts.tile == plan.tile) plan = int8_split(facts, call.depth, call.splits);
-  }
+  const auto look_up = [&](const auto& tiles) {
+    for (const Int8TileFacts& facts : tiles) {
+      if (facts.tile == plan.tile) plan = int8_split(facts, call.depth, call.splits);
+    }
+  };
+  look_up(kInt8Tiles);
+  look_up(kInt8HopperTiles);
   return plan;
 }
 
@@ -60,12 +64,17 @@ extern "C" const char* int8_multiply(const void* a, const float* a_scale, const 
   DeviceLaunch launch;
   launch.stream = stream;
   launch.workspace = workspace;
+  launch.multiprocessors = call->multiprocessors;
   return int8_matmul_cuda(p, plan, launch);
 }
 
 // (tile, splits) that shapes are given on a card.
-extern "C" const char* int8_plan(int rows, int columns, int depth, int multiprocessors, int* tile_and_splits, void*) {
-  const Int8Plan plan = plan_int8_matmul(rows, columns, depth, multiprocessors);
+extern "C" const char* int8_plan(int rows, int columns, int depth, int multiprocessors, int compute_capability,
+                                 int* tile_and_splits, void*) {
+  DeviceLaunch launch;
+  launch.multiprocessors = multiprocessors;
+  launch.compute_capability = compute_capability;
+  const Int8Plan plan = plan_int8_matmul(rows, columns, depth, launch);
   tile_and_splits[0] = static_cast<int>(plan.tile);
   tile_and_splits[1] = plan.splits;
   return nullptr;

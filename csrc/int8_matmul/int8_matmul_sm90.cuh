@@ -1,0 +1,188 @@
+// INT8 matrix product on Hopper:  out = activation((a b^T) * a_scale * b_scale + bias), a (M, K), b (N, K).
+// Work:    persistent blocks of three warpgroups. One thread of the first feeds a ring of tiles in shared memory by
+// TMA;
+//          the two others multiply by wgmma. Cooperative: both work on one tile of out, half of its rows each.
+//          Ping-pong: each has every other tile to itself, so that one multiplies while the other writes out.
+// Memory:  both operands have k contiguous, the only layout wgmma takes for 8 bits. A stage holds 128 bytes of k, one
+//          line of the 128-byte swizzle, of every row of a and b. The ring runs on across tiles: the next tile's first
+//          stages arrive during the epilogue. Sums go through shared memory in pieces, to be stored in full lines.
+// Numbers: int32 sums are exact; TMA fills with zeros what lies past M, N and K. int8_epilogue.cuh has the rest.
+#pragma once
+
+#include "common/ptx_wgmma.cuh"
+#include "int8_matmul/int8_matmul_sm80.cuh"
+
+namespace fastattn {
+
+template <int kRows_, int kColumns_, bool kPingPong_, int kStages_>
+struct Int8Sm90Shape {
+  static constexpr int kRows = kRows_, kColumns = kColumns_;
+  static constexpr bool kPingPong = kPingPong_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kDepth = 128;  // bytes of k, of one stage
+
+  static constexpr int kWarpgroups = 2;  // that multiply
+  static constexpr int kThreads = 128 * (1 + kWarpgroups);
+  static constexpr int kGroupRows = kPingPong ? kRows : kRows / kWarpgroups;
+  static constexpr int kProducts = kGroupRows / 64, kRegisters = kColumns / 2;  // of one wgmma
+  static constexpr int kABytes = kRows * kDepth, kStageBytes = (kRows + kColumns) * kDepth;
+  static constexpr int kReleases = 4 * (kPingPong ? 1 : kWarpgroups);  // warps that read a stage
+
+  // A warp's sums pass through shared memory 8 rows and 64 columns at a time; for the pitch see Int8TileShape.
+  static constexpr int kStagingColumns = 64, kStagingPitch = kStagingColumns + 8;
+  static constexpr int kStagingElems = 8 * kStagingPitch;
+
+  // 65536 registers for three warpgroups: what the producer gives up, the others get.
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+
+  static_assert(kGroupRows % 64 == 0 && kProducts * kRegisters <= 128,
+                "the sums of a tile fit a warpgroup's registers");
+  static_assert(kRows <= 256 && kColumns <= 256 && kColumns % kStagingColumns == 0, "one TMA box each");
+};
+
+template <typename Shape>
+struct Int8Sm90Smem {
+  alignas(1024) uint8_t stage[Shape::kStages][Shape::kStageBytes];  // rows of a, then of b
+  alignas(16) int32_t staging[4 * Shape::kWarpgroups][Shape::kStagingElems];
+  uint64_t full[Shape::kStages], empty[Shape::kStages];
+};
+
+// A place in the ring. Producer and consumers count stages alike, across tiles.
+template <typename Shape>
+struct Int8RingPosition {
+  uint32_t count = 0;
+  FASTATTN_DEVICE int stage() const { return static_cast<int>(count % Shape::kStages); }
+  FASTATTN_DEVICE int parity() const { return static_cast<int>(count / Shape::kStages % 2); }
+};
+
+// ---- producer: one thread
+
+template <typename Shape>
+FASTATTN_DEVICE void produce_int8_stages(Int8Sm90Smem<Shape>& smem, const Int8KernelParams& p, const TensorMap* a_map,
+                                         const TensorMap* b_map, int tiles, int k_tiles) {
+  Int8RingPosition<Shape> at;
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const Int8TileIndex index = int8_tile_of_block<Shape>(tile, p.rows, p.columns);
+    for (int k_tile = 0; k_tile < k_tiles; ++k_tile, ++at.count) {
+      uint64_t* const full = &smem.full[at.stage()];
+      uint8_t* const stage = smem.stage[at.stage()];
+      mbarrier_wait(&smem.empty[at.stage()], at.parity() ^ 1);  // the first round finds every stage empty
+      mbarrier_arrive_expect_tx(full, Shape::kStageBytes);
+      const int k = k_tile * Shape::kDepth;
+      tma_load(stage, a_map, full, {k, static_cast<int>(index.row)});
+      tma_load(stage + Shape::kABytes, b_map, full, {k, static_cast<int>(index.column)});
+    }
+  }
+}
+
+// ---- consumers: warpgroups
+
+// Adds up a tile's products. `at` moves past the tile's stages. One group of products is always in flight: a stage is
+// released when the next one's are under way.
+template <typename Shape>
+FASTATTN_DEVICE void multiply_int8_tile(int32_t (&sums)[Shape::kProducts][Shape::kRegisters], Int8Sm90Smem<Shape>& smem,
+                                        Int8RingPosition<Shape>& at, int first_row, int k_tiles) {
+  const bool releases = threadIdx.x % 32 == 0;
+  // K-major with the 128-byte swizzle: 8 rows of 128 bytes to a pattern.
+  constexpr uint32_t kPatternBytes = 8 * Shape::kDepth;
+  for (int k_tile = 0; k_tile < k_tiles; ++k_tile, ++at.count) {
+    mbarrier_wait(&smem.full[at.stage()], at.parity());
+    const uint32_t stage_smem = smem_address(smem.stage[at.stage()]);
+    const uint64_t a = wgmma_descriptor(stage_smem + first_row * Shape::kDepth, 0, kPatternBytes, Swizzle::k128);
+    const uint64_t b = wgmma_descriptor(stage_smem + Shape::kABytes, 0, kPatternBytes, Swizzle::k128);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Shape::kDepth / 32; ++step) {
+#pragma unroll
+      for (int i = 0; i < Shape::kProducts; ++i) {
+        wgmma_m64k32_s8(sums[i], advance_descriptor(a, i * 64 * Shape::kDepth + step * 32),
+                        advance_descriptor(b, step * 32), k_tile > 0 || step > 0);
+      }
+    }
+    wgmma_commit_group();
+    if (k_tile > 0) {
+      wgmma_wait_group<1>();
+      const Int8RingPosition<Shape> previous{at.count - 1};
+      if (releases) mbarrier_arrive(&smem.empty[previous.stage()]);
+    }
+  }
+  wgmma_wait_group<0>();
+#pragma unroll
+  for (int i = 0; i < Shape::kProducts; ++i) pin_accumulators(sums[i]);
+  const Int8RingPosition<Shape> last{at.count - 1};
+  if (releases) mbarrier_arrive(&smem.empty[last.stage()]);
+}
+
+// Stores a warp's 16 rows of a product: rows g and columns 2 t of each 8 x 8 fragment pass through `staging`, first
+// those of the upper eight rows, then the lower. (row, column): the warp's first element in out.
+template <typename Shape, typename Out>
+FASTATTN_DEVICE void write_int8_product(const Int8KernelParams& p, const int32_t (&sums)[Shape::kRegisters],
+                                        int64_t row, int64_t column, int32_t* staging) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int first = 0; first < Shape::kColumns; first += Shape::kStagingColumns) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      __syncwarp();  // the piece before has been read
+#pragma unroll
+      for (int j = 0; j < Shape::kStagingColumns / 8; ++j) {
+        const int32_t* d = &sums[(first / 8 + j) * 4 + 2 * half];
+        *reinterpret_cast<int2*>(staging + g * Shape::kStagingPitch + 8 * j + 2 * t) = make_int2(d[0], d[1]);
+      }
+      __syncwarp();
+      store_staged_sums<Out, 8, Shape::kStagingColumns, Shape::kStagingPitch>(p, staging, row + 8 * half,
+                                                                              column + first);
+    }
+  }
+}
+
+template <typename Shape, typename Out>
+FASTATTN_DEVICE void consume_int8_tiles(Int8Sm90Smem<Shape>& smem, const Int8KernelParams& p, int tiles, int k_tiles) {
+  const int warp = static_cast<int>(threadIdx.x) / 32 - 4, group = warp / 4;
+  const int first_row = Shape::kPingPong ? 0 : group * Shape::kGroupRows;
+  // Ping-pong: every other tile of the block's, and past the other's stages in between.
+  constexpr int kTileStep = Shape::kPingPong ? Shape::kWarpgroups : 1;
+  const int first_tile = Shape::kPingPong ? group : 0;
+  Int8RingPosition<Shape> at{static_cast<uint32_t>(first_tile * k_tiles)};
+  int32_t sums[Shape::kProducts][Shape::kRegisters] = {};
+  for (int tile = blockIdx.x + first_tile * gridDim.x; tile < tiles; tile += kTileStep * gridDim.x) {
+    const Int8TileIndex index = int8_tile_of_block<Shape>(tile, p.rows, p.columns);
+    multiply_int8_tile(sums, smem, at, first_row, k_tiles);
+    at.count += (kTileStep - 1) * k_tiles;
+#pragma unroll
+    for (int i = 0; i < Shape::kProducts; ++i) {
+      const int64_t row = index.row + first_row + 64 * i + 16 * (warp % 4);
+      write_int8_product<Shape, Out>(p, sums[i], row, index.column, smem.staging[warp]);
+    }
+  }
+}
+
+// ---- kernel
+
+template <typename Shape, typename Out>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    int8_matmul_sm90_kernel(const __grid_constant__ Int8KernelParams p, const __grid_constant__ TensorMap a_map,
+                            const __grid_constant__ TensorMap b_map, int tiles) {
+  FASTATTN_DYNAMIC_SMEM(bytes);
+  auto& smem = *reinterpret_cast<Int8Sm90Smem<Shape>*>(bytes);
+  const int k_tiles = (p.depth + Shape::kDepth - 1) / Shape::kDepth;
+  if (threadIdx.x == 0) {
+    prefetch_tensor_map(&a_map);
+    prefetch_tensor_map(&b_map);
+    for (int stage = 0; stage < Shape::kStages; ++stage) {
+      mbarrier_init(&smem.full[stage], 1);
+      mbarrier_init(&smem.empty[stage], Shape::kReleases);
+    }
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    setmaxnreg_dec<Shape::kProducerRegisters>();
+    if (threadIdx.x == 0) produce_int8_stages(smem, p, &a_map, &b_map, tiles, k_tiles);
+  } else {
+    setmaxnreg_inc<Shape::kConsumerRegisters>();
+    consume_int8_tiles<Shape, Out>(smem, p, tiles, k_tiles);
+  }
+}
+
+}  // namespace fastattn
