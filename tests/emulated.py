@@ -21,8 +21,6 @@ from pathlib import Path
 
 import torch
 
-from fastattn._extension import extension
-
 ROOT = Path(__file__).parent.parent.resolve()
 BUILD = ROOT / "build" / "emulated"
 PTX_TESTS = ROOT / "tests" / "ptx"
@@ -69,6 +67,8 @@ class Mode:
     def apply(self, **device: int) -> None:
         """Configures the extension's emulator, which tells launchers of ``device``: its ``compute_capability`` and its
         number of ``multiprocessors``."""
+        from fastattn._extension import extension  # the rest of this file does without the package
+
         extension.configure_emulator(**asdict(self), **device)
 
     def __str__(self) -> str:
@@ -150,7 +150,7 @@ def _c_argument(value: object):
     return ctypes.c_int(value)
 
 
-def _ninja(directory: Path, text: str) -> None:
+def ninja(directory: Path, text: str) -> None:
     """Runs ninja in ``directory``; several test processes may ask for the same build at once."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "lock").open("w") as lock:
@@ -203,7 +203,7 @@ def _emulated(name: str, kernels: Sequence[Path]) -> EmulatedLibrary:
     units += [(source, [*HOST_FLAGS, *kernel_flags, "-x", "c++"]) for source in kernels]
     directory = BUILD / f"{name}-{variant}"
     library = f"lib{name}_emulated.so"
-    _ninja(directory, _ninja_text(compiler, units, ["-pthread", *link_flags], library))
+    ninja(directory, _ninja_text(compiler, units, ["-pthread", *link_flags], library))
     return EmulatedLibrary(directory / library)
 
 
@@ -220,7 +220,7 @@ def _device(name: str, sources: Sequence[Path]) -> KernelLibrary:
     flags = [*NVCC_FLAGS, "-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
     library = f"lib{name}.so"
     directory = BUILD / f"device_{name}"
-    _ninja(directory, _ninja_text("nvcc", [(source, flags) for source in sources], [], library))
+    ninja(directory, _ninja_text("nvcc", [(source, flags) for source in sources], [], library))
     return KernelLibrary(directory / library, "cuda")
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
+import cuda_report
 import pytest
-from emulated import NVCC_FLAGS, PTX_TESTS, ROOT
+from emulated import PTX_TESTS, ROOT
 
 KERNELS = sorted((ROOT / "csrc").rglob("*.cu"))
 SOURCES = [*KERNELS, *sorted(PTX_TESTS.glob("*.cu"))]
@@ -23,21 +23,37 @@ def _architectures(source: Path) -> list[str]:
 CASES = [(source, architecture) for source in SOURCES for architecture in _architectures(source)]
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 @pytest.mark.parametrize("source, architecture", CASES, ids=[f"{s.stem}-sm_{a}" for s, a in CASES])
-def test_nvcc_compiles_without_warnings(source, architecture, tmp_path):
-    command = ["nvcc", *NVCC_FLAGS, "-gencode", f"arch=compute_{architecture},code=sm_{architecture}",
-               "-Xcompiler", "-Wall", "-Xptxas", "-v", "-c", str(source), "-o", str(tmp_path / "out.o")]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True)
-    output = run.stdout + run.stderr
-    assert run.returncode == 0, output
-    # nvcc notices some of the bugs that bugs_*.cu have on purpose: enum value 0 is the right kernel.
-    complaint = re.compile(r"warning|Potential Performance Loss(?!.*L3Bug[1-9])", re.I)
-    warnings = [line for line in output.splitlines() if complaint.search(line)]
-    assert not warnings, "\n".join(warnings)
+def test_nvcc_compiles_without_warnings(source, architecture):
+    # One folder a source: test processes run at the same time, and a second run compiles what changed.
+    ((*_, log),) = cuda_report.compile_all([source], [architecture], cuda_report.REPORT / "tests" / source.stem)
+    assert not cuda_report.complaints(log), log
+    uses = cuda_report.parse(log, source.stem, architecture)
+    assert uses
     if source in KERNELS:
-        spills = [line for line in output.splitlines() if re.search(r"[1-9]\d* bytes spill", line)]
-        assert not spills, output
+        assert not [use for use in uses if use.spill_bytes], log
+
+
+PTXAS = """
+ptxas info    : Compiling entry function '_Z4goodv' for 'sm_80'
+ptxas info    : Function properties for _Z4goodv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 2048 bytes smem, 540 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z3badv' for 'sm_80'
+ptxas info    : Function properties for _Z3badv
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 128 registers, 380 bytes cmem[0]
+"""
+
+
+def test_the_report_reads_what_ptxas_says():
+    good, bad = cuda_report.parse(PTXAS, "kernel", "80")
+    assert (good.name, good.registers, good.spill_bytes, good.shared_bytes, good.warps) == ("_Z4goodv", 40, 0, 2048, 51)
+    assert (bad.registers, bad.spill_bytes, bad.stack_bytes, bad.shared_bytes, bad.warps) == (128, 12, 16, 0, 16)
+    assert not cuda_report.complaints(PTXAS)
+    assert cuda_report.complaints("a.cu(3): warning #128-D: loop is not reachable")
 
 
 # What must go through a wrapper, so that it runs emulated. -> the files that may have it

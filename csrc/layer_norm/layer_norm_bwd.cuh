@@ -52,10 +52,10 @@ struct RowTerms {
   }
 };
 
-// Writes dx and dinput of a chunk: the gradient that came through the norm, and the one that reached x from elsewhere.
+// Writes dx of a chunk: the gradient that came through the norm, and the one that reached x from elsewhere.
 template <typename Traits>
-FASTATTN_DEVICE void store_gradient(const LayerNormBwdParams& p, const typename Traits::Dropout& dropout,
-                                    Floats<Traits::kChunk> gradient, int64_t row, int column, int cols, bool aligned) {
+FASTATTN_DEVICE void store_gradient(const LayerNormBwdParams& p, Floats<Traits::kChunk> gradient, int64_t row,
+                                    int column, int cols, bool aligned) {
   using Element = typename Traits::Element;
   using OutElement = typename Traits::OutElement;
   if (p.dnew_residual.data != nullptr) {
@@ -66,10 +66,24 @@ FASTATTN_DEVICE void store_gradient(const LayerNormBwdParams& p, const typename 
   }
   const auto dx = from_floats<Element>(gradient);
   store_chunk(row_pointer<Element>(p.dx, row), dx, column, cols, aligned);
-  if (Traits::kDrops || p.dinput.data != nullptr) {
-    Floats<Traits::kChunk> passed = to_floats(dx);
+  if (!Traits::kDrops && p.dinput.data != nullptr) {
+    const auto dinput = from_floats<OutElement>(to_floats(dx));
+    store_chunk(row_pointer<OutElement>(p.dinput, row), dinput, column, cols, aligned);
+  }
+}
+
+// Writes dinput of the chunks from `column` on, every `step` columns: what the dropout lets through of dx, which this
+// thread has written. In a loop of its own, because the draws need the registers that the row had.
+template <typename Traits>
+FASTATTN_DEVICE void drop_gradient(const LayerNormBwdParams& p, const RowDropout<Traits::kDrops>& dropout, int64_t row,
+                                   int column, int step, int cols, bool aligned) {
+  const auto* dx = row_pointer<const typename Traits::Element>(p.dx, row);
+  auto* dinput = row_pointer<typename Traits::OutElement>(p.dinput, row);
+#pragma unroll 1
+  for (; column < cols; column += step) {
+    Floats<Traits::kChunk> passed = to_floats(load_chunk<Traits::kChunk>(dx, column, cols, aligned));
     dropout.apply(passed, row, column);
-    store_chunk(row_pointer<OutElement>(p.dinput, row), from_floats<OutElement>(passed), column, cols, aligned);
+    store_chunk(dinput, from_floats<typename Traits::OutElement>(passed), column, cols, aligned);
   }
 }
 
@@ -152,7 +166,12 @@ struct BwdBlock {
         gradient[i] = dout_rstd * weight[i] - row.moments.rstd * terms.dy_mean - terms.d_scale * d;
       }
       if (row_index < p.rows && column_of(chunk) < cols) {
-        store_gradient<Traits>(p, dropout, gradient, row_index, column_of(chunk), cols, aligned);
+        store_gradient<Traits>(p, gradient, row_index, column_of(chunk), cols, aligned);
+      }
+    }
+    if constexpr (Traits::kDrops) {
+      if (row_index < p.rows) {
+        drop_gradient<Traits>(p, dropout, row_index, column_of(0), Shape::kThreads * kChunk, cols, aligned);
       }
     }
   }

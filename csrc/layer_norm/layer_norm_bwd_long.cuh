@@ -82,11 +82,17 @@ struct LongBwdBlock {
           dbias[i] += dout[i];
           gradient[i] = dout_rstd * weight[i] - moments.rstd * terms.dy_mean - terms.d_scale * d;
         }
-        store_gradient<Traits>(p, dropout, gradient, row, column, cols, aligned);
+        store_gradient<Traits>(p, gradient, row, column, cols, aligned);
       }
       if (p.partial != nullptr) {
         store_floats(dweight_gmem, dweight, column, cols, sums_aligned);
         store_floats(dbias_gmem, dbias, column, cols, sums_aligned);
+      }
+    }
+    if constexpr (Traits::kDrops) {
+      for (int64_t row = rows_begin; row < rows_begin + kRows && row < p.rows; ++row) {
+        drop_gradient<Traits>(p, dropout, row, static_cast<int>(threadIdx.x) * kChunk, kThreads * kChunk, cols,
+                              aligned);
       }
     }
   }
