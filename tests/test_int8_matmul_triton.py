@@ -86,14 +86,16 @@ def test_strides_that_32_bits_do_not_address_are_copied(monkeypatch):
 @pytest.mark.parametrize("device", [A100, RTX4090, H100], ids=["A100", "RTX4090", "H100"])
 @pytest.mark.parametrize("columns", [1, 768, 4096, 100_000])
 @pytest.mark.parametrize("rows", [1, 16, 17, 33, 100, 4096, 100_000])
-def test_tiles_fit_and_fill_the_device(rows, columns, device):
-    tile = launches.matmul_tile(rows, columns, device)
-    assert tile in launches.candidates(rows, device)
-    assert tile.shared_bytes < device.shared_bytes
+@pytest.mark.parametrize("itemsize", [1, 2, 4])
+def test_tiles_fit_and_fill_the_device(rows, columns, device, itemsize):
+    if itemsize > 1 and rows > launches.FUSED_MAX_ROWS:
+        pytest.skip("quantised beforehand")
+    tile = launches.matmul_tile(rows, columns, device, itemsize)
+    assert tile.shared_bytes(itemsize) < device.shared_bytes
     if rows <= launches.FUSED_MAX_ROWS:
         assert tile.rows >= rows  # what int8_linear_kernel relies on
     tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
-    smallest = launches.candidates(rows, device)[-1]
+    smallest = launches.candidates(rows, device, itemsize)[-1]
     assert tiles >= device.multiprocessors or tile == smallest
 
 

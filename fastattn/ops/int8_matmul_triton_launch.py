@@ -29,9 +29,9 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
-    @property
-    def shared_bytes(self) -> int:
-        return self.stages * (self.rows + self.columns) * self.depth
+    def shared_bytes(self, itemsize: int = 1) -> int:
+        """At most; ``itemsize`` is that of a's elements, floating ones if they are quantised inside."""
+        return self.stages * (self.rows * itemsize + self.columns) * self.depth
 
 
 # By rows, from the largest to the smallest. A tile of r x c reads r + c bytes for r * c products, so large is best
@@ -39,8 +39,8 @@ class Tile(NamedTuple):
 # memory as swizzled for wgmma and mma; 64 let sm_86 and sm_89, with 99 KiB, keep three stages of the largest tile. Few
 # rows are bound by the bandwidth of b: deep tiles and many stages keep enough of it on its way.
 _TILES: dict[int, tuple[Tile, ...]] = {
-    16: (Tile(16, 64, 256, 4, 4), Tile(16, 32, 256, 4, 6)),
-    32: (Tile(32, 128, 128, 4, 4), Tile(32, 64, 128, 4, 6), Tile(32, 32, 256, 4, 4)),
+    16: (Tile(16, 64, 256, 4, 4), Tile(16, 32, 256, 4, 6), Tile(16, 32, 256, 4, 3)),
+    32: (Tile(32, 128, 128, 4, 4), Tile(32, 64, 128, 4, 4), Tile(32, 32, 256, 4, 4)),
     64: (Tile(64, 128, 128, 4, 4), Tile(64, 64, 128, 4, 4)),
     128: (
         Tile(128, 128, 128, 8, 4),
@@ -52,15 +52,15 @@ _TILES: dict[int, tuple[Tile, ...]] = {
 }
 
 
-def candidates(rows: int, device: Device) -> tuple[Tile, ...]:
+def candidates(rows: int, device: Device, itemsize: int = 1) -> tuple[Tile, ...]:
     """The tiles for this many rows that the device's shared memory holds."""
     tile_rows = min(max(next_power_of_2(rows), 16), 128)
-    return tuple(tile for tile in _TILES[tile_rows] if tile.shared_bytes <= device.shared_bytes - 1024)
+    return tuple(tile for tile in _TILES[tile_rows] if tile.shared_bytes(itemsize) < device.shared_bytes)
 
 
-def matmul_tile(rows: int, columns: int, device: Device) -> Tile:
+def matmul_tile(rows: int, columns: int, device: Device, itemsize: int = 1) -> Tile:
     """The largest tile of which there are enough for all multiprocessors, else the smallest."""
-    tiles = candidates(rows, device)
+    tiles = candidates(rows, device, itemsize)
     for tile in tiles:
         if -(-rows // tile.rows) * -(-columns // tile.columns) >= device.multiprocessors:
             return tile
@@ -181,7 +181,7 @@ def linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | N
     x, stride_x = as_rows(input.float() if wide else input, rows, depth)
     weight, stride_b = _addressable(weight)
     out = torch.empty((*leading, columns), dtype=x.dtype, device=x.device)
-    tile = matmul_tile(rows, columns, device_of(x))
+    tile = matmul_tile(rows, columns, device_of(x), x.element_size())
     launch(
         x, kernels.int8_linear_kernel, (-(-columns // tile.columns),),
         x, weight, weight_scale.contiguous(), None if bias is None else bias.contiguous(), out,
