@@ -306,7 +306,12 @@ def _swap(quantized, weight, weight_scale):
     return quantized[0], weight, quantized[1], weight_scale
 
 
-@pytest.mark.parametrize("shape", [(512, 96, 200), (700, 40, 64), (97, 3000, 130), (64, 512, 4100)], ids=shape_id)
+# Outputs of the last two are written past the caches: of whole panels, and with half a panel at the end.
+@pytest.mark.parametrize(
+    "shape",
+    [(512, 96, 200), (700, 40, 64), (97, 3000, 130), (64, 512, 4100), (300, 1024, 70), (270, 1008, 66)],
+    ids=shape_id,
+)
 def test_many_rows_blocks_and_threads_agree(cpu_isa, shape):
     """More rows, columns and depth than a block of each, by one thread and by three."""
     rows, columns, depth = shape

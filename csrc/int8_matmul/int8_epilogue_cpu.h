@@ -20,6 +20,23 @@ FASTATTN_INLINE Vec<float> load_int32_as_float(const int32_t* p) {
 #endif
 }
 
+// Stores past the caches: a line that is written whole need not be read first. p is aligned to the vector.
+FASTATTN_INLINE void stream(Vec<float> value, float* p) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, value.v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, value.v);
+#else
+  value.store(p);
+#endif
+}
+// To be called by a thread that streamed, before another thread may read what it wrote.
+FASTATTN_INLINE void fence_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // x / (1 + exp(-y)). The exponent is bounded because exp2 is defined up to 127; from there on the result is 0.
 FASTATTN_INLINE Vec<float> times_sigmoid(Vec<float> x, Vec<float> y) {
   using V = Vec<float>;
@@ -66,7 +83,7 @@ struct PanelConstants {
   alignas(64) float bias[kPanelColumns];
 };
 
-template <Activation kActivation, typename Out>
+template <Activation kActivation, typename Out, bool kStream>
 void epilogue(const int32_t* sums, const float* a_scale, const PanelConstants& constants, int rows, int columns,
               void* out, int64_t stride_out) {
   using V = Vec<float>;
@@ -76,7 +93,9 @@ void epilogue(const int32_t* sums, const float* a_scale, const PanelConstants& c
     for (int c = 0; c < columns; c += V::kLanes) {
       const V scaled = load_int32_as_float(sums + c) * row_scale;
       const V value = activate<kActivation>(fma(scaled, V::load(constants.scale + c), V::load(constants.bias + c)));
-      if (columns - c >= V::kLanes) {
+      if constexpr (kStream) {
+        stream(value, out_row + c);
+      } else if (columns - c >= V::kLanes) {
         value.store_as(out_row + c);
       } else {
         value.store_as_partial(out_row + c, columns - c);
@@ -89,19 +108,19 @@ void epilogue(const int32_t* sums, const float* a_scale, const PanelConstants& c
 
 using EpilogueFn = void (*)(const int32_t*, const float*, const PanelConstants&, int, int, void*, int64_t);
 
-template <typename Out>
+template <typename Out, bool kStream>
 EpilogueFn epilogue_for(Activation activation) {
   switch (activation) {
     case Activation::kNone:
-      return epilogue<Activation::kNone, Out>;
+      return epilogue<Activation::kNone, Out, kStream>;
     case Activation::kRelu:
-      return epilogue<Activation::kRelu, Out>;
+      return epilogue<Activation::kRelu, Out, kStream>;
     case Activation::kGelu:
-      return epilogue<Activation::kGelu, Out>;
+      return epilogue<Activation::kGelu, Out, kStream>;
     case Activation::kGeluTanh:
-      return epilogue<Activation::kGeluTanh, Out>;
+      return epilogue<Activation::kGeluTanh, Out, kStream>;
     case Activation::kSilu:
-      return epilogue<Activation::kSilu, Out>;
+      return epilogue<Activation::kSilu, Out, kStream>;
   }
   return nullptr;
 }

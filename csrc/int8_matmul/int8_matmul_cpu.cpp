@@ -26,7 +26,10 @@ constexpr int64_t kBlockBytes = 512 * 1024;
 constexpr int64_t kMaxBlockRows = 384;
 // Products (or, when quantising, elements) that are not worth a second thread.
 constexpr int64_t kSerialProducts = 1 << 18;
-constexpr int64_t kSerialElements = 1 << 15;
+constexpr int64_t kSerialElements = 1 << 13;
+
+// An output from here on is streamed past the caches. Smaller ones may still be there when they are read.
+constexpr int64_t kStreamBytes = 1 << 20;
 
 constexpr int64_t align64(int64_t bytes) { return (bytes + 63) & ~int64_t{63}; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -74,14 +77,15 @@ struct Plan {
 
   void split_columns(const Int8MatmulParams& p) {
     const bool serial = threads == 1 || p.rows * p.columns * p.depth < kSerialProducts;
-    // Few rows: one task a thread, for it reads its weights in one go. Many: more tasks than threads, for balance.
-    const int64_t wanted = serial ? 1 : p.rows <= Dot::kTileRows ? threads : 4 * threads;
+    // One block of rows: one task a thread, so that it finds its share of B where it left it in the call before, in
+    // its own L2. Several: more tasks than threads, for balance.
+    const int64_t wanted = serial ? 1 : blocks == 1 ? threads : 4 * threads;
     panels_per_task = max_of<int64_t>(1, ceil_div(b_panels, wanted));
     tasks_per_block = ceil_div(b_panels, panels_per_task);
   }
 };
 
-char* thread_scratch(const Int8MatmulParams& p, const Plan& plan, int thread) {
+char* thread_scratch(const Int8MatmulParams& p, const Plan& plan, int64_t thread) {
   return static_cast<char*>(p.workspace) + plan.thread_offset + thread * plan.thread_bytes;
 }
 
@@ -149,9 +153,18 @@ void load_constants(const Int8MatmulParams& p, int64_t column, int columns, Pane
 
 int64_t out_element_bytes(const Int8MatmulParams& p) { return p.out_dtype == DType::kFloat32 ? 4 : 2; }
 
+// Whole vectors, aligned, and many.
+bool streams_output(const Int8MatmulParams& p) {
+  constexpr int64_t kLanes = Vec<float>::kLanes, kVecBytes = kLanes * static_cast<int64_t>(sizeof(float));
+  return p.out_dtype == DType::kFloat32 && p.columns % kLanes == 0 &&
+         reinterpret_cast<uintptr_t>(p.out) % kVecBytes == 0 &&
+         p.rows * p.columns * static_cast<int64_t>(sizeof(float)) >= kStreamBytes;
+}
+
 EpilogueFn choose_epilogue(const Int8MatmulParams& p) {
+  if (streams_output(p)) return epilogue_for<float, true>(p.activation);
   EpilogueFn chosen = nullptr;
-  dispatch_element(p.out_dtype, [&](auto element) { chosen = epilogue_for<decltype(element)>(p.activation); });
+  dispatch_element(p.out_dtype, [&](auto element) { chosen = epilogue_for<decltype(element), false>(p.activation); });
   return chosen;
 }
 
@@ -197,16 +210,25 @@ void int8_matmul_cpu(const Int8MatmulParams& p) {
   const Plan plan(p);
   const EpilogueFn finish = choose_epilogue(p);
   prepare_a(p, plan);
-  parallel_tasks(plan.blocks * plan.tasks_per_block, [&](int64_t task, int thread) {
+  const auto multiply = [&](int64_t task, int64_t scratch_index) {
     const int64_t row_begin = task / plan.tasks_per_block * plan.block_rows;
     const int64_t row_end = min_of(row_begin + plan.block_rows, p.rows);
     const int64_t panel_begin = task % plan.tasks_per_block * plan.panels_per_task;
     const int64_t panel_end = min_of(panel_begin + plan.panels_per_task, plan.b_panels);
-    char* scratch = thread_scratch(p, plan, thread);
+    char* scratch = thread_scratch(p, plan, scratch_index);
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       multiply_panel(p, plan, row_begin, row_end, panel, finish, scratch);
     }
-  });
+    fence_streams();
+  };
+  const int64_t tasks = plan.blocks * plan.tasks_per_block;
+  if (tasks <= plan.threads) {
+    parallel_ranges(tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) multiply(task, task);
+    });
+  } else {
+    parallel_tasks(tasks, [&](int64_t task, int thread) { multiply(task, thread); });
+  }
 }
 
 void int8_pack_weight_cpu(const int8_t* b, int64_t stride_b, int64_t columns, int64_t depth, void* packed) {

@@ -93,13 +93,46 @@ inline void panel_compensation(const int8_t* panel, int64_t depth, int32_t* comp
   }
 }
 
+#if defined(__AVX512VNNI__)
+// Four rows of A at once, 4 groups a step: q + 128 of each byte is q with its top bit flipped. Returns how many groups
+// are done; what is left is less than a step.
+inline int64_t pack_four_rows(const int8_t* a, int64_t stride_a, int64_t depth, uint8_t* target) {
+  const __m128i top_bits = _mm_set1_epi8(-128);
+  int64_t g = 0;
+  for (; (g + 4) * kGroupDepth <= depth; g += 4) {
+    __m128i r[4], pairs[4];
+    unroll<4>(FASTATTN_LAMBDA(i) {
+      const void* row = a + i * stride_a + g * kGroupDepth;
+      r[i] = _mm_xor_si128(_mm_loadu_si128(static_cast<const __m128i*>(row)), top_bits);
+    });
+    pairs[0] = _mm_unpacklo_epi32(r[0], r[1]);
+    pairs[1] = _mm_unpackhi_epi32(r[0], r[1]);
+    pairs[2] = _mm_unpacklo_epi32(r[2], r[3]);
+    pairs[3] = _mm_unpackhi_epi32(r[2], r[3]);
+    const __m128i groups[4] = {_mm_unpacklo_epi64(pairs[0], pairs[2]), _mm_unpackhi_epi64(pairs[0], pairs[2]),
+                               _mm_unpacklo_epi64(pairs[1], pairs[3]), _mm_unpackhi_epi64(pairs[1], pairs[3])};
+    unroll<4>(FASTATTN_LAMBDA(i) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(target + (g + i) * kPanelRowGroup), groups[i]);
+    });
+  }
+  return g;
+}
+#endif
+
 // panel[g][r][0..4) = a[r][4g..4g+4) as Dot::A, for `rows` (1 to kTileRows) rows of a.
 inline void pack_a_panel(const int8_t* a, int64_t stride_a, int rows, int64_t depth, Dot::A* panel) {
   const int64_t groups = int8_groups(depth);
+  int64_t done = 0;
   for (int r = 0; r < rows; ++r) {
+#if defined(__AVX512VNNI__)
+    // Rows without three others beside them are packed one by one.
+    if (r % 4 == 0) {
+      done = r + 4 <= rows ? pack_four_rows(a + r * stride_a, stride_a, depth, panel + r * kGroupDepth) : 0;
+    }
+#endif
     const int8_t* row = a + r * stride_a;
     Dot::A* target = panel + r * kGroupDepth;
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t g = done; g < groups; ++g) {
       const uint32_t group = load_group(row, g * kGroupDepth, depth);
       if constexpr (sizeof(Dot::A) == 1) {
         // q + 128 of each byte is q with its top bit flipped.
