@@ -40,16 +40,29 @@ int heads_packed(const AttentionParams& p) {
   return p.seqlen_q <= kShort ? static_cast<int>(p.heads / p.heads_kv) : 1;
 }
 
+bool is_for(Cards cards, const DeviceLaunch& launch) {
+  const bool before90 = launch.compute_capability < 90, large = launch.shared_bytes_per_block >= 160 * 1024;
+  switch (cards) {
+    case Cards::kBefore90:
+      return before90;
+    case Cards::kLarge:
+      return large;
+    case Cards::kLargeBefore90:
+      return large && before90;
+    default:
+      return true;
+  }
+}
+
 // A tile of 64 rows where there are no more or where heads are packed: half of a larger one would be idle.
 int choose_tile(const AttentionParams& p, const DeviceLaunch& launch) {
   const int64_t head_dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
-  constexpr size_t kLargeSmem = 160 * 1024;
   const ScoreKind kind = score_kind(p);
   const bool needs_small = p.seqlen_q <= 64;
   for (int i = 0; i < kFwdTileCount; ++i) {
     const FwdTile& tile = kFwdTiles[i];
     if (tile.head_dim < head_dim || tile.kind < kind || (needs_small && tile.kind == ScoreKind::kPlain)) continue;
-    if (tile.large_smem && launch.shared_bytes_per_block < kLargeSmem) continue;
+    if (!is_for(tile.cards, launch)) continue;
     if (static_cast<size_t>(tile.smem_bytes()) > launch.shared_bytes_per_block) continue;
     return i;
   }

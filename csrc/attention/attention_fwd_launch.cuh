@@ -8,10 +8,18 @@
 
 namespace fastattn {
 
+// Which cards a tile is for. Shared memory is that of one multiprocessor: two blocks must fit.
+enum class Cards : int {
+  kAll,
+  kBefore90,       // elsewhere its registers spill
+  kLarge,          // 160 KiB of shared memory and more: 8.0, 8.7, 9.0, 10.x
+  kLargeBefore90,  // 8.0, 8.7
+};
+
 struct FwdTile {
   int head_dim;
   ScoreKind kind;
-  bool large_smem;  // for cards with 160 KiB of shared memory a multiprocessor (8.0, 9.0, 10.0); else from 100 KiB
+  Cards cards;
   int row_tiles, warps, block_k;
 
   constexpr int block_q() const { return 16 * row_tiles * warps; }
@@ -25,15 +33,17 @@ struct FwdTile {
 // tile.
 // clang-format off
 constexpr FwdTile kFwdTiles[] = {
-    {64, ScoreKind::kPlain, false, 2, 4, 64},       // 128 x 64, 32 KiB
-    {64, ScoreKind::kMask, false, 1, 4, 64},        // 64 x 64, 24 KiB
-    {64, ScoreKind::kEverything, false, 1, 4, 64},
-    {128, ScoreKind::kPlain, false, 2, 4, 32},      // 128 x 32, 48 KiB
-    {128, ScoreKind::kMask, false, 1, 4, 64},       // 64 x 64, 48 KiB
-    {128, ScoreKind::kEverything, false, 1, 4, 64},
-    {256, ScoreKind::kPlain, true, 1, 8, 64},       // 128 x 64, 128 KiB
-    {256, ScoreKind::kMask, false, 1, 4, 32},       // 64 x 32, 64 KiB
-    {256, ScoreKind::kEverything, false, 1, 4, 32},
+    {64, ScoreKind::kPlain, Cards::kBefore90, 2, 4, 128},      // 128 x 128, 48 KiB
+    {64, ScoreKind::kPlain, Cards::kAll, 2, 4, 64},            // 128 x 64, 32 KiB
+    {64, ScoreKind::kMask, Cards::kAll, 1, 4, 64},             // 64 x 64, 24 KiB
+    {64, ScoreKind::kEverything, Cards::kAll, 1, 4, 64},
+    {128, ScoreKind::kPlain, Cards::kLargeBefore90, 2, 4, 64}, // 128 x 64, 64 KiB
+    {128, ScoreKind::kPlain, Cards::kAll, 2, 4, 32},           // 128 x 32, 48 KiB
+    {128, ScoreKind::kMask, Cards::kAll, 1, 4, 64},            // 64 x 64, 48 KiB
+    {128, ScoreKind::kEverything, Cards::kAll, 1, 4, 64},
+    {256, ScoreKind::kPlain, Cards::kLarge, 1, 8, 64},         // 128 x 64, 128 KiB
+    {256, ScoreKind::kMask, Cards::kAll, 1, 4, 64},            // 64 x 64, 96 KiB
+    {256, ScoreKind::kEverything, Cards::kAll, 1, 4, 64},
 };
 // clang-format on
 constexpr int kFwdTileCount = static_cast<int>(sizeof(kFwdTiles) / sizeof(kFwdTiles[0]));

@@ -265,7 +265,6 @@ __global__ void __launch_bounds__(Traits::kThreads)
   if (kEverything && scores.dropout_threshold > 0) dropout = load_dropout_state(scores.rng_state);
   const FragmentLoader<Fragment::kA, typename Traits::TileQ> q_fragments(q_tile, warp_row);
   const FragmentLoader<Fragment::kB, typename Traits::TileK> k_fragments(k_tile);
-  const FragmentLoader<Fragment::kBTransposed, typename Traits::TileK> v_fragments(v_tile);
   float o[kRowTiles][Traits::kHeadDim / 8][4] = {};
 
   while (tile < tiles.end) {
@@ -300,6 +299,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
     if constexpr (kEverything) {
       if (scores.dropout_threshold > 0) drop_probabilities(s, scores, dropout, lane_rows, batch, col0);
     }
+    // Constructed here, since one register less across the loop decides whether the large tiles spill.
+    const FragmentLoader<Fragment::kBTransposed, typename Traits::TileK> v_fragments(v_tile);
     multiply_pv<Traits>(o, s, v_fragments);
   }
   cp_async_wait_group<0>();
