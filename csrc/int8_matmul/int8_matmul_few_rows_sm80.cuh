@@ -1,7 +1,6 @@
 // INT8 matrix product for up to 16 rows of a: the time is that of reading b once.
 // Work:    one block per 8 kColumnTiles columns; its 8 warps share out k and add up their int32 sums in shared memory.
-// Memory:  b goes from global memory to the registers of mma without a detour: a lane loads 16 neighbouring bytes of k
-// of
+// Memory:  b goes from global memory to the registers of mma without a detour: a lane loads 16 neighbouring bytes of
 //          its column, four lanes 64. mma wants other bytes of k in those registers, but the order of k does not matter
 //          as long as a's is the same, and a is loaded alike. A warp has 128 or 256 bytes of each column in flight.
 // Numbers: as in int8_matmul_sm80.cuh; the sum over warps is of integers, so its order does not matter either.

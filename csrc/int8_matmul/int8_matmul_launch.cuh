@@ -70,8 +70,7 @@ const char* launch_int8_finish(const Int8KernelParams& p, const int32_t* partial
   declaration template const char* launch_int8_finish<Out>(const Int8KernelParams&, const int32_t*, int64_t, \
                                                            cudaStream_t);
 
-// The same by the tiles of int8_matmul_sm90.cuh, by `multiprocessors` persistent blocks. Defined in
-// int8_matmul_cuda_sm90.cu.
+// The same by the tiles of int8_matmul_sm90.cuh and persistent blocks, one a multiprocessor: int8_matmul_cuda_sm90.cu.
 template <typename Out>
 const char* launch_int8_hopper(Int8Tile tile, const Int8KernelParams& p, int multiprocessors, cudaStream_t stream);
 

@@ -63,8 +63,7 @@ constexpr Int8Plan int8_split(const Int8TileFacts& facts, int64_t depth, int64_t
   return {facts.tile, static_cast<int>(used), static_cast<int>(stages_per_split * facts.depth)};
 }
 
-// The products on the busiest multiprocessor, in units of full efficiency. Adding the parts of a split takes another
-// launch.
+// The products on the busiest multiprocessor, at full efficiency. Adding the parts of a split takes another launch.
 constexpr double int8_cost(const Int8TileFacts& facts, const Int8Plan& plan, int64_t rows, int64_t columns,
                            int multiprocessors) {
   constexpr double kFinishCost = 6e6;

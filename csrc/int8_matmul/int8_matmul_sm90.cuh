@@ -1,7 +1,6 @@
 // INT8 matrix product on Hopper:  out = activation((a b^T) * a_scale * b_scale + bias), a (M, K), b (N, K).
 // Work:    persistent blocks of three warpgroups. One thread of the first feeds a ring of tiles in shared memory by
-// TMA;
-//          the two others multiply by wgmma. Cooperative: both work on one tile of out, half of its rows each.
+//          TMA, the two others multiply by wgmma. Cooperative: both work on one tile of out, half of its rows each.
 //          Ping-pong: each has every other tile to itself, so that one multiplies while the other writes out.
 // Memory:  both operands have k contiguous, the only layout wgmma takes for 8 bits. A stage holds 128 bytes of k, one
 //          line of the 128-byte swizzle, of every row of a and b. The ring runs on across tiles: the next tile's first

@@ -2,9 +2,8 @@
 // Work:    a warp, or a block of 4 or 8 warps, per row.
 // Memory:  a row is read once, in 16-byte pieces that stay in registers between the maximum and the rounding; of rows
 //          longer than 32 KiB the rest is read again. Rows that are not 16-byte aligned are read element by element.
-// Numbers: those of quantize_int8_cpu.h, bit for bit. A zero row gives q = 0, scale = 1; a row that holds NaN or
-// infinity
-//          q = 0, scale = NaN. The scale is at least 2^-126, so that its reciprocal is finite.
+// Numbers: those of quantize_int8_cpu.h, bit for bit. A zero row gives q = 0, scale = 1; one that holds NaN or
+//          infinity q = 0, scale = NaN. The scale is at least 2^-126, so that its reciprocal is finite.
 #pragma once
 
 #include "common/launch.cuh"
@@ -64,8 +63,7 @@ struct QuantizedRow {
   }
 };
 
-// The bits of |x|, the largest of a piece: as integers they are ordered like the values, with infinity and then NaN
-// last.
+// The bits of |x|, the largest of a piece: as integers they are ordered like the values, infinity and then NaN last.
 template <typename Element, int kWidth>
 FASTATTN_DEVICE int largest_magnitude(const Vec<Element, kWidth>& piece) {
   int largest = 0;
