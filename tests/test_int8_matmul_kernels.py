@@ -300,15 +300,37 @@ def test_ties_round_to_even(plain_library):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "rows, tile, splits", [(3, Tile.FEW_ROWS_8, 1), (40, Tile.T64X64, 4), (40, Tile.HOPPER_128X128, 1)]
+    "rows, tile, splits",
+    [
+        (1, Tile.FEW_ROWS_8, 1),
+        (3, Tile.FEW_ROWS_32, 1),  # quantised by the product itself, as the row above
+        (5, Tile.FEW_ROWS_8, 1),
+        (40, Tile.T64X64, 4),
+        (40, Tile.HOPPER_128X128, 1),
+    ],
 )
 def test_linear_equals_quantize_then_matmul(library, dtype, rows, tile, splits):
     x = torch.randn(rows, 203).to(dtype)
+    x[0, 7] = torch.nan if rows == 3 else 1.0
     weight, weight_scale = fastattn.quantize_int8(torch.randn(50, 203), backend="eager")
     bias = torch.randn(50)
     q, scale = eager.quantize(x)
     fused = multiply(library, x, weight, tile, splits, None, weight_scale, bias, "silu", dtype)
-    assert torch.equal(fused, multiply(library, q, weight, tile, splits, scale, weight_scale, bias, "silu", dtype))
+    separate = multiply(library, q, weight, tile, splits, scale, weight_scale, bias, "silu", dtype)
+    assert torch.equal(fused.isnan(), separate.isnan()) and torch.equal(fused.nan_to_num(), separate.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("depth", [0, 1, 16, 130, 1030, 8192, 8200])
+def test_quantisation_inside_the_product(plain_library, dtype, depth):
+    """4 rows of 8192 are the most that one launch does; expanded and offset rows are read in place."""
+    weight, weight_scale = fastattn.quantize_int8(torch.randn(9, depth), backend="eager")
+    full = torch.randn(4, depth + 3).to(dtype)
+    for x in (full[:, :depth], full[:, 3:], full[:1, :depth].expand(4, -1)):
+        q, scale = eager.quantize(x)
+        fused = multiply(plain_library, x, weight, Tile.FEW_ROWS_16, 1, None, weight_scale, out_dtype=dtype)
+        assert torch.equal(fused, multiply(plain_library, q, weight, Tile.T64X64, 1, scale, weight_scale,
+                                           out_dtype=dtype))  # fmt: skip
 
 
 # --- the choice of a tile --------------------------------------------------------------------------------------------

@@ -21,15 +21,17 @@ bool rows_are_aligned(const int8_t* first, int64_t stride, int64_t rows, int64_t
 
 // What stands in the workspace, by offset: a quantised or aligned, its scales, b aligned, the parts of a split.
 struct Workspace {
-  bool quantizes = false, aligns_a = false, aligns_b = false;
+  bool fuses = false, quantizes = false, aligns_a = false, aligns_b = false;
   Int8Plan plan;
   int64_t stride = 0;          // of the copies of a and b
   int64_t stride_partial = 0;  // columns in whole vectors
   int64_t a = 0, a_scale = 0, b = 0, partial = 0, bytes = 0;
 
   Workspace(const Int8MatmulParams& p, const Int8Plan& plan_) : plan(plan_) {
-    quantizes = p.a_dtype != DType::kInt8;
-    aligns_a = !quantizes && !rows_are_aligned(static_cast<const int8_t*>(p.a), p.stride_a, p.rows, p.depth, plan);
+    fuses = fuses_int8_quantization(p, plan);
+    quantizes = !fuses && p.a_dtype != DType::kInt8;
+    aligns_a = p.a_dtype == DType::kInt8 &&
+               !rows_are_aligned(static_cast<const int8_t*>(p.a), p.stride_a, p.rows, p.depth, plan);
     aligns_b = !rows_are_aligned(p.b, p.stride_b, p.columns, p.depth, plan);
     stride = int8_aligned_stride(p.depth);
     stride_partial = int8_ceil_div(p.columns, 4) * 4;
@@ -47,7 +49,8 @@ struct Workspace {
   }
 };
 
-const char* quantize_a(const Int8MatmulParams& p, const Int8KernelParams& kernel, const DeviceLaunch& launch) {
+// From p's floating a to kernel's int8 a.
+QuantizeInt8Params quantization_of(const Int8MatmulParams& p, const Int8KernelParams& kernel) {
   QuantizeInt8Params q;
   q.rows = p.rows;
   q.depth = p.depth;
@@ -57,13 +60,15 @@ const char* quantize_a(const Int8MatmulParams& p, const Int8KernelParams& kernel
   q.q = const_cast<int8_t*>(kernel.a);
   q.stride_q = kernel.stride_a;
   q.scale = const_cast<float*>(kernel.a_scale);
-  return quantize_int8_cuda(q, launch);
+  return q;
 }
 
 template <typename Out>
-const char* multiply(const Int8KernelParams& p, const Workspace& layout, const DeviceLaunch& launch) {
+const char* multiply(const Int8KernelParams& p, const QuantizeInt8Params& input, const Workspace& layout,
+                     const DeviceLaunch& launch) {
   char* const workspace = static_cast<char*>(launch.workspace);
   const auto stream = static_cast<cudaStream_t>(launch.stream);
+  if (layout.fuses) return launch_int8_linear<Out>(layout.plan.tile, p, input, stream);
   if (is_hopper_tile(layout.plan.tile)) {
     return launch_int8_hopper<Out>(layout.plan.tile, p, launch.multiprocessors, stream);
   }
@@ -106,32 +111,34 @@ const char* int8_matmul_cuda(const Int8MatmulParams& p, const Int8Plan& plan, co
   kernel.stride_a = p.stride_a;
   kernel.a_scale = p.a_scale;
   if (layout.quantizes || layout.aligns_a) {
-    int8_t* const copy = reinterpret_cast<int8_t*>(workspace + layout.a);
-    kernel.a = copy;
+    kernel.a = reinterpret_cast<const int8_t*>(workspace + layout.a);
     kernel.stride_a = layout.stride;
-    const char* error = nullptr;
-    if (layout.quantizes) {
-      kernel.a_scale = reinterpret_cast<const float*>(workspace + layout.a_scale);
-      error = quantize_a(p, kernel, launch);
-    } else {
-      error = align_int8_rows(static_cast<const int8_t*>(p.a), p.stride_a, p.rows, p.depth, copy, stream);
-    }
-    if (error != nullptr) return error;
   }
+  if (layout.quantizes) kernel.a_scale = reinterpret_cast<const float*>(workspace + layout.a_scale);
+  const QuantizeInt8Params input = quantization_of(p, kernel);
+  const char* error = nullptr;
+  if (layout.quantizes) {
+    error = quantize_int8_cuda(input, launch);
+  } else if (layout.aligns_a) {
+    error = align_int8_rows(static_cast<const int8_t*>(p.a), p.stride_a, p.rows, p.depth,
+                            reinterpret_cast<int8_t*>(workspace + layout.a), stream);
+  }
+  if (error != nullptr) return error;
   if (layout.aligns_b) {
     int8_t* const copy = reinterpret_cast<int8_t*>(workspace + layout.b);
-    if (const char* error = align_int8_rows(p.b, p.stride_b, p.columns, p.depth, copy, stream)) return error;
+    error = align_int8_rows(p.b, p.stride_b, p.columns, p.depth, copy, stream);
+    if (error != nullptr) return error;
     kernel.b = copy;
     kernel.stride_b = layout.stride;
   }
 
   switch (p.out_dtype) {
     case DType::kFloat32:
-      return multiply<float>(kernel, layout, launch);
+      return multiply<float>(kernel, input, layout, launch);
     case DType::kFloat16:
-      return multiply<half_t>(kernel, layout, launch);
+      return multiply<half_t>(kernel, input, layout, launch);
     case DType::kBFloat16:
-      return multiply<bfloat16_t>(kernel, layout, launch);
+      return multiply<bfloat16_t>(kernel, input, layout, launch);
     default:
       return "int8_matmul: the output must be float32, bfloat16 or float16";
   }

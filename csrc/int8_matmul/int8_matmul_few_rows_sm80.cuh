@@ -3,12 +3,16 @@
 // Memory:  b goes from global memory to the registers of mma without a detour: a lane loads 16 neighbouring bytes of
 //          its column, four lanes 64. mma wants other bytes of k in those registers, but the order of k does not matter
 //          as long as a's is the same, and a is loaded alike. A warp has 128 or 256 bytes of each column in flight.
+//          int8_linear of up to 4 rows quantises them in every block, into shared memory: that costs less than a
+//          launch.
 // Numbers: as in int8_matmul_sm80.cuh; the sum over warps is of integers, so its order does not matter either.
 #pragma once
 
 #include "common/launch.cuh"
 #include "common/reduce.cuh"
 #include "int8_matmul/int8_epilogue.cuh"
+#include "int8_matmul/int8_matmul_plan.h"
+#include "int8_matmul/quantize_int8.cuh"
 
 namespace fastattn {
 
@@ -70,19 +74,18 @@ FASTATTN_DEVICE void multiply_few_rows(int32_t (&sums)[Shape::kColumnTiles][4], 
   }
 }
 
+// What a block does. `a` and `a_scale` may be in shared memory; `partial` is, [warp][row][column].
 template <typename Shape, typename Out>
-__global__ void __launch_bounds__(Shape::kThreads)
-    int8_matmul_few_rows_kernel(const __grid_constant__ Int8KernelParams p) {
-  FASTATTN_DYNAMIC_SMEM(smem);
-  int32_t* partial = reinterpret_cast<int32_t*>(smem);  // [warp][row][column]
+FASTATTN_DEVICE void few_rows_block(const Int8KernelParams& p, const int8_t* a, int64_t stride_a, const float* a_scale,
+                                    int32_t* partial) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, t = lane % 4;
   const int64_t first_column = int64_t{blockIdx.x} * Shape::kColumns;
 
   // Rows and columns past the last are read as the last: their sums are not stored.
   const int last_row = static_cast<int>(p.rows) - 1;
-  const int8_t* const a_rows[2] = {p.a + min(g, last_row) * p.stride_a + t * Shape::kLaneBytes,
-                                   p.a + min(g + 8, last_row) * p.stride_a + t * Shape::kLaneBytes};
+  const int8_t* const a_rows[2] = {a + min(g, last_row) * stride_a + t * Shape::kLaneBytes,
+                                   a + min(g + 8, last_row) * stride_a + t * Shape::kLaneBytes};
   const int8_t* b_columns[Shape::kColumnTiles];
 #pragma unroll
   for (int j = 0; j < Shape::kColumnTiles; ++j) {
@@ -106,16 +109,46 @@ __global__ void __launch_bounds__(Shape::kThreads)
     *reinterpret_cast<int2*>(target + 8 * Shape::kColumns) = make_int2(sums[j][2], sums[j][3]);
   }
   __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < last_row * Shape::kColumns + Shape::kColumns; i += Shape::kThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < (last_row + 1) * Shape::kColumns; i += Shape::kThreads) {
     const int row = i / Shape::kColumns;
     const int64_t column = first_column + i % Shape::kColumns;
     int sum[1] = {0};
 #pragma unroll
     for (int w = 0; w < Shape::kWarps; ++w) sum[0] += partial[w * Shape::kMaxRows * Shape::kColumns + i];
     const ColumnConstants<1> constants(p, column);
-    finish_columns(p, sum, p.a_scale[row], constants, static_cast<Out*>(p.out) + row * p.stride_out + column,
+    finish_columns(p, sum, a_scale[row], constants, static_cast<Out*>(p.out) + row * p.stride_out + column,
                    p.columns - column);
   }
+}
+
+template <typename Shape, typename Out>
+__global__ void __launch_bounds__(Shape::kThreads)
+    int8_matmul_few_rows_kernel(const __grid_constant__ Int8KernelParams p) {
+  FASTATTN_DYNAMIC_SMEM(smem);
+  few_rows_block<Shape, Out>(p, p.a, p.stride_a, p.a_scale, reinterpret_cast<int32_t*>(smem));
+}
+
+// `input` has p's rows and depth; its q and scale, and p's a and a_scale, are not used. Rows of q stand 64 bytes beyond
+// a multiple of 128 apart, so that the two that a phase of 16-byte loads reads lie in different banks.
+constexpr int int8_fused_stride(int depth) { return (depth + 127) / 128 * 128 + 64; }
+
+template <typename Shape, typename Element>
+__global__ void __launch_bounds__(Shape::kThreads)
+    int8_linear_few_rows_kernel(const __grid_constant__ Int8KernelParams p,
+                                const __grid_constant__ QuantizeInt8Params input) {
+  using Traits = QuantizeInt8Traits<Element, Shape::kWarps, 2>;
+  FASTATTN_DYNAMIC_SMEM(smem);
+  FASTATTN_SHARED(scratch, int[Shape::kWarps]);
+  FASTATTN_SHARED(scale, float[kInt8MaxFusedRows]);
+  int8_t* const q = reinterpret_cast<int8_t*>(smem) + Shape::kSmemBytes;
+  const int stride = int8_fused_stride(p.depth), thread = static_cast<int>(threadIdx.x);
+  for (int row = 0; row < static_cast<int>(p.rows); ++row) {
+    const QuantizedRow<Element, Traits::kWidth> io(input, row, q + row * stride);
+    const float row_scale = quantize_int8_row<Traits>(io, thread, scratch);
+    if (thread == 0) scale[row] = row_scale;
+  }
+  __syncthreads();
+  few_rows_block<Shape, Element>(p, q, stride, scale, reinterpret_cast<int32_t*>(smem));
 }
 
 }  // namespace fastattn

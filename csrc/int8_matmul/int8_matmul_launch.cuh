@@ -31,6 +31,25 @@ const char* launch_int8_few_rows(const Int8KernelParams& p, cudaStream_t stream)
                        dim3(Shape::kThreads), Shape::kSmemBytes, stream, p);
 }
 
+template <typename Shape, typename Element>
+const char* launch_int8_linear_few_rows(const Int8KernelParams& p, const QuantizeInt8Params& input,
+                                        cudaStream_t stream) {
+  const int64_t blocks = int8_ceil_div(p.columns, Shape::kColumns);
+  if (blocks > INT32_MAX) return "int8_linear: the weight has more than 2^34 rows";
+  const size_t q_bytes = static_cast<size_t>(p.rows) * static_cast<size_t>(int8_fused_stride(p.depth));
+  return launch_kernel(int8_linear_few_rows_kernel<Shape, Element>, dim3(static_cast<unsigned>(blocks)),
+                       dim3(Shape::kThreads), Shape::kSmemBytes + q_bytes, stream, p, input);
+}
+
+// Quantisation and product in one launch, where fuses_int8_quantization.
+template <typename Element>
+const char* launch_int8_linear(Int8Tile tile, const Int8KernelParams& p, const QuantizeInt8Params& input,
+                               cudaStream_t stream) {
+  if (tile == Int8Tile::kFewRows8) return launch_int8_linear_few_rows<Int8FewRowsShape<1>, Element>(p, input, stream);
+  if (tile == Int8Tile::kFewRows16) return launch_int8_linear_few_rows<Int8FewRowsShape<2>, Element>(p, input, stream);
+  return launch_int8_linear_few_rows<Int8FewRowsShape<4>, Element>(p, input, stream);
+}
+
 // The product, in one launch. p.splits is 1.
 template <typename Out>
 const char* launch_int8_matmul(Int8Tile tile, const Int8KernelParams& p, cudaStream_t stream) {
@@ -68,7 +87,9 @@ const char* launch_int8_finish(const Int8KernelParams& p, const int32_t* partial
 #define FASTATTN_INT8_MATMUL_UNIT(declaration, Out)                                                          \
   declaration template const char* launch_int8_matmul<Out>(Int8Tile, const Int8KernelParams&, cudaStream_t); \
   declaration template const char* launch_int8_finish<Out>(const Int8KernelParams&, const int32_t*, int64_t, \
-                                                           cudaStream_t);
+                                                           cudaStream_t);                                    \
+  declaration template const char* launch_int8_linear<Out>(Int8Tile, const Int8KernelParams&,                \
+                                                           const QuantizeInt8Params&, cudaStream_t);
 
 // The same by the tiles of int8_matmul_sm90.cuh and persistent blocks, one a multiprocessor: int8_matmul_cuda_sm90.cu.
 template <typename Out>

@@ -42,10 +42,16 @@ constexpr Int8TileFacts kInt8HopperTiles[] = {
     {Int8Tile::k64x64, 64, 64, 128, 0.3, 256},
 };
 constexpr int kInt8FewRows = 16;
+// Up to here every block quantises the input itself: its time and shared memory stay small beside those of its part of
+// b.
+constexpr int kInt8MaxFusedRows = 4;
+constexpr int64_t kInt8MaxFusedElems = 32768;
 
 constexpr bool is_hopper_tile(Int8Tile tile) {
   return tile == Int8Tile::kHopper128x128 || tile == Int8Tile::kHopper128x256;
 }
+
+constexpr bool is_few_rows_tile(Int8Tile tile) { return tile <= Int8Tile::kFewRows32; }
 
 struct Int8Plan {
   Int8Tile tile = Int8Tile::k64x64;
@@ -71,6 +77,12 @@ constexpr double int8_cost(const Int8TileFacts& facts, const Int8Plan& plan, int
   const int64_t depth = plan.depth_per_split + facts.overhead_depth;
   const double products = static_cast<double>(facts.rows * facts.columns * depth) / facts.efficiency;
   return static_cast<double>(int8_ceil_div(blocks, multiprocessors)) * products + (plan.splits > 1 ? kFinishCost : 0.0);
+}
+
+// Whether one launch quantises and multiplies.
+constexpr bool fuses_int8_quantization(const Int8MatmulParams& p, const Int8Plan& plan) {
+  return p.a_dtype == p.out_dtype && is_few_rows_tile(plan.tile) && p.rows <= kInt8MaxFusedRows &&
+         p.rows * p.depth <= kInt8MaxFusedElems;
 }
 
 template <int kCount>

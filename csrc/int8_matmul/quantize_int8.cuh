@@ -31,9 +31,9 @@ struct QuantizedRow {
   int64_t depth;
   bool x_aligned, q_aligned;
 
-  FASTATTN_DEVICE QuantizedRow(const QuantizeInt8Params& p, int64_t row)
+  FASTATTN_DEVICE QuantizedRow(const QuantizeInt8Params& p, int64_t row, int8_t* target)
       : x(static_cast<const Element*>(p.input) + row * p.stride_input),
-        q(p.q + row * p.stride_q),
+        q(target),
         depth(p.depth),
         x_aligned(reinterpret_cast<uintptr_t>(x) % 16 == 0),
         q_aligned(reinterpret_cast<uintptr_t>(q) % kWidth == 0) {}
@@ -80,31 +80,23 @@ FASTATTN_DEVICE float row_scale_of(int largest_bits, float& inverse) {
   return largest_bits < kInfinity ? scale : __int_as_float(0x7FC00000);
 }
 
+// Quantises a row by the kThreadsPerRow threads that own it, this one being number `thread`; all get the scale.
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads) quantize_int8_kernel(const __grid_constant__ QuantizeInt8Params p) {
-  using Element = typename Traits::Element;
-  constexpr int kWidth = Traits::kWidth;
-  FASTATTN_SHARED(scratch, int[Traits::kWarpsPerRow]);
-  const int thread = static_cast<int>(threadIdx.x) % Traits::kThreadsPerRow;
-  const int row_in_block = static_cast<int>(threadIdx.x) / Traits::kThreadsPerRow;
-
-  const int64_t row = int64_t{blockIdx.x} * Traits::kRowsPerBlock + row_in_block;
-  if (row >= p.rows) return;  // whole warps, or the whole block
-  const QuantizedRow<Element, kWidth> io(p, row);
-  const int64_t first = int64_t{thread} * kWidth;
-  constexpr int kStep = Traits::kThreadsPerRow * kWidth;
-
-  Vec<Element, kWidth> kept[Traits::kVectors];
+FASTATTN_DEVICE float quantize_int8_row(const QuantizedRow<typename Traits::Element, Traits::kWidth>& io, int thread,
+                                        int (&scratch)[Traits::kWarpsPerRow]) {
+  const int64_t first = int64_t{thread} * Traits::kWidth;
+  constexpr int kStep = Traits::kThreadsPerRow * Traits::kWidth;
+  Vec<typename Traits::Element, Traits::kWidth> kept[Traits::kVectors];
   int largest = 0;
 #pragma unroll
   for (int v = 0; v < Traits::kVectors; ++v) {
-    if (first + v * kStep < p.depth) kept[v] = io.load(first + v * kStep);
+    if (first + v * kStep < io.depth) kept[v] = io.load(first + v * kStep);
   }
 #pragma unroll
   for (int v = 0; v < Traits::kVectors; ++v) {
-    if (first + v * kStep < p.depth) largest = max(largest, largest_magnitude(kept[v]));
+    if (first + v * kStep < io.depth) largest = max(largest, largest_magnitude(kept[v]));
   }
-  for (int64_t k = first + Traits::kVectors * kStep; k < p.depth; k += kStep) {
+  for (int64_t k = first + Traits::kVectors * kStep; k < io.depth; k += kStep) {
     largest = max(largest, largest_magnitude(io.load(k)));
   }
   if constexpr (Traits::kWarpsPerRow == 1) {
@@ -118,9 +110,23 @@ __global__ void __launch_bounds__(Traits::kThreads) quantize_int8_kernel(const _
   const bool finite = scale == scale;
 #pragma unroll
   for (int v = 0; v < Traits::kVectors; ++v) {
-    if (first + v * kStep < p.depth) io.store(first + v * kStep, kept[v], inverse, finite);
+    if (first + v * kStep < io.depth) io.store(first + v * kStep, kept[v], inverse, finite);
   }
-  for (int64_t k = first + Traits::kVectors * kStep; k < p.depth; k += kStep) io.store(k, io.load(k), inverse, finite);
+  for (int64_t k = first + Traits::kVectors * kStep; k < io.depth; k += kStep) {
+    io.store(k, io.load(k), inverse, finite);
+  }
+  return scale;
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads) quantize_int8_kernel(const __grid_constant__ QuantizeInt8Params p) {
+  FASTATTN_SHARED(scratch, int[Traits::kWarpsPerRow]);
+  const int thread = static_cast<int>(threadIdx.x) % Traits::kThreadsPerRow;
+  const int row_in_block = static_cast<int>(threadIdx.x) / Traits::kThreadsPerRow;
+  const int64_t row = int64_t{blockIdx.x} * Traits::kRowsPerBlock + row_in_block;
+  if (row >= p.rows) return;  // whole warps, or the whole block
+  const QuantizedRow<typename Traits::Element, Traits::kWidth> io(p, row, p.q + row * p.stride_q);
+  const float scale = quantize_int8_row<Traits>(io, thread, scratch);
   if (thread == 0) p.scale[row] = scale;
 }
 
