@@ -1,6 +1,6 @@
 """Hand-written attention, layer norm and INT8 matmul kernels for PyTorch Transformers."""
 
-from fastattn.accelerate import accelerate, restore
+from fastattn.accelerate import accelerate, accelerate_report, restore
 from fastattn.dispatch import available_backends, explain, use_backend
 from fastattn.modules import Int8Linear, LayerNorm, RMSNorm
 from fastattn.multi_head_attention import MultiHeadAttention
@@ -22,6 +22,7 @@ __all__ = [
     "MultiHeadAttention",
     "RMSNorm",
     "accelerate",
+    "accelerate_report",
     "add_layer_norm",
     "add_rms_norm",
     "attention",

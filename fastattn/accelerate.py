@@ -8,14 +8,21 @@ training flag, dtype, device and every reference to it stay, the root's too. (``
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastattn.modules import Int8Linear, LayerNorm, RMSNorm
+from fastattn.modules_foreign import ForeignNorm, conv1d_as_linear, is_conv1d, looks_like_norm, norm_swap
 from fastattn.multi_head_attention import MultiHeadAttention
 
-_OURS = (MultiHeadAttention, LayerNorm, RMSNorm, Int8Linear)
+_OURS = (MultiHeadAttention, LayerNorm, RMSNorm, ForeignNorm, Int8Linear)
+
+# Linear layers with fewer inputs or outputs are left in floats: routers, gates and classifiers, whose precision counts
+# and which the INT8 kernels, with tiles of 16 outputs, would not make faster.
+_SMALL_LINEAR = 16
 
 
 def accelerate(
@@ -26,29 +33,43 @@ def accelerate(
     int8: bool = False,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
 ) -> nn.Module:
-    """Swaps ``torch.nn`` modules in ``model`` for fastattn's, in place; ``print(model)`` shows which.
+    """Swaps modules of ``torch.nn`` and norms of other libraries for fastattn's, in place.
 
-    Left alone are subclasses, whose ``forward`` may differ, and modules whose ``forward`` was replaced. A second call
-    swaps what is new. ``nn.TransformerEncoderLayer`` calls the swapped modules in inference too, where it
-    would compute itself whole in one op of torch's; packing of padded batches (``enable_nested_tensor``) stays on.
+    ``print(model)`` shows the swapped modules, ``accelerate_report(model)`` what was swapped and what was left and why.
+    Left alone are subclasses of torch's modules, whose ``forward`` may differ, and modules whose ``forward`` was
+    replaced. A second call swaps what is new. ``nn.TransformerEncoderLayer`` calls the swapped modules in inference
+    too, where it would compute itself whole in one op of torch's; packing of padded batches (``enable_nested_tensor``)
+    stays on. For attention in Hugging Face models see ``fastattn.integrations.transformers``.
 
     Args:
         model: any module; it is swapped itself if it fits. Swap before wrapping it for distributed training.
         attention: ``nn.MultiheadAttention`` -> ``MultiHeadAttention``.
-        layer_norm: ``nn.LayerNorm``, ``nn.RMSNorm`` -> ``LayerNorm``, ``RMSNorm``.
-        int8: ``nn.Linear`` -> ``Int8Linear`` and, with ``attention``, the projections of attention likewise. For
-            inference: the weights take no gradient, ``state_dict`` holds INT8. ``restore`` has the float weights.
+        layer_norm: ``nn.LayerNorm``, ``nn.RMSNorm`` -> ``LayerNorm``, ``RMSNorm``; and norms of other libraries, such
+            as LlamaRMSNorm, T5LayerNorm or Gemma2RMSNorm, if trying one out shows it to be a layer or an RMS norm.
+        int8: ``nn.Linear`` and transformers' ``Conv1D`` -> ``Int8Linear`` and, with ``attention``, the projections of
+            attention likewise. For inference: the weights take no gradient, ``state_dict`` holds INT8. ``restore`` has
+            the float weights. Without ``filter_fn`` the output head (a layer called lm_head, returned by the model's
+            ``get_output_embeddings`` or tied to an embedding) and layers with fewer than 16 inputs or outputs are left.
         filter_fn: ``filter_fn(module, name)`` is asked about each module that fits; True = swap.
     Returns: ``model``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}.")
+    left: dict[str, str] = {}
+    heads = _output_heads(model) if int8 and filter_fn is None else set()
     for name, module in list(model.named_modules()):
         swap = _fitting_swap(module, attention, layer_norm, int8)
-        if swap is not None and (filter_fn is None or filter_fn(module, name)):
+        if callable(swap) and filter_fn is None:
+            swap = _reason_to_keep_floats(module, name, heads, swap) if swap in _INT8_LINEARS else swap
+        elif callable(swap) and filter_fn is not None and not filter_fn(module, name):
+            swap = "filter_fn said no"
+        if callable(swap):
             _become(module, *swap(module))
+        elif swap is not None:
+            left[name] = swap
     for module in model.modules():
         _avoid_fast_path(module)
+    model.__dict__[_LEFT] = left
     return model
 
 
@@ -67,7 +88,38 @@ def restore(model: nn.Module) -> nn.Module:
             if "_parameters" in before.replaced:
                 # The model may have been moved or converted while it did not have these.
                 module.to(**placement)
+    model.__dict__.pop(_LEFT, None)
     return model
+
+
+@dataclass(frozen=True)
+class AccelerateReport:
+    """What ``accelerate`` made of a model; ``str`` is a table of it."""
+
+    swapped: dict[str, tuple[str, str]]  # name of the module -> class before, class now
+    left: dict[str, tuple[str, str]]  # name of the module -> class, reason
+
+    def __str__(self) -> str:
+        lines = [f"swapped {len(self.swapped)} modules, left {len(self.left)}"]
+        lines += [f"  {name or '(the model)'}: {before} -> {now}" for name, (before, now) in self.swapped.items()]
+        lines += [f"  {name or '(the model)'}: {kind} left: {reason}" for name, (kind, reason) in self.left.items()]
+        return "\n".join(lines)
+
+
+def accelerate_report(model: nn.Module) -> AccelerateReport:
+    """What is swapped in ``model`` at present, and which modules the last ``accelerate(model)`` left, with its reasons.
+
+    Listed as left are attention, norms and, with ``int8``, linear layers; not modules that no option asked for.
+    """
+    swapped = {}
+    for name, module in model.named_modules():
+        before = module.__dict__.get(_UNDO)
+        if before and isinstance(module, _OURS):
+            swapped[name] = (before[0].cls.__name__, type(module).__name__)
+    reasons: dict[str, str] = model.__dict__.get(_LEFT, {})
+    modules = dict(model.named_modules())
+    left = {name: (type(modules[name]).__name__, reason) for name, reason in reasons.items() if name in modules}
+    return AccelerateReport(swapped, left)
 
 
 class Int8MultiHeadAttention(MultiHeadAttention):
@@ -94,6 +146,9 @@ class Int8MultiHeadAttention(MultiHeadAttention):
 
 # The attribute that holds what a module was before its swaps, the latest last.
 _UNDO = "_fastattn_undo"
+
+# The attribute of the root that holds the names of the modules that were left and the reasons.
+_LEFT = "_fastattn_left"
 
 
 class _Before(NamedTuple):
@@ -123,22 +178,81 @@ def _placement(module: nn.Module) -> dict[str, Any]:
 _Swap = Callable[[Any], tuple[type[nn.Module], dict[str, Any]]]
 
 
-def _fitting_swap(module: nn.Module, attention: bool, layer_norm: bool, int8: bool) -> _Swap | None:
+def _fitting_swap(module: nn.Module, attention: bool, layer_norm: bool, int8: bool) -> _Swap | str | None:
+    """How to swap ``module``, the reason to leave it, or None if nobody would expect it to be swapped."""
     kind = type(module)
-    if "forward" in module.__dict__:
-        return None
     if attention and int8 and kind in (nn.MultiheadAttention, MultiHeadAttention):
-        return _int8_attention
-    if attention and kind is nn.MultiheadAttention:
-        return _attention
-    if layer_norm and kind is nn.LayerNorm:
-        return lambda module: (LayerNorm, {})
-    if layer_norm and kind is nn.RMSNorm:
-        return lambda module: (RMSNorm, {})
-    # Pruning and the like make the weight anew before each forward: it is not a parameter then.
-    if int8 and kind is nn.Linear and "weight" in module._parameters:
-        return _int8_linear
+        swap: _Swap | str | None = _int8_attention
+    elif attention and kind is nn.MultiheadAttention:
+        swap = _attention
+    elif layer_norm and kind is nn.LayerNorm:
+        swap = _layer_norm
+    elif layer_norm and kind is nn.RMSNorm:
+        swap = _rms_norm
+    elif layer_norm and looks_like_norm(module):
+        attributes = norm_swap(module)
+        swap = attributes if isinstance(attributes, str) else _foreign_norm
+    elif int8 and kind is nn.Linear:
+        swap = _int8_linear
+    elif int8 and is_conv1d(module):
+        swap = _int8_conv1d
+    else:
+        return _reason_for_another_class(module, attention, layer_norm, int8)
+    if callable(swap) and "forward" in module.__dict__:
+        return "its forward was replaced"
+    if swap in _INT8_LINEARS and "weight" not in module._parameters:
+        return "its weight is made anew before each forward, as pruning does"
+    return swap
+
+
+def _reason_for_another_class(module: nn.Module, attention: bool, layer_norm: bool, int8: bool) -> str | None:
+    if isinstance(module, (*_OURS, NonDynamicallyQuantizableLinear)):
+        return None
+    for asked, base in (
+        (attention, nn.MultiheadAttention),
+        (layer_norm, nn.LayerNorm),
+        (layer_norm, nn.RMSNorm),
+        (int8, nn.Linear),
+    ):
+        if asked and isinstance(module, base):
+            return f"a subclass of nn.{base.__name__}, whose forward may differ"
+    config: Any = getattr(module, "config", None)
+    implementation = getattr(config, "_attn_implementation", None)
+    if attention and implementation not in (None, "fastattn") and type(module).__name__.endswith("Attention"):
+        return "call fastattn.integrations.transformers.register() and model.set_attn_implementation('fastattn')"
     return None
+
+
+def _output_heads(model: nn.Module) -> set[nn.Module]:
+    """The layers that map states to the vocabulary: rounding them costs the most precision."""
+    tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    heads = {module for module in model.modules() if id(module._parameters.get("weight")) in tied}
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    return heads | {head} if isinstance(head, nn.Module) else heads
+
+
+def _reason_to_keep_floats(module: nn.Module, name: str, heads: set[nn.Module], swap: _Swap) -> _Swap | str:
+    if module in heads or name.rpartition(".")[2] == "lm_head":
+        return "the output head keeps its precision; choose it with filter_fn"
+    weight: Any = module.weight
+    if min(weight.shape) < _SMALL_LINEAR:
+        return f"small, {tuple(weight.shape)}; choose it with filter_fn"
+    return swap
+
+
+def _layer_norm(module: nn.LayerNorm) -> tuple[type[nn.Module], dict[str, Any]]:
+    return LayerNorm, {}
+
+
+def _rms_norm(module: nn.RMSNorm) -> tuple[type[nn.Module], dict[str, Any]]:
+    return RMSNorm, {}
+
+
+def _foreign_norm(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any]]:
+    attributes = norm_swap(module)
+    assert isinstance(attributes, dict)
+    return ForeignNorm, attributes
 
 
 def _attention(module: nn.MultiheadAttention) -> tuple[type[nn.Module], dict[str, Any]]:
@@ -147,6 +261,13 @@ def _attention(module: nn.MultiheadAttention) -> tuple[type[nn.Module], dict[str
 
 def _int8_linear(module: nn.Linear) -> tuple[type[nn.Module], dict[str, Any]]:
     return Int8Linear, _own_attributes(Int8Linear.from_linear(module))
+
+
+def _int8_conv1d(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any]]:
+    return Int8Linear, _own_attributes(Int8Linear.from_linear(conv1d_as_linear(module)))
+
+
+_INT8_LINEARS = (_int8_linear, _int8_conv1d)
 
 
 def _int8_attention(module: nn.MultiheadAttention) -> tuple[type[nn.Module], dict[str, Any]]:

@@ -53,7 +53,7 @@ def set_backend(model: nn.Module, backend: str = "auto", *, int8: bool = False) 
         if int8 and isinstance(module, FeedForward):
             module.fuse_activation()
     if int8:
-        fastattn.accelerate(model, int8=True)
+        fastattn.accelerate(model, int8=True, filter_fn=lambda module, name: True)
         for module in model.modules():
             if isinstance(module, fastattn.Int8Linear):
                 module.backend = backend
