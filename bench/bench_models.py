@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastattn
+from bench import bench_generation
 from bench.bench_int8_matmul import ENGINES, dynamically_quantised
 from bench.case import Case, Subject, Verdict, as_accurate_as_eager
 from bench.sentences import SENTENCES
@@ -34,6 +35,7 @@ def cases() -> Iterator[Case]:
         for batch in (1, 32):
             for int8 in (False, True):
                 yield minilm(batch, int8)
+    yield from bench_generation.cases()
 
 
 # --- nn.MultiheadAttention -------------------------------------------------------------------------------------------

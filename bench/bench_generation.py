@@ -1,0 +1,206 @@
+"""Decoding and training steps of the models, each against the same model on plain PyTorch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.case import Case, Subject, Verdict, as_accurate_as_eager
+from bench.memory import peak_megabytes
+from models.bert import BertConfig
+from models.bert_heads import BertForPreTraining, mask_words, pretraining_loss
+from models.gpt import Gpt, GptConfig, causal_lm_loss
+from models.layers import Attention, KeyValueCache, set_backend
+
+GROUP = "models"
+# GPT-2's smallest; its weights are random, which changes nothing about the time.
+GPT2 = GptConfig(dropout=0.0)
+MINILM = BertConfig(
+    hidden_size=384, num_hidden_layers=6, intermediate_size=1536, hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0, hidden_act="gelu",
+)  # fmt: skip
+MIN_COSINE = 0.99
+
+
+def cases() -> Iterator[Case]:
+    for batch in (1, 8):
+        for int8 in (False, True):
+            yield decoding_step(batch, 512, int8)
+    yield gpt_training_step(2, 256)
+    for compiled in (False, True):
+        yield bert_training_step(8, 128, compiled)
+
+
+# --- Generation ------------------------------------------------------------------------------------------------------
+
+
+def decoding_step(batch: int, length: int, int8: bool) -> Case:
+    """One token for each sequence behind ``length`` cached ones, logits included: the whole of a generated token."""
+
+    def build() -> Subject:
+        eager = set_backend(random_gpt(), "eager")
+        ours = set_backend(copy.deepcopy(eager), "auto", int8=int8)
+        sdpa = with_sdpa(copy.deepcopy(eager))
+        ids = torch.randint(GPT2.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
+        token = ids[:, -1:]
+        caches = filled_caches(eager, ids)
+
+        @torch.no_grad()
+        def step(model: Gpt, caches: list[KeyValueCache]) -> Tensor:
+            return model(token, caches, length)[:, -1]
+
+        @torch.no_grad()
+        def without_cache() -> Tensor:
+            return eager.head(eager.hidden_states(torch.cat([ids, token], 1))[:, -1])
+
+        def exact() -> Tensor:
+            wide = copy.deepcopy(eager).double()
+            return step(wide, [KeyValueCache(cache.key.double(), cache.value.double()) for cache in caches])
+
+        run = {model: partial(step, model, copy.deepcopy(caches)) for model in (ours, eager, sdpa)}
+        peers = {"SDPA, cache": run[sdpa], "eager, cache": run[eager]}
+        if batch == 1 and not int8:
+            peers["eager, no cache"] = without_cache
+        check = similar_logits(run[ours], exact) if int8 else as_accurate_as_eager(run[ours], run[eager], exact)
+        return Subject(run[ours], peers, with_memory(check, run[ours], run[sdpa]))
+
+    weights = 12 * 12 * GPT2.dim**2 + GPT2.dim * GPT2.vocab_size
+    cached = 2 * batch * length * GPT2.num_layers * GPT2.dim
+    return Case(
+        GROUP, "GPT-2 124M decoding", f"{batch}×1 behind {length}{', int8' if int8 else ''}", "float32", build,
+        flops=2 * batch * weights + 2 * cached, bytes=(1 if int8 else 4) * weights + 4 * cached,
+        compute_dtype="int8" if int8 else None, quick=batch == 1,
+        headline=f"GPT-2 124M, a token{', int8' if int8 else ''}" if batch == 1 else "",
+    )  # fmt: skip
+
+
+def random_gpt() -> Gpt:
+    torch.manual_seed(0)
+    return Gpt(GPT2).eval().requires_grad_(False)
+
+
+def filled_caches(model: Gpt, ids: Tensor) -> list[KeyValueCache]:
+    caches = model.empty_caches(len(ids), ids.shape[1] + 16)
+    with torch.no_grad():
+        model.hidden_states(ids, caches, 0)
+    return caches
+
+
+def with_sdpa(model: nn.Module) -> nn.Module:
+    """The model as libraries write it: F.scaled_dot_product_attention on a cache that is written in place."""
+
+    def attend(self, query, key, value, attn_mask, is_causal):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, self.dropout if self.training else 0.0,
+                                              is_causal, enable_gqa=self.num_kv_heads != self.num_heads)  # fmt: skip
+
+    def attend_cached(self, query, key, value, cache, lengths):
+        end = lengths + query.shape[1]
+        cache.key[:, lengths:end], cache.value[:, lengths:end] = key, value
+        key, value = cache.key[:, :end].transpose(1, 2), cache.value[:, :end].transpose(1, 2)
+        gqa = self.num_kv_heads != self.num_heads
+        assert query.shape[1] == 1, "one query sees every key"
+        return F.scaled_dot_product_attention(query.transpose(1, 2), key, value, enable_gqa=gqa).transpose(1, 2)
+
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attend = MethodType(attend, module)
+            module.attend_cached = MethodType(attend_cached, module)
+    return model
+
+
+def similar_logits(ours: Callable[[], Tensor], exact: Callable[[], Tensor]) -> Callable[[], Verdict]:
+    def check() -> Verdict:
+        least = F.cosine_similarity(ours().double(), exact(), dim=-1).min().item()
+        assert least >= MIN_COSINE, f"cosine similarity of the logits to float64 is {least:.4f}, below {MIN_COSINE}"
+        return Verdict(1 - least, 1 - MIN_COSINE, f"cosine to float64 {least:.4f}")
+
+    return check
+
+
+def with_memory(check: Callable[[], Verdict], ours: Callable, theirs: Callable) -> Callable[[], Verdict]:
+    """The check, with both peaks of memory in its note."""
+
+    def checked() -> Verdict:
+        verdict = check()
+        note = f"tensors at the peak: {peak_megabytes(ours):.1f} MB, PyTorch {peak_megabytes(theirs):.1f} MB"
+        return verdict._replace(note="; ".join(filter(None, (verdict.note, note))))
+
+    return checked
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+
+def gpt_training_step(batch: int, seqlen: int) -> Case:
+    """Loss and gradients of every parameter, of a decoder a quarter as wide and deep as GPT-2."""
+    config = GptConfig(vocab_size=4096, dim=384, num_layers=4, num_heads=6, hidden_dim=1536, dropout=0.0)
+
+    def build() -> Subject:
+        torch.manual_seed(0)
+        eager = set_backend(Gpt(config), "eager")
+        ours = set_backend(copy.deepcopy(eager), "auto")
+        ids = torch.randint(config.vocab_size, (batch, seqlen + 1), generator=torch.Generator().manual_seed(1))
+
+        def step(model: nn.Module) -> tuple[Tensor, ...]:
+            loss = causal_lm_loss(model, ids)
+            return loss, *torch.autograd.grad(loss, list(model.parameters()))
+
+        return training_subject(step, ours, eager, {"SDPA": with_sdpa(copy.deepcopy(eager)), "eager": eager})
+
+    weights = 4 * 12 * config.dim**2 + config.dim * config.vocab_size
+    return Case(
+        GROUP, "GPT training step", f"{batch}×{seqlen}×{config.dim}", "float32", build,
+        flops=6 * batch * seqlen * (weights + config.num_layers * seqlen * config.dim), bytes=12 * weights,
+    )  # fmt: skip
+
+
+def bert_training_step(batch: int, seqlen: int, compiled: bool) -> Case:
+    """Masked words: loss and gradients of every parameter of an encoder of MiniLM's shape, half padding."""
+
+    def build() -> Subject:
+        torch.manual_seed(0)
+        stock = BertForPreTraining(MINILM)
+        ours = set_backend(copy.deepcopy(stock), "auto")
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(1000, MINILM.vocab_size, (batch, seqlen), generator=generator)
+        lengths = torch.linspace(seqlen / 4, seqlen, batch).long()
+        ids[torch.arange(seqlen) >= lengths[:, None]] = MINILM.pad_token_id
+        hidden, labels = mask_words(ids, generator, MINILM.vocab_size, 103, 1000)
+        fields = {"input_ids": hidden, "word_labels": labels}
+
+        def step(model: nn.Module) -> tuple[Tensor, ...]:
+            loss = pretraining_loss(model, fields)
+            used = [p for n, p in model.named_parameters() if not n.startswith(("next_sentence", "replaced"))]
+            return loss, *torch.autograd.grad(loss, used)
+
+        peers: dict[str, nn.Module] = {"nn encoder": stock}
+        if compiled:
+            fast = copy.deepcopy(stock)
+            fast.bert = torch.compile(fast.bert)  # type: ignore[assignment]
+            peers = {"torch.compile": fast}
+        return training_subject(step, ours, stock, peers)
+
+    weights = 6 * (4 * 384**2 + 2 * 384 * 1536)
+    return Case(
+        GROUP, "BERT training step", f"{batch}×{seqlen}×384 padded{', compiled peer' if compiled else ''}", "float32",
+        build, flops=6 * batch * seqlen * weights, bytes=12 * (weights + 384 * MINILM.vocab_size),
+        headline="" if compiled else "BERT training step",
+    )  # fmt: skip
+
+
+def training_subject(
+    step: Callable[[nn.Module], tuple[Tensor, ...]], ours: nn.Module, eager: nn.Module, peers: dict[str, nn.Module]
+) -> Subject:
+    check = as_accurate_as_eager(
+        partial(step, ours), partial(step, eager), lambda: step(copy.deepcopy(eager).double()),
+        [f"loss and gradients, {i}" for i in range(len(step(eager)))],
+    )  # fmt: skip
+    callees = {name: partial(step, model) for name, model in peers.items()}
+    ours_step = partial(step, ours)
+    return Subject(ours_step, callees, with_memory(check, ours_step, next(iter(callees.values()))))

@@ -1,0 +1,31 @@
+"""How much memory the tensors of a call hold at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_megabytes(callee: Callable[[], object]) -> float:
+    """The most that torch's allocator has given out at any time during one call, less what it had before, in MB.
+
+    Buffers that kernels keep between calls are no tensors and not counted; nor is what an earlier call left in place.
+    """
+    callee()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        callee()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = callee()
+    # Each event is an allocation, or with a negative size the return of one.
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    del result
+    return peak / 1e6
