@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -19,7 +22,7 @@ def peak_megabytes(callee: Callable[[], object]) -> float:
         before = torch.cuda.memory_allocated()
         callee()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = callee()
     # Each event is an allocation, or with a negative size the return of one.
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -29,3 +32,17 @@ def peak_megabytes(callee: Callable[[], object]) -> float:
         peak = max(peak, held)
     del result
     return peak / 1e6
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Some builds of the profiler announce its start and end on the process's own standard error."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)

@@ -360,3 +360,11 @@ def test_attention_cases_pass_their_own_check(name):
     with cli.fastattn.use_backend("eager"):
         verdict = case.build().check()
     assert verdict.error <= verdict.allowed
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    from bench.memory import peak_megabytes
+
+    # Two operands and their product at once, then the product alone.
+    assert peak_megabytes(lambda: torch.ones(1000, 500) @ torch.ones(500, 1000)) == pytest.approx(8.0, abs=0.1)
+    assert peak_megabytes(lambda: [torch.ones(250_000) for _ in range(4)][-1]) == pytest.approx(4.0, abs=0.1)
