@@ -1,0 +1,263 @@
+"""The modules inside torch's machinery: compile, export, autocast, checkpointing, DDP, FSDP2, copies, files, graphs."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from processes import run_processes
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastattn
+from fastattn._extension import extension, missing_reason
+
+needs_extension = pytest.mark.skipif(extension is None, reason=str(missing_reason))
+needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo")
+DIM = 32
+
+
+class Block(nn.Module):
+    """One of each module, fastattn's or torch's."""
+
+    def __init__(self, library, dropout: float = 0.0, int8: bool = False) -> None:
+        super().__init__()
+        kind = library.MultiHeadAttention if library is fastattn else nn.MultiheadAttention
+        self.attention = kind(DIM, 4, dropout=dropout, batch_first=True)
+        self.norm1, self.norm2 = library.LayerNorm(DIM), library.RMSNorm(DIM)
+        self.linear = nn.Linear(DIM, DIM)
+        if int8:
+            self.linear = fastattn.Int8Linear.from_linear(self.linear)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.attention(y, y, y, key_padding_mask=padding, need_weights=False)[0]
+        return x + self.linear(self.norm2(x))
+
+
+def make_pair(**options) -> tuple[Block, Block]:
+    """fastattn's block and torch's with the same weights."""
+    ours, torchs = Block(fastattn, **options), Block(nn, **options)
+    torchs.load_state_dict(ours.state_dict())
+    return ours, torchs
+
+
+def make_input(batch: int = 2, seqlen: int = 7) -> tuple[Tensor, Tensor]:
+    padding = torch.zeros(batch, seqlen, dtype=torch.bool)
+    padding[0, -2:] = True
+    return torch.randn(batch, seqlen, DIM), padding
+
+
+def gradients(module: nn.Module, x: Tensor, padding: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    return list(torch.autograd.grad(module(x, padding).square().sum(), [x, *module.parameters()]))
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# --- Tracing ----------------------------------------------------------------------------------------------------------
+
+
+@needs_extension
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+def test_compiles_whole_and_once_for_all_shapes(int8):
+    torch._dynamo.reset()
+    block = Block(fastattn, int8=int8)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
+    for batch, seqlen in ((2, 7), (3, 12), (5, 33)):
+        x, padding = make_input(batch, seqlen)
+        torch.testing.assert_close(compiled(x, padding), block(x, padding), rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 1
+    targets = " ".join(str(node.target) for node in graphs[0].graph.nodes)
+    assert "fastattn.attention" in targets and "fastattn.layer_norm" in targets
+    assert not [node for node in graphs[0].graph.nodes if node.target in ("item", "tolist")]
+
+
+@needs_extension
+def test_compiled_training_matches():
+    torch._dynamo.reset()
+    block = Block(fastattn)
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, seqlen in ((2, 7), (3, 12)):
+        x, padding = make_input(batch, seqlen)
+        assert_same(gradients(compiled, x, padding), gradients(block, x, padding))
+
+
+@needs_extension
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+def test_exports_with_dynamic_shapes_and_loads_from_a_file(int8):
+    block = Block(fastattn, int8=int8).eval()
+    batch, seqlen = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("seqlen", min=2, max=512)
+    shape = {0: batch, 1: seqlen}
+    program = torch.export.export(block, make_input(), dynamic_shapes={"x": shape, "padding": shape})
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for sizes in ((2, 7), (3, 19)):
+        x, padding = make_input(*sizes)
+        torch.testing.assert_close(loaded(x, padding), block(x, padding), rtol=1e-5, atol=1e-5)
+
+
+# --- Precision, memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_gives_the_dtypes_of_torch(dtype):
+    ours, torchs = make_pair()
+    x, padding = make_input()
+    results = []
+    for block in (ours, torchs):
+        with torch.autocast("cpu", dtype):
+            out = block(x, padding)
+            y = block.norm1(x)
+            attended = block.attention(y, y, y, need_weights=False)[0]
+        out.float().square().sum().backward()
+        results.append((out, attended, *(p.grad for p in block.parameters())))
+    for name, actual, expected in zip(("out", "attended", *dict(ours.named_parameters())), *results, strict=True):
+        assert actual.dtype == expected.dtype, name
+        assert (actual - expected).abs().max() <= 0.05 * expected.abs().max(), name
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved tensors", "reentrant"])
+def test_checkpointing_repeats_the_very_dropout(use_reentrant):
+    block = Block(fastattn, dropout=0.3)
+    x, padding = make_input()
+
+    class Checkpointed(nn.Module):
+        def forward(self, x, padding):
+            return checkpoint(block, x, padding, use_reentrant=use_reentrant)
+
+    results = []
+    for module in (block, Checkpointed()):
+        torch.manual_seed(3)
+        block.zero_grad()
+        leaf = x.clone().requires_grad_()
+        module(leaf, padding).square().sum().backward()
+        results.append([leaf.grad, *(p.grad.clone() for p in block.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+# --- Copies and files -------------------------------------------------------------------------------------------------
+
+
+def reload_by_torch(block: Block) -> Block:
+    file = io.BytesIO()
+    torch.save(block, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def reload_by_safetensors(block: Block) -> Block:
+    from safetensors.torch import load, save
+
+    fresh = Block(fastattn, int8=isinstance(block.linear, fastattn.Int8Linear))
+    fresh.load_state_dict(load(save(block.state_dict())))
+    return fresh
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda block: pickle.loads(pickle.dumps(block)),
+    "torch.save": reload_by_torch,
+    "safetensors": reload_by_safetensors,
+}
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_compute_the_same_and_share_nothing(how, int8):
+    block, (x, padding) = Block(fastattn, int8=int8), make_input()
+    expected = block(x, padding)
+    twin = COPIES[how](block)
+    assert torch.equal(twin(x, padding), expected)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.zero_()
+        block.linear.weight.zero_()
+    assert torch.equal(twin(x, padding), expected)
+
+
+# --- Several processes ------------------------------------------------------------------------------------------------
+
+
+def train_in_parallel(rank: int) -> None:
+    """Each process takes half of the batch; the gradients must be those of the whole batch in one process."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.manual_seed(1)
+    block, (x, padding) = Block(fastattn), make_input(4, 6)
+    whole = copy.deepcopy(block)
+    whole(x, padding).square().mean().backward()
+    mine = slice(2 * rank, 2 * rank + 2)
+    expected = {name: p.grad for name, p in whole.named_parameters()}
+
+    ddp = DistributedDataParallel(copy.deepcopy(block))
+    ddp(x[mine], padding[mine]).square().mean().backward()
+    for name, parameter in ddp.module.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+    sharded = copy.deepcopy(block)
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(sharded.attention, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    out = sharded(x[mine], padding[mine])
+    torch.testing.assert_close(out, block(x[mine], padding[mine]), rtol=1e-5, atol=1e-5)
+    out.square().mean().backward()
+    for name, parameter in sharded.named_parameters():
+        assert parameter.to_local().numel() < parameter.numel()
+        torch.testing.assert_close(parameter.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-5)
+
+
+@needs_gloo
+def test_ddp_and_fsdp2_give_the_gradients_of_the_whole_batch():
+    run_processes(train_in_parallel)
+
+
+# --- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_cuda_graphs_replay_forward_and_backward():
+    block = Block(fastattn).cuda().half()
+    x = torch.randn(2, 64, DIM, device="cuda", dtype=torch.half, requires_grad=True)
+
+    def step() -> Tensor:
+        return torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()])
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    for actual, expected in zip(captured, step(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_blocks_agree_with_torch():
+    ours, torchs = make_pair()
+    x, padding = make_input()
+    assert_same(gradients(ours, x, padding), gradients(torchs, x, padding))
+    assert F.mse_loss(ours(x, padding), ours(x)) != 0
