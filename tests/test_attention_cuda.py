@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_feature_under_harsh_schedules(feature, mode):
 # --- Tiles -----------------------------------------------------------------------------------------------------------
 
 KINDS = {"plain": {}, "mask": {}, "everything": {"softcap": 5.0, "dropout_p": 0.2}}
-HEAD_DIMS = [(8, 8), (64, 64), (72, 128), (128, 96), (200, 136), (256, 256)]
+HEAD_DIMS = [(8, 32), (64, 64), (96, 80), (72, 128), (192, 128), (256, 256)]
 
 
 @pytest.mark.parametrize("compute_capability", [80, 86, 90, 120])
@@ -208,6 +209,22 @@ def test_misaligned_rows(head_dim, offset):
         rows = torch.full((*tensor.shape[:-1], 64), float("nan"), dtype=tensor.dtype)
         inputs[name] = rows[..., offset : offset + head_dim].copy_(tensor)
     check(case, torch.float16, "emulated", inputs)
+
+
+def test_offsets_beyond_32_bits():
+    """Rows 2**31 elements apart, in memory that is reserved and, but for those rows, never touched."""
+    stride = 2**31 + 64
+    rows = 2
+    try:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+        memory = mmap.mmap(-1, 2 * (rows * stride), flags=flags)
+    except (AttributeError, OSError) as error:
+        pytest.skip(f"8 GiB of address space cannot be reserved: {error}")
+    far = torch.frombuffer(memory, dtype=torch.float16).as_strided((1, 1, rows, 64), (0, 0, stride, 1))
+    inputs = {name: far.copy_(torch.randn(far.shape)) for name in ("query", "key", "value")}
+    near = {name: tensor.contiguous() for name, tensor in inputs.items()}
+    out = fastattn.attention(**inputs, backend="emulated")
+    torch.testing.assert_close(out, fastattn.attention(**near, backend="eager"), rtol=2e-3, atol=1e-3)
 
 
 def test_refuses_what_it_cannot_run():

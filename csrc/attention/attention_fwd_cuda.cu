@@ -5,11 +5,17 @@
 
 namespace fastattn {
 
+extern template const char* launch_fwd_tile<half_t, 32>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
 extern template const char* launch_fwd_tile<half_t, 64>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
+extern template const char* launch_fwd_tile<half_t, 96>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
 extern template const char* launch_fwd_tile<half_t, 128>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
+extern template const char* launch_fwd_tile<half_t, 192>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
 extern template const char* launch_fwd_tile<half_t, 256>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
+extern template const char* launch_fwd_tile<bfloat16_t, 32>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
 extern template const char* launch_fwd_tile<bfloat16_t, 64>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
+extern template const char* launch_fwd_tile<bfloat16_t, 96>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
 extern template const char* launch_fwd_tile<bfloat16_t, 128>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
+extern template const char* launch_fwd_tile<bfloat16_t, 192>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
 extern template const char* launch_fwd_tile<bfloat16_t, 256>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
 
 namespace {
@@ -40,29 +46,17 @@ int heads_packed(const AttentionParams& p) {
   return p.seqlen_q <= kShort ? static_cast<int>(p.heads / p.heads_kv) : 1;
 }
 
-bool is_for(Cards cards, const DeviceLaunch& launch) {
-  const bool before90 = launch.compute_capability < 90, large = launch.shared_bytes_per_block >= 160 * 1024;
-  switch (cards) {
-    case Cards::kBefore90:
-      return before90;
-    case Cards::kLarge:
-      return large;
-    case Cards::kLargeBefore90:
-      return large && before90;
-    default:
-      return true;
-  }
-}
-
 // A tile of 64 rows where there are no more or where heads are packed: half of a larger one would be idle.
 int choose_tile(const AttentionParams& p, const DeviceLaunch& launch) {
   const int64_t head_dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
   const ScoreKind kind = score_kind(p);
   const bool needs_small = p.seqlen_q <= 64;
+  constexpr size_t kLargeSmem = 160 * 1024;
   for (int i = 0; i < kFwdTileCount; ++i) {
     const FwdTile& tile = kFwdTiles[i];
     if (tile.head_dim < head_dim || tile.kind < kind || (needs_small && tile.kind == ScoreKind::kPlain)) continue;
-    if (!is_for(tile.cards, launch)) continue;
+    if (launch.compute_capability >= tile.below) continue;
+    if (tile.large_smem && launch.shared_bytes_per_block < kLargeSmem) continue;
     if (static_cast<size_t>(tile.smem_bytes()) > launch.shared_bytes_per_block) continue;
     return i;
   }
@@ -130,17 +124,23 @@ int heads_per_section(const AttentionParams& p, const FwdPlan& plan) {
 template <typename Element>
 const char* launch_fwd(const FwdPlan& plan, const AttentionFwdArgs& args, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.splits));
-  const char* error = nullptr;
-  switch (kFwdTiles[plan.tile].head_dim) {
-    case 64:
-      error = launch_fwd_tile<Element, 64>(plan.tile, args, grid, stream);
-      break;
-    case 128:
-      error = launch_fwd_tile<Element, 128>(plan.tile, args, grid, stream);
-      break;
-    default:
-      error = launch_fwd_tile<Element, 256>(plan.tile, args, grid, stream);
-  }
+  const auto launch_tile = [&] {
+    switch (kFwdTiles[plan.tile].head_dim) {
+      case 32:
+        return launch_fwd_tile<Element, 32>(plan.tile, args, grid, stream);
+      case 64:
+        return launch_fwd_tile<Element, 64>(plan.tile, args, grid, stream);
+      case 96:
+        return launch_fwd_tile<Element, 96>(plan.tile, args, grid, stream);
+      case 128:
+        return launch_fwd_tile<Element, 128>(plan.tile, args, grid, stream);
+      case 192:
+        return launch_fwd_tile<Element, 192>(plan.tile, args, grid, stream);
+      default:
+        return launch_fwd_tile<Element, 256>(plan.tile, args, grid, stream);
+    }
+  };
+  const char* error = launch_tile();
   if (error != nullptr || plan.splits == 1) return error;
   return launch_combine_splits<Element>(args, stream);
 }

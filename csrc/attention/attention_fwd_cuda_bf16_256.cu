@@ -1,5 +1,6 @@
 #include "attention/attention_fwd_launch.cuh"
 
 namespace fastattn {
+template const char* launch_fwd_tile<bfloat16_t, 192>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
 template const char* launch_fwd_tile<bfloat16_t, 256>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
-}
+}  // namespace fastattn

@@ -8,18 +8,13 @@
 
 namespace fastattn {
 
-// Which cards a tile is for. Shared memory is that of one multiprocessor: two blocks must fit.
-enum class Cards : int {
-  kAll,
-  kBefore90,       // elsewhere its registers spill
-  kLarge,          // 160 KiB of shared memory and more: 8.0, 8.7, 9.0, 10.x
-  kLargeBefore90,  // 8.0, 8.7
-};
-
 struct FwdTile {
   int head_dim;
   ScoreKind kind;
-  Cards cards;
+  // For compute capabilities below this (newer code generators spill the largest tiles' registers), ...
+  int below;
+  // ... and for cards with 160 KiB of shared memory a multiprocessor (8.0, 8.7, 9.0, 10.x), or all.
+  bool large_smem;
   int row_tiles, warps, block_k;
 
   constexpr int block_q() const { return 16 * row_tiles * warps; }
@@ -27,23 +22,28 @@ struct FwdTile {
   constexpr int smem_bytes() const { return (block_q() + 2 * block_k) * ((head_dim + 63) / 64) * 128; }
 };
 
+constexpr int kAnyCapability = 1 << 30;
+
 // The first tile that fits is taken. Two row tiles a warp halve the reads of shared memory for each product, and two
 // blocks a multiprocessor hide each other's barriers and softmax; so a thread may have 255 registers, of which scores
 // take block_k / 2 a row tile and the output head_dim / 2. Masks, ALiBi and dropout need the rest, and get one row
 // tile.
 // clang-format off
 constexpr FwdTile kFwdTiles[] = {
-    {64, ScoreKind::kPlain, Cards::kBefore90, 2, 4, 128},      // 128 x 128, 48 KiB
-    {64, ScoreKind::kPlain, Cards::kAll, 2, 4, 64},            // 128 x 64, 32 KiB
-    {64, ScoreKind::kMask, Cards::kAll, 1, 4, 64},             // 64 x 64, 24 KiB
-    {64, ScoreKind::kEverything, Cards::kAll, 1, 4, 64},
-    {128, ScoreKind::kPlain, Cards::kLargeBefore90, 2, 4, 64}, // 128 x 64, 64 KiB
-    {128, ScoreKind::kPlain, Cards::kAll, 2, 4, 32},           // 128 x 32, 48 KiB
-    {128, ScoreKind::kMask, Cards::kAll, 1, 4, 64},            // 64 x 64, 48 KiB
-    {128, ScoreKind::kEverything, Cards::kAll, 1, 4, 64},
-    {256, ScoreKind::kPlain, Cards::kLarge, 1, 8, 64},         // 128 x 64, 128 KiB
-    {256, ScoreKind::kMask, Cards::kAll, 1, 4, 64},            // 64 x 64, 96 KiB
-    {256, ScoreKind::kEverything, Cards::kAll, 1, 4, 64},
+    {32, ScoreKind::kPlain, 120, false, 2, 4, 128},            // 128 x 128, 48 KiB
+    {64, ScoreKind::kPlain, 90, false, 2, 4, 128},             // 128 x 128, 48 KiB
+    {64, ScoreKind::kPlain, kAnyCapability, false, 2, 4, 64},  // 128 x 64, 32 KiB
+    {64, ScoreKind::kMask, kAnyCapability, false, 1, 4, 64},   // 64 x 64, 24 KiB
+    {64, ScoreKind::kEverything, kAnyCapability, false, 1, 4, 64},
+    {96, ScoreKind::kPlain, 100, true, 2, 4, 64},              // 128 x 64, 64 KiB
+    {128, ScoreKind::kPlain, 90, true, 2, 4, 64},              // 128 x 64, 64 KiB
+    {128, ScoreKind::kPlain, kAnyCapability, false, 2, 4, 32}, // 128 x 32, 48 KiB
+    {128, ScoreKind::kMask, kAnyCapability, false, 1, 4, 64},  // 64 x 64, 48 KiB
+    {128, ScoreKind::kEverything, kAnyCapability, false, 1, 4, 64},
+    {192, ScoreKind::kPlain, kAnyCapability, true, 1, 8, 64},  // 128 x 64, 96 KiB
+    {256, ScoreKind::kPlain, kAnyCapability, true, 1, 8, 64},  // 128 x 64, 128 KiB
+    {256, ScoreKind::kMask, kAnyCapability, false, 1, 4, 64},  // 64 x 64, 96 KiB
+    {256, ScoreKind::kEverything, kAnyCapability, false, 1, 4, 64},
 };
 // clang-format on
 constexpr int kFwdTileCount = static_cast<int>(sizeof(kFwdTiles) / sizeof(kFwdTiles[0]));
