@@ -1,9 +1,13 @@
-"""``python -m bench [attention|layer_norm|int8_matmul|models|all]``: checks, times, prints a table, writes a report."""
+"""``python -m bench [attention|layer_norm|int8_matmul|models|all]``: checks, times, prints a table, writes a report.
+
+With ``--device cuda`` on a GPU: other rows, another clock, other peers (gpu_cases, gpu_timing, gpu_peers).
+"""
 
 from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -14,8 +18,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import fastattn
-from bench import bench_attention, bench_int8_matmul, bench_layer_norm, bench_models, machine, page, peaks, plot, report
+from bench import (
+    bench_attention,
+    bench_int8_matmul,
+    bench_layer_norm,
+    bench_models,
+    gpu_cases,
+    machine,
+    page,
+    peaks,
+    plot,
+    report,
+)
 from bench.case import Case
+from bench.gpu_timing import Gpu
 from bench.run import OK, Effort, Row, run_case
 from bench.table import microseconds, print_report
 from bench.timing import ForeignLoad
@@ -28,31 +44,39 @@ FULL_RUN_S, QUICK_RUN_S = 520.0, 100.0
 
 What = Enum("What", {name: name for name in (*GROUPS, "all")}, type=str)
 Backend = Enum("Backend", {name: name for name in fastattn.available_backends()}, type=str)
+Device = Enum("Device", {name: name for name in ("cpu", "cuda")}, type=str)
 Dtype = Enum("Dtype", {name: name for name in ("float32", "bfloat16", "float16")}, type=str)
 
 app = typer.Typer(add_completion=False)
 
 
-def select_cases(what: str = "all", dtype: str | None = None, quick: bool = False, match: str = "") -> list[Case]:
+def select_cases(
+    what: str = "all", dtype: str | None = None, quick: bool = False, match: str = "", device: str = "cpu"
+) -> list[Case]:
     """The rows that a command line asks for, in the table's order."""
     wanted = match.lower().replace("×", "x")
-    groups = GROUPS.values() if what == "all" else [GROUPS[what]]
+    if device == "cuda":
+        found = [case for case in gpu_cases.cases() if what in ("all", case.group)]
+    else:
+        found = [case for group in (GROUPS.values() if what == "all" else [GROUPS[what]]) for case in group.cases()]
     return [
         case
-        for group in groups
-        for case in group.cases()
+        for case in found
         if (dtype is None or case.dtype == dtype) and (case.quick or not quick) and wanted in case.plain_name.lower()
     ]
 
 
-def run_cases(cases: list[Case], backend: str, effort: Effort, aim_s: float, console: Console) -> report.Run:
+def run_cases(
+    cases: list[Case], backend: str, effort: Effort, aim_s: float, console: Console, gpu: Gpu | None = None
+) -> report.Run:
     """Runs ``cases`` in turn with a progress bar (a line a case where the output is no terminal).
 
     Where a busy machine would take it past ``aim_s`` in all, rows are measured more shortly and not repeated.
     """
     start, load = time.perf_counter(), ForeignLoad()
-    here = machine.describe(torch.get_num_threads())
-    roofs = peaks.measure(here.l3_bytes)
+    here = machine.describe(torch.get_num_threads(), "cpu" if gpu is None else "cuda")
+    clocks = "" if gpu is None else gpu.clocks()
+    roofs = _measure_peaks(here, gpu)
     rows: list[Row] = []
     columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -60,14 +84,23 @@ def run_cases(cases: list[Case], backend: str, effort: Effort, aim_s: float, con
         for case in cases:
             progress.update(task, description=f"{case.op} {case.shape}"[: max(10, console.width - 52)])
             share = (aim_s - (time.perf_counter() - start)) / (len(cases) - len(rows))
-            rows.append(run_case(case, backend, effort.within(share)))
+            rows.append(run_case(case, backend, effort.within(share), gpu))
             progress.advance(task)
             if not console.is_terminal:
                 console.print(f"{len(rows)}/{len(cases)}  {case.name}  {_outcome(rows[-1])}", highlight=False)
     # Measured before and after: others may have slowed the machine at one of the two times.
-    roofs = roofs.best_of(peaks.measure(here.l3_bytes))
+    roofs = roofs.best_of(_measure_peaks(here, gpu))
+    if gpu is not None:
+        here = replace(here, clocks=f"before: {clocks}; after: {gpu.clocks()}")
     rows = [row.under(roofs) for row in rows]
     return report.Run(here, roofs, rows, time.perf_counter() - start, load.stop())
+
+
+def _measure_peaks(here: machine.Machine, gpu: Gpu | None) -> peaks.Peaks:
+    if gpu is None:
+        return peaks.measure(here.l3_bytes)
+    with gpu.building():
+        return peaks.measure_gpu(here.l3_bytes, gpu.best_seconds)
 
 
 def _outcome(row: Row) -> str:
@@ -89,7 +122,11 @@ def write_report(run: report.Run, folder: Path) -> None:
 @app.command()
 def main(
     what: Annotated[What, typer.Argument(help="which op")] = What.all,
-    backend: Annotated[Backend, typer.Option(help="whose kernels; a case it refuses says why")] = Backend.cpu,
+    device: Annotated[Device, typer.Option(help="where tensors are")] = Device.cpu,
+    backend: Annotated[
+        Backend | None,
+        typer.Option(help="whose kernels; a case it refuses says why", show_default="as the device"),
+    ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="only rows of this dtype")] = None,
     match: Annotated[str, typer.Option(help='only rows with this in their name: "causal", "12x128x64"')] = "",
     quick: Annotated[bool, typer.Option("--quick", help="fewer rows, shorter timing: about two minutes")] = False,
@@ -103,17 +140,20 @@ def main(
     Exits with 1 if an answer is wrong, 2 if nothing can run.
     """
     console = Console(width=None if sys.stdout.isatty() else 100)
-    reason = fastattn.available_backends()[backend.value]
+    name = backend.value if backend else device.value
+    reason = fastattn.available_backends()[name]
+    if device is Device.cuda and not torch.cuda.is_available():
+        reason = "PyTorch finds no CUDA device"
     if reason is not None:
-        console.print(f"[bold red]backend {backend.value!r} cannot run here:[/] {reason}", highlight=False)
+        console.print(f"[bold red]backend {name!r} cannot run here:[/] {reason}", highlight=False)
         raise typer.Exit(2)
-    cases = select_cases(what.value, dtype.value if dtype else None, quick, match)
+    cases = select_cases(what.value, dtype.value if dtype else None, quick, match, device.value)
     if not cases:
         console.print("[bold red]no case fits these options[/]")
         raise typer.Exit(2)
     torch.set_num_threads(threads or torch.get_num_threads())
     effort, aim_s = (QUICK, QUICK_RUN_S) if quick else (Effort(), FULL_RUN_S)
-    run = run_cases(cases, backend.value, effort, aim_s, console)
+    run = run_cases(cases, name, effort, aim_s, console, Gpu() if device is Device.cuda else None)
     print_report(run, console)
     folder = HERE / "results" / run.machine.slug if save else out
     write_report(run, folder)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
-from bench.case import Case, Subject, as_accurate_as_eager, gradients, like, torch_dtype
+from bench.case import Case, Subject, as_accurate_as_eager, gradients, like, seeded_generator, torch_dtype
 
 Shape = tuple[int, int, int, int]  # batch, heads, seqlen, head_dim
 GROUP = "attention"
@@ -53,7 +53,7 @@ def _above_diagonal(seqlen_q: int, seqlen_k: int) -> Tensor:
 
 
 def make_qkv(shape: Shape, dtype: str, grad: bool = False) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded_generator(0)
     return [torch.randn(shape, generator=generator).to(torch_dtype(dtype)).requires_grad_(grad) for _ in range(3)]
 
 
@@ -119,7 +119,7 @@ def build_from_forms(
     names: tuple[str, ...] = ("dq", "dk", "dv"),
 ) -> Subject:
     """A subject from functions of the same tensors, ours under "fastattn"; ``definition`` is what ours must match."""
-    dout = torch.randn(definition_shape(inputs), generator=torch.Generator().manual_seed(1)).to(inputs[0].dtype)
+    dout = torch.randn(definition_shape(inputs), generator=seeded_generator(1)).to(inputs[0].dtype)
 
     def callee(form: Callable[..., Tensor], tensors: list[Tensor], cotangent: Tensor) -> Callable:
         differentiable = [t for t in tensors if t.requires_grad]
@@ -192,7 +192,7 @@ def bias_gradient(shape: Shape) -> Case:
     _, heads, seqlen, _ = shape
 
     def build() -> Subject:
-        bias = torch.randn(1, heads, seqlen, seqlen, generator=torch.Generator().manual_seed(2), requires_grad=True)
+        bias = torch.randn(1, heads, seqlen, seqlen, generator=seeded_generator(2), requires_grad=True)
         forms = {"fastattn": fastattn.attention, "SDPA": F.scaled_dot_product_attention, "eager": eager}
         inputs = [*make_qkv(shape, "float32", grad=True), bias]
         return build_from_forms(forms, eager, inputs, "forward + backward", names=("dq", "dk", "dv", "dbias"))
@@ -241,7 +241,7 @@ def decode(batch: int, heads: int, heads_kv: int, seqlen_k: int, head_dim: int) 
     """One new token against a long cache, with grouped queries: bound by reading the keys and values."""
 
     def build() -> Subject:
-        generator = torch.Generator().manual_seed(0)
+        generator = seeded_generator(0)
         q = torch.randn(batch, heads, 1, head_dim, generator=generator)
         k, v = (torch.randn(batch, heads_kv, seqlen_k, head_dim, generator=generator) for _ in range(2))
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastattn
-from bench.case import Case, Subject, Verdict, as_accurate_as_eager
+from bench.case import Case, Subject, Verdict, as_accurate_as_eager, seeded_generator
 
 GROUP = "int8_matmul"
 ACTIVATIONS = {None: lambda x: x, "gelu": F.gelu}
@@ -39,7 +39,7 @@ def linear(rows: int, in_features: int, out_features: int, activation: str | Non
 
 
 def build(rows: int, in_features: int, out_features: int, activation: str | None) -> Subject:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded_generator(0)
     layer = make_linear(in_features, out_features)
     x = torch.randn(rows, in_features, generator=generator)
     ours = fastattn.Int8Linear.from_linear(layer)
@@ -81,7 +81,7 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 @cache
 def make_linear(in_features: int, out_features: int) -> nn.Linear:
     """The same layer for each number of rows; normal weights as trained ones roughly are."""
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded_generator(1)
     layer = nn.Linear(in_features, out_features).requires_grad_(False)
     layer.weight.normal_(std=in_features**-0.5, generator=generator)
     layer.bias.normal_(std=0.1, generator=generator)

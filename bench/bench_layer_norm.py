@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
-from bench.case import Case, Subject, as_accurate_as_eager, gradients, like, torch_dtype
+from bench.case import Case, Subject, as_accurate_as_eager, gradients, like, seeded_generator, torch_dtype
 
 GROUP = "layer_norm"
 EPS = 1e-5
@@ -96,7 +96,7 @@ def norm(op: str, direction: str, rows: int, columns: int, dtype: str = "float32
 
 def build(op: str, direction: str, rows: int, columns: int, dtype: str) -> Subject:
     ours, theirs, definition, activations, weights = forms(op, columns)
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded_generator(0)
     kind, grad = torch_dtype(dtype), direction == "backward"
     tensors = [torch.randn(rows, columns, generator=generator).to(kind) for _ in range(activations)]
     tensors += [(1 + 0.1 * torch.randn(columns, generator=generator)).to(kind) for _ in weights]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fastattn
 from bench import bench_generation
 from bench.bench_int8_matmul import ENGINES, dynamically_quantised
-from bench.case import Case, Subject, Verdict, as_accurate_as_eager
+from bench.case import Case, Subject, Verdict, as_accurate_as_eager, seeded_generator
 from bench.sentences import SENTENCES
 from models.minilm import SentenceEncoder, find_weights, mean_pool, tokenize
 
@@ -110,7 +110,7 @@ def make_attention() -> nn.MultiheadAttention:
 
 
 def make_input(batch: int, seqlen: int, seed: int = 1) -> Tensor:
-    return torch.randn(batch, seqlen, EMBED_DIM, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(batch, seqlen, EMBED_DIM, generator=seeded_generator(seed))
 
 
 def padding(batch: int, seqlen: int) -> Tensor:

@@ -72,6 +72,11 @@ def torch_dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
+def seeded_generator(seed: int) -> torch.Generator:
+    """For tensors on the default device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def as_tuple(tensors: Tensors) -> tuple[Tensor, ...]:
     return (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
 

@@ -86,8 +86,8 @@ def render(run: Run) -> str:
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>fastattn on {escape(machine.cpu)}</title><style>{STYLE}</style></head><body><main>"
-        f"<header><h1>fastattn against PyTorch</h1><p class='soft'>{escape(machine.cpu)}, {machine.threads} threads, "
+        f"<title>fastattn on {escape(machine.gpu or machine.cpu)}</title><style>{STYLE}</style></head><body><main>"
+        f"<header><h1>fastattn against PyTorch</h1><p class='soft'>{escape(machine.device)}, "
         f"{escape(machine.date)}. Every answer was checked against float64 before it was timed.</p>{_figures(run.rows)}"
         f"<dl>{facts}</dl></header>{body}"
         f"<section><h2>All numbers</h2><p class='soft'>{escape(LEGEND)}</p>{_tables(run.rows)}</section>"

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 GEMM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+GPU_GEMM_DTYPES = {**GEMM_DTYPES, "float16": torch.float16}
+Best = Callable[[Callable[[], object], float], float]  # (callee, budget_s) -> seconds of its fastest call
 
 
 def streams(flops: float, bytes_: float) -> bool:
@@ -68,25 +70,31 @@ def best_seconds(callee: Callable[[], object], budget_s: float) -> float:
 GEMM_SHAPES = ((256, 256, 256), (512, 768, 768), (512, 3072, 768), (1024, 1024, 1024), (512, 4096, 4096))
 
 
-def gemm_peak(dtype: torch.dtype, budget_s: float) -> float:
+GPU_GEMM_SHAPES = ((4096, 4096, 4096), (8192, 8192, 8192), (8192, 8192, 4096))
+
+
+GPU_COPY_BYTES = 512 << 20
+
+
+def gemm_peak(dtype: torch.dtype, budget_s: float, shapes: tuple = GEMM_SHAPES, best_of: Best = best_seconds) -> float:
     """Gop/s of the best matrix product of ``dtype``; int8 counts torch._int_mm, which multiplies and does not scale."""
     best = 0.0
-    for m, n, k in GEMM_SHAPES:
+    for m, n, k in shapes:
         if dtype == torch.int8:
             a, b = (torch.randint(-127, 128, shape, dtype=dtype) for shape in ((m, k), (n, k)))
-            seconds = best_seconds(lambda a=a, b=b: torch._int_mm(a, b.t()), budget_s)
+            seconds = best_of(lambda a=a, b=b: torch._int_mm(a, b.t()), budget_s)
         else:
             a, b, out = (torch.randn(shape).to(dtype) for shape in ((m, k), (k, n), (m, n)))
-            seconds = best_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), budget_s)
+            seconds = best_of(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), budget_s)
         best = max(best, 2e-9 * m * n * k / seconds)
     return best
 
 
-def copy_peak(bytes_each: int, budget_s: float) -> float:
+def copy_peak(bytes_each: int, budget_s: float, best_of: Best = best_seconds) -> float:
     """GB/s of Tensor.copy_, reads and writes both counted, into memory that is already mapped."""
     source = torch.zeros(bytes_each // 4)
     target = torch.zeros_like(source)
-    return 2e-9 * bytes_each / best_seconds(lambda: target.copy_(source), budget_s)
+    return 2e-9 * bytes_each / best_of(lambda: target.copy_(source), budget_s)
 
 
 def measure(cache_bytes: int, budget_s: float = 0.15) -> Peaks:
@@ -95,5 +103,15 @@ def measure(cache_bytes: int, budget_s: float = 0.15) -> Peaks:
         gemm={name: gemm_peak(dtype, budget_s) for name, dtype in GEMM_DTYPES.items()},
         copy_cache=max(copy_peak(size, budget_s) for size in (1 << 18, 1 << 20, 1 << 21)),
         copy_memory=copy_peak(max(64 << 20, 2 * cache_bytes), budget_s),
+        cache_bytes=cache_bytes,
+    )
+
+
+def measure_gpu(cache_bytes: int, best_of: Best, budget_s: float = 0.15) -> Peaks:
+    """Every peak of the default device, a GPU, by ``best_of``, which times on it."""
+    return Peaks(
+        gemm={name: gemm_peak(dtype, budget_s, GPU_GEMM_SHAPES, best_of) for name, dtype in GPU_GEMM_DTYPES.items()},
+        copy_cache=max(copy_peak(cache_bytes // part, budget_s, best_of) for part in (8, 4)),
+        copy_memory=copy_peak(max(GPU_COPY_BYTES, 8 * cache_bytes), budget_s, best_of),
         cache_bytes=cache_bytes,
     )

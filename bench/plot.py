@@ -47,9 +47,7 @@ def write_png(run: Run, path: Path) -> bool:
     machine = run.machine
     inch = 1 / figure.get_figheight()
     title = "Times as fast as the strongest form of PyTorch"
-    where = (
-        f"{machine.cpu}, {machine.threads} threads, torch {machine.torch}, fastattn {machine.commit}, {machine.date}"
-    )
+    where = f"{machine.device}, torch {machine.torch}, fastattn {machine.commit}, {machine.date}"
     figure.text(0.012, 1 - 0.14 * inch, title, va="top", color=INK, fontsize=12, weight="bold")
     figure.text(0.012, 0.08 * inch, where, va="bottom", color=SOFT, fontsize=8)
     figure.savefig(path, dpi=160)

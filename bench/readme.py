@@ -21,11 +21,12 @@ README = ROOT / "README.md"
 
 
 def newest_results() -> tuple[Path, Run]:
-    """The latest run under bench/results."""
-    files = list((ROOT / "bench" / "results").glob("*/results.json"))
-    if not files:
-        raise SystemExit("bench/results has no results.json: run `python -m bench --save` first.")
-    return max(((path.parent, read_json(path)) for path in files), key=lambda found: found[1].machine.date)
+    """The latest run on a processor under bench/results."""
+    files = (ROOT / "bench" / "results").glob("*/results.json")
+    runs = [(path.parent, run) for path in files if not (run := read_json(path)).machine.gpu]
+    if not runs:
+        raise SystemExit("bench/results has no results.json of a processor: run `python -m bench --save` first.")
+    return max(runs, key=lambda found: found[1].machine.date)
 
 
 def machine_line(run: Run) -> str:

@@ -68,7 +68,12 @@ CSV_COLUMNS = (
 def write_csv(run: Run, path: Path) -> None:
     """A tidy table; a row without times (refused, failed) is one line without a peer."""
     machine = run.machine
-    where = {"device": machine.cpu, "threads": machine.threads, "isa": machine.isa, "torch": machine.torch}
+    where = {
+        "device": machine.gpu or machine.cpu,
+        "threads": machine.threads,
+        "isa": machine.isa,
+        "torch": machine.torch,
+    }
     where |= {"commit": machine.commit, "date": machine.date}
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, CSV_COLUMNS)

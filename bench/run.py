@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 
 import fastattn
-from bench.case import Case
+from bench.case import Case, Verdict
+from bench.gpu_timing import Gpu, Rotation, copies, gpu_sample, is_cold
 from bench.peaks import Peaks
 from bench.timing import Comparison, Ratios, Times, compare, threads
 
@@ -98,8 +99,8 @@ class Effort:
         )
 
 
-def run_case(case: Case, backend: str, effort: Effort) -> Row:
-    """Checks ``case`` on ``backend`` and times it if it passes.
+def run_case(case: Case, backend: str, effort: Effort, gpu: Gpu | None = None) -> Row:
+    """Checks ``case`` on ``backend`` and times it if it passes, on ``gpu`` if there is one.
 
     A backend that refuses the case gives a row that says so. A wrong answer and an error of any kind give a FAILED row.
     """
@@ -109,7 +110,7 @@ def run_case(case: Case, backend: str, effort: Effort) -> Row:
         with fastattn.use_backend(backend), warnings.catch_warnings():
             # torch announces prototypes (nested tensors) and successors on the peers' side.
             warnings.simplefilter("ignore")
-            return _check_and_time(case, effort, facts)
+            return _check_and_time(case, effort, facts) if gpu is None else _check_and_time_on(gpu, case, effort, facts)
     except NotImplementedError as refusal:
         return Row(**facts, status=REFUSED, note=str(refusal))
     except AssertionError as wrong:
@@ -125,11 +126,34 @@ def _check_and_time(case: Case, effort: Effort, facts: dict) -> Row:
         {"fastattn": subject.ours, **subject.peers}, budget_s=effort.budget_s, retries=effort.retries
     )  # fmt: skip
     one_thread = _one_thread_ratio(subject.ours, subject.peers, comparison, effort)
-    notes = [note for note in (verdict.note, comparison.disturbance) if note]
+    return _row(case, facts, verdict, comparison, [verdict.note], one_thread)
+
+
+def _check_and_time_on(gpu: Gpu, case: Case, effort: Effort, facts: dict) -> Row:
+    count = copies(case.bytes, gpu.l2_bytes)
+    with gpu.building():
+        subjects = [case.build() for _ in range(count)]
+        verdict = subjects[0].check()
+        rotations = {"fastattn": Rotation(gpu, [subject.ours for subject in subjects])}
+        for name in subjects[0].peers:
+            rotations[name] = Rotation(gpu, [subject.peers[name] for subject in subjects])
+        comparison = compare(
+            rotations, budget_s=effort.budget_s, retries=effort.retries, take_sample=gpu_sample, watch_cpu=False
+        )
+        notes = [verdict.note, *(f"{name} {each.note}" for name, each in rotations.items() if each.note)]
+        if not is_cold(case.bytes, count, gpu.l2_bytes):
+            notes.append("operands fit in L2")
+        del subjects, rotations
+    return _row(case, facts, verdict, comparison, notes, None)
+
+
+def _row(
+    case: Case, facts: dict, verdict: Verdict, comparison: Comparison, notes: list[str], one_thread: float | None
+) -> Row:
     return Row(
         **facts,
         status=OK,
-        note="; ".join(notes),
+        note="; ".join(note for note in (*notes, comparison.disturbance) if note),
         times=comparison.subject,
         peers=[
             Peer(

@@ -44,6 +44,7 @@ def header_lines(run: Run) -> list[tuple[str, str]]:
     load = "unknown" if run.foreign_cpus is None else f"{run.foreign_cpus:.2f} CPUs on average"
     return [
         ("machine", f"{machine.cpu} (family {machine.family}), {machine.threads} threads, {machine.isa} kernels"),
+        *([("GPU", f"{machine.gpu}; {machine.gpu_software}; {machine.clocks}")] if machine.gpu else []),
         ("software", f"torch {machine.torch}, Python {machine.python}, {machine.system}, commit {machine.commit}"),
         ("peaks", f"GEMM Gop/s: {gemm}"),
         ("", f"copy GB/s: {peaks.copy_cache:.0f} in cache · {peaks.copy_memory:.0f} in memory"),
