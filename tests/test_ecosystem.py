@@ -77,9 +77,12 @@ def test_compiles_whole_and_once_for_all_shapes(int8):
         graphs.append(graph)
         return graph
 
-    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
+    # Dimensions marked, not dynamic=True, with which dynamo would read options that are floats by .item() itself.
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
     for batch, seqlen in ((2, 7), (3, 12), (5, 33)):
         x, padding = make_input(batch, seqlen)
+        for tensor, dim in ((x, 0), (x, 1), (padding, 0), (padding, 1)):
+            torch._dynamo.mark_dynamic(tensor, dim)
         torch.testing.assert_close(compiled(x, padding), block(x, padding), rtol=1e-5, atol=1e-5)
     assert len(graphs) == 1
     targets = " ".join(str(node.target) for node in graphs[0].graph.nodes)
