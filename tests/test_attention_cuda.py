@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
+import sys
 
 import pytest
 import torch
@@ -34,6 +35,23 @@ def test_feature_under_harsh_schedules(feature, mode):
     mode.apply()
     # The dtypes take turns; test_attention.py has all of them in the plain schedule.
     check(FEATURES[feature], HALF[mode.seed % 2], "emulated")
+
+
+SEES_NOTHING = {
+    "no_keys": Case(batch=1, heads=2, seqlen_q=130, seqlen_k=0),
+    "mask": Case(batch=1, heads=2, seqlen_q=130,
+                 tensors={"attn_mask": lambda case: torch.zeros(1, 1, dtype=torch.bool)}),
+    "causal": Case(batch=1, heads=2, seqlen_q=300, seqlen_k=20,
+                   options={"is_causal": True, "alignment": "bottom_right"}),
+}  # fmt: skip
+
+
+@each_harsh_mode
+@pytest.mark.parametrize("kind", SEES_NOTHING)
+def test_row_tiles_that_see_nothing(kind, mode):
+    """They skip the loop over the keys, and with it the barriers that other tiles rely on."""
+    mode.apply(multiprocessors=1)
+    check(SEES_NOTHING[kind], torch.float16, "emulated")
 
 
 # --- Tiles -----------------------------------------------------------------------------------------------------------
@@ -211,17 +229,16 @@ def test_misaligned_rows(head_dim, offset):
     check(case, torch.float16, "emulated", inputs)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reserves memory with Linux's MAP_NORESERVE")
 def test_offsets_beyond_32_bits():
     """Rows 2**31 elements apart, in memory that is reserved and, but for those rows, never touched."""
-    stride = 2**31 + 64
-    rows = 2
-    try:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
-        memory = mmap.mmap(-1, 2 * (rows * stride), flags=flags)
-    except (AttributeError, OSError) as error:
-        pytest.skip(f"8 GiB of address space cannot be reserved: {error}")
-    far = torch.frombuffer(memory, dtype=torch.float16).as_strided((1, 1, rows, 64), (0, 0, stride, 1))
-    inputs = {name: far.copy_(torch.randn(far.shape)) for name in ("query", "key", "value")}
+    stride, map_noreserve = 2**31 + 64, 0x4000
+    memory = mmap.mmap(-1, 2 * (stride + 3 * 64), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | map_noreserve)
+    elements = torch.frombuffer(memory, dtype=torch.float16)
+    inputs = {}
+    for i, name in enumerate(("query", "key", "value")):
+        far = elements[64 * i :].as_strided((1, 1, 2, 64), (0, 0, stride, 1))
+        inputs[name] = far.copy_(torch.randn(far.shape))
     near = {name: tensor.contiguous() for name, tensor in inputs.items()}
     out = fastattn.attention(**inputs, backend="emulated")
     torch.testing.assert_close(out, fastattn.attention(**near, backend="eager"), rtol=2e-3, atol=1e-3)
