@@ -54,24 +54,20 @@ class Case:
         return tensors | {name: build(self) for name, build in self.tensors.items()}
 
 
-def run(
-    case: Case, inputs: dict[str, Tensor], backend: str, wide: bool = False, backward: bool = True
-) -> dict[str, Tensor]:
+def run(case: Case, inputs: dict[str, Tensor], backend: str, wide: bool = False) -> dict[str, Tensor]:
     """out, lse and the gradient of every floating input but the slopes, for random gradients of out and lse.
 
     ``wide`` runs in float64 on the same values.
     """
     to = (lambda t: t.double() if t.is_floating_point() else t) if wide else (lambda t: t)
     leaves = {name: to(tensor).detach() for name, tensor in inputs.items()}
-    learned = [name for name, t in leaves.items() if backward and t.is_floating_point() and name != "alibi_slopes"]
+    learned = [name for name, t in leaves.items() if t.is_floating_point() and name != "alibi_slopes"]
     for name in learned:
         leaves[name].requires_grad_()
     torch.manual_seed(2)
     out, lse = fastattn.attention(
         **leaves, enable_gqa=case.heads_kv is not None, return_lse=True, backend=backend, **case.options
     )
-    if not backward:
-        return {"out": out, "lse": lse}
     dout, dlse = _cotangents(out, lse, inputs["query"].dtype)
     gradients = torch.autograd.grad((out, lse), [leaves[name] for name in learned], (dout, dlse))
     return {"out": out, "lse": lse} | {f"d{name}": grad for name, grad in zip(learned, gradients, strict=True)}
@@ -95,8 +91,13 @@ def _roundings(case: Case, inputs: dict[str, Tensor], reference: dict[str, Tenso
     key, value = inputs["key"], inputs["value"].double()
     value = value.repeat_interleave(case.heads // max(value.shape[1], 1), dim=1)
     dropout_p = case.options.get("dropout_p", 0.0)
-    dp = _largest(dout @ value.mT) * (1 / (1 - dropout_p) if dropout_p < 1 else 0)
+    dp = (dout.double() @ value.mT) * (1 / (1 - dropout_p) if dropout_p < 1 else 0)
+    dp, typical_dp = _largest(dp), dp.square().mean().nan_to_num().sqrt().item()
     ds = value.shape[-1] ** 0.5 * ulp(dp, dtype)
+    # Kernels for 16-bit inputs round P for its product with v: out, and with it D, is off by as much again as by its
+    # own rounding.
+    if inputs["query"].element_size() == 2:
+        ds += 0.5 * ulp(1.0, inputs["query"].dtype) * typical_dp
     scale = case.options.get("scale", case.head_dim**-0.5)
     factors = {"dquery": abs(scale) * _largest(key), "dkey": abs(scale) * _largest(inputs["query"]), "dvalue": 0.0}
 
@@ -121,15 +122,12 @@ def _largest(tensor: Tensor) -> float:
 
 
 def check(case: Case, dtype: torch.dtype, backend: str, inputs: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Asserts that ``backend`` is as accurate as eager on ``case``, forward and, if it has one, backward; skips what it
-    refuses."""
+    """Asserts that ``backend`` is as accurate as eager on ``case``, forward and backward; skips what it refuses."""
     inputs = case.inputs(dtype) if inputs is None else inputs
     try:
         actual = run(case, inputs, backend)
     except NotImplementedError as refusal:
-        if "no backward" not in str(refusal):
-            pytest.skip(str(refusal))
-        actual = run(case, inputs, backend, backward=False)
+        pytest.skip(str(refusal))
     eager = run(case, inputs, "eager")
     reference = run(case, inputs, "eager", wide=True)
     roundings = _roundings(case, inputs, reference)

@@ -236,7 +236,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const OptionalTensor& sinks, const OptionalTensor& rng_state, double dropout_p, bool is_causal, double scale,
     int64_t window_left, int64_t window_right, bool bottom_right, double softcap, bool need_dmask, bool need_dsinks) {
   check_qkv(query, key, value);
-  TORCH_CHECK_NOT_IMPLEMENTED(!runs_cuda_kernels(query), "attention: the CUDA kernels have no backward yet.");
   AttentionBwdParams p;
   Operands operands = fill_scores(p, query, key, attn_mask, alibi_slopes, rng_state,
                                   {dropout_p, is_causal, scale, window_left, window_right, bottom_right, softcap});
@@ -282,7 +281,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     p.dsinks = dsinks.data_ptr();
   }
 
-  if (lse.numel() > 0 && p.seqlen_k > 0) {
+  if (lse.numel() > 0 && p.seqlen_k > 0 && runs_cuda_kernels(query)) {
+    run_on_device("attention", query, attention_bwd_cuda, p, attention_bwd_cuda_workspace_bytes);
+  } else if (lse.numel() > 0 && p.seqlen_k > 0) {
     FASTATTN_CPU_DISPATCH(attention_bwd_cpu, p);
   } else {
     // Nothing was attended to, except perhaps a sink: then lse is the sink itself.

@@ -79,6 +79,8 @@ struct AttentionWeightsParams : AttentionParams {
 struct DeviceLaunch;
 size_t attention_fwd_cuda_workspace_bytes(const AttentionParams& p, const DeviceLaunch& launch);
 const char* attention_fwd_cuda(const AttentionParams& p, const DeviceLaunch& launch);
+size_t attention_bwd_cuda_workspace_bytes(const AttentionBwdParams& p, const DeviceLaunch& launch);
+const char* attention_bwd_cuda(const AttentionBwdParams& p, const DeviceLaunch& launch);
 const char* attention_weights_cuda(const AttentionWeightsParams& p, const DeviceLaunch& launch);
 
 FASTATTN_DECLARE_CPU_KERNEL(void, attention_fwd_cpu, (const AttentionParams& p))

@@ -14,13 +14,6 @@
 
 namespace fastattn {
 
-// What a kernel is compiled for, so that a plain call carries no code, and no registers, of the others.
-enum class ScoreKind : int {
-  kPlain,       // scale > 0, causal diagonal and window
-  kMask,        // and attn_mask
-  kEverything,  // and ALiBi, softcap, dropout, any scale
-};
-
 template <typename Element_, int kHeadDim_, int kRowTiles_, int kWarps_, int kBlockK_, ScoreKind kKind_>
 struct AttentionFwdTraits {
   using Element = Element_;

@@ -32,6 +32,15 @@ class MaskTileReader {
     }
   }
 
+  // Walks a column of tiles instead: row tiles up to `end`, of a block of keys.
+  FASTATTN_DEVICE static MaskTileReader down_column(const MaskTiles& tiles, int batch, int tile_head, int key_tile,
+                                                    int end) {
+    MaskTileReader reader(tiles, batch, tile_head, 0, end);
+    if (reader.row_ != nullptr) reader.row_ += key_tile;
+    reader.step_ = tiles.stride_row_tile;
+    return reader;
+  }
+
   // The first tile from `tile` on that is not hidden, or `end`.
   FASTATTN_DEVICE int next(int tile) {
     if (row_ == nullptr) return tile;
@@ -54,12 +63,13 @@ class MaskTileReader {
   FASTATTN_DEVICE void look_at(int tile) {
     base_ = tile;
     const int mine = tile + static_cast<int>(threadIdx.x) % 32;
-    const MaskTileState state = mine < end_ ? row_[mine] : MaskTileState::kHidden;
+    const MaskTileState state = mine < end_ ? row_[mine * step_] : MaskTileState::kHidden;
     visible_ = __ballot_sync(kFullWarp, state != MaskTileState::kHidden);
     partial_ = __ballot_sync(kFullWarp, state == MaskTileState::kPartial);
   }
 
   const MaskTileState* row_ = nullptr;
+  int64_t step_ = 1;
   int end_, base_ = -32;
   uint32_t visible_ = 0, partial_ = 0;
   bool has_mask_;
@@ -69,6 +79,9 @@ template <>
 class MaskTileReader<true> {
  public:
   FASTATTN_DEVICE MaskTileReader(const MaskTiles&, int, int, int, int) {}
+  FASTATTN_DEVICE static MaskTileReader down_column(const MaskTiles& tiles, int, int, int, int) {
+    return MaskTileReader(tiles, 0, 0, 0, 0);
+  }
   FASTATTN_DEVICE int next(int tile) { return tile; }
   FASTATTN_DEVICE bool is_partial(int) const { return false; }
 };

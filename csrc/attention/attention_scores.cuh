@@ -18,12 +18,20 @@ constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // Positions are 32-bit numbers in the kernels, sums of a few of them included.
 constexpr int64_t kMaxSeqlen = int64_t{1} << 28;
 
+// What a kernel is compiled for, so that a plain call carries no code, and no registers, of the others.
+enum class ScoreKind : int {
+  kPlain,       // scale > 0, causal diagonal and window
+  kMask,        // and attn_mask
+  kEverything,  // and ALiBi, softcap, dropout, any scale
+};
+
 // What a kernel needs to know to make scores; filled on the host.
 struct ScoreArgs {
   int seqlen_q = 0, seqlen_k = 0, heads = 0;
   float scale_log2 = 0.0f;     // scale * log2(e)
   float softcap_log2 = 0.0f;   // softcap * log2(e); 0 = off
   float softcap_scale = 0.0f;  // scale / softcap
+  float inverse_softcap_log2 = 0.0f;
   int diagonal = 0, window_left = 0, window_right = 0;
   const float* alibi_slopes = nullptr;
   int64_t stride_alibi_batch = 0;
@@ -53,6 +61,7 @@ inline const char* make_score_args(ScoreArgs& args, const AttentionParams& p) {
   if (p.softcap > 0.0) {
     args.softcap_log2 = static_cast<float>(p.softcap * kLog2EDouble);
     args.softcap_scale = static_cast<float>(p.scale / p.softcap);
+    args.inverse_softcap_log2 = static_cast<float>(1.0 / (p.softcap * kLog2EDouble));
   }
   // A window as wide as both sequences hides nothing.
   const int64_t limit = p.seqlen_q + p.seqlen_k;
@@ -263,11 +272,13 @@ FASTATTN_DEVICE DropoutState load_dropout_state(const int64_t* rng_state) {
 }
 
 // Calls fn(element, keep, m, half, n, e) for every probability of this lane. col0 is a multiple of 32: then one draw
-// serves eight of a row's elements.
+// serves eight of a row's elements; or of 16, for kColTiles = 2, and it serves four.
 template <int kRowTiles, int kColTiles, typename Fn>
 FASTATTN_DEVICE void for_each_dropout(float (&p)[kRowTiles][kColTiles][4], const ScoreArgs& args,
                                       const DropoutState& state, const QueryRows& rows, int batch, int col0, Fn fn) {
-  static_assert(kColTiles % 4 == 0, "a draw of Philox serves 32 columns");
+  static_assert(kColTiles % 4 == 0 || kColTiles == 2, "a draw of Philox serves 32 columns");
+  constexpr int kWords = kColTiles == 2 ? 2 : 4;
+  const bool upper = kColTiles == 2 && (col0 & 16) != 0;
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -281,9 +292,10 @@ FASTATTN_DEVICE void for_each_dropout(float (&p)[kRowTiles][kColTiles][4], const
         const PhiloxState draw =
             philox_4x32_10({{group, query, batch_head, state.offset}}, state.seed_low, state.seed_high);
 #pragma unroll
-        for (int word = 0; word < 4; ++word) {
-          fn(p[m][n + word][2 * half], (draw.word[word] & 0xFFFFu) >= args.dropout_threshold, m, half, n + word, 0);
-          fn(p[m][n + word][2 * half + 1], (draw.word[word] >> 16) >= args.dropout_threshold, m, half, n + word, 1);
+        for (int word = 0; word < kWords; ++word) {
+          const uint32_t bits = upper ? draw.word[word + 4 - kWords] : draw.word[word];
+          fn(p[m][n + word][2 * half], (bits & 0xFFFFu) >= args.dropout_threshold, m, half, n + word, 0);
+          fn(p[m][n + word][2 * half + 1], (bits >> 16) >= args.dropout_threshold, m, half, n + word, 1);
         }
       }
     }

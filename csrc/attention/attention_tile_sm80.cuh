@@ -83,7 +83,7 @@ enum class Fragment {
 // constants that end up in the instruction.
 template <Fragment kFragment, typename Tile>
 struct FragmentLoader {
-  uint32_t lane_address;
+  uint32_t lane_address, offset = 0;  // apart, since the former is swizzled once for tiles that differ in the latter
 
   // Rows count from `row`, a multiple of 8, columns from `col`, a multiple of a power of two above every col of load().
   FASTATTN_DEVICE explicit FragmentLoader(Tile tile, int row = 0, int col = 0) {
@@ -94,12 +94,19 @@ struct FragmentLoader {
     lane_address = tile.chunk_address(row + lane_row, col + lane_col);
   }
 
+  // The same place of a tile that lies `bytes` (a multiple of 1024) behind this one.
+  FASTATTN_DEVICE FragmentLoader behind(uint32_t bytes) const {
+    FragmentLoader loader = *this;
+    loader.offset += bytes;
+    return loader;
+  }
+
   // `row` a multiple of 8, `col` of 16.
   FASTATTN_DEVICE void load(uint32_t (&f)[4], int row, int col) const {
     // Chunk bits 1 and 2 are address bits 5 and 6, which neither the rows nor the panels touch: their xor with the
     // swizzle, already in lane_address, is an xor with the address.
     const uint32_t swizzled = lane_address ^ static_cast<uint32_t>(col % Tile::kPanelCols * 2);
-    const uint32_t row_smem = swizzled + col / Tile::kPanelCols * Tile::kPanelBytes + row * Tile::kRowBytes;
+    const uint32_t row_smem = swizzled + offset + col / Tile::kPanelCols * Tile::kPanelBytes + row * Tile::kRowBytes;
     if constexpr (kFragment == Fragment::kA || kFragment == Fragment::kB) {
       ldmatrix(f, row_smem);
     } else {

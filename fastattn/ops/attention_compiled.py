@@ -35,9 +35,6 @@ def refuses_cuda(call: AttentionCall, device_type: str) -> str | None:
         return reason
     if call.query.dtype not in _CUDA_DTYPES:
         return f"dtype {_name(call.query.dtype)} is not bfloat16 or float16"
-    # They have no backward yet.
-    if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in call):
-        return "it has no backward yet, and an argument requires grad; call it under torch.no_grad()"
     return _refuses(call)
 
 

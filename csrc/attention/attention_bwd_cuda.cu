@@ -1,0 +1,211 @@
+// Launches the attention backward: chooses tiles, plans the workspace, and starts the kernels one after another.
+#include "attention/attention_bwd_dmask_sm80.cuh"
+#include "attention/attention_bwd_launch.cuh"
+#include "attention/attention_bwd_rows_sm80.cuh"
+#include "attention/attention_mask_tiles_launch.cuh"
+
+namespace fastattn {
+
+#define FASTATTN_EXTERN_BWD(Element, kHeadDim)                                                           \
+  extern template const char* launch_bwd_dkv_tile<Element, kHeadDim>(int, const AttentionBwdArgs&, dim3, \
+                                                                     cudaStream_t);                      \
+  extern template const char* launch_bwd_dq_tile<Element, kHeadDim>(int, const AttentionBwdArgs&, dim3, cudaStream_t)
+FASTATTN_EXTERN_BWD(half_t, 64);
+FASTATTN_EXTERN_BWD(half_t, 128);
+FASTATTN_EXTERN_BWD(half_t, 256);
+FASTATTN_EXTERN_BWD(bfloat16_t, 64);
+FASTATTN_EXTERN_BWD(bfloat16_t, 128);
+FASTATTN_EXTERN_BWD(bfloat16_t, 256);
+#undef FASTATTN_EXTERN_BWD
+
+namespace {
+
+int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+size_t aligned_bytes(int64_t bytes) { return static_cast<size_t>(ceil_div(bytes, 256) * 256); }
+
+// Everything about a call that its workspace and its launches must agree on.
+struct BwdPlan {
+  int dkv_tile = -1, dq_tile = -1;
+  int64_t padded_rows = 0;
+  MaskTilesPlan dkv_mask_tiles, dq_mask_tiles;
+  TileIndex dmask_places = {1, 1, 1, 1}, dmask_sharers = {1, 1, 1, 1};
+  int dmask_splits = 1;
+  int64_t dmask_elements = 0;
+
+  size_t row_bytes(const AttentionParams& p) const { return aligned_bytes(p.batch * p.heads * padded_rows * 4); }
+  size_t dmask_bytes() const { return dmask_splits > 1 ? aligned_bytes(dmask_splits * dmask_elements * 4) : 0; }
+  size_t workspace_bytes(const AttentionParams& p) const {
+    return 2 * row_bytes(p) + aligned_bytes(dkv_mask_tiles.bytes) + aligned_bytes(dq_mask_tiles.bytes) + dmask_bytes();
+  }
+};
+
+template <typename Tile, int kCount, typename SmemBytes>
+int choose_tile(const Tile (&tiles)[kCount], SmemBytes smem_bytes, const AttentionParams& p,
+                const DeviceLaunch& launch) {
+  const bool plain =
+      p.softcap == 0.0 && p.alibi_slopes == nullptr && p.dropout_p == 0.0 && p.scale > 0.0 && p.mask.data == nullptr;
+  const int64_t head_dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
+  for (int i = 0; i < kCount; ++i) {
+    const bool fits = static_cast<size_t>(smem_bytes(i)) <= launch.shared_bytes_per_block;
+    if (fits && tiles[i].head_dim >= head_dim && (plain || tiles[i].kind == ScoreKind::kEverything)) return i;
+  }
+  return -1;
+}
+
+// How many blocks share the tiles of scores of one place of the mask: enough for four blocks a multiprocessor.
+void plan_dmask(BwdPlan& plan, const AttentionBwdParams& p, const DeviceLaunch& launch) {
+  const int batch = static_cast<int>(p.batch), heads = static_cast<int>(p.heads);
+  const int query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kDmaskTile));
+  const int key_tiles = static_cast<int>(ceil_div(p.seqlen_k, kDmaskTile));
+  const bool per_batch = p.stride_dmask_batch != 0, per_head = p.stride_dmask_head != 0;
+  const bool per_query = p.stride_dmask_q != 0, per_key = p.stride_dmask_k != 0;
+  plan.dmask_places = {per_batch ? batch : 1, per_head ? heads : 1, per_query ? query_tiles : 1,
+                       per_key ? key_tiles : 1};
+  plan.dmask_sharers = {per_batch ? 1 : batch, per_head ? 1 : heads, per_query ? 1 : query_tiles,
+                        per_key ? 1 : key_tiles};
+  plan.dmask_elements =
+      (per_batch ? p.batch : 1) * (per_head ? p.heads : 1) * (per_query ? p.seqlen_q : 1) * (per_key ? p.seqlen_k : 1);
+  const int64_t wanted = ceil_div(4 * static_cast<int64_t>(launch.multiprocessors), plan.dmask_places.count());
+  constexpr int64_t kMostSplits = 1024;
+  plan.dmask_splits = static_cast<int>(min_of(min_of(wanted, plan.dmask_sharers.count()), kMostSplits));
+}
+
+BwdPlan plan_bwd(const AttentionBwdParams& p, const DeviceLaunch& launch) {
+  BwdPlan plan;
+  plan.dkv_tile = choose_tile(kBwdDkvTiles, [](int i) { return bwd_dkv_smem_bytes(i); }, p, launch);
+  plan.dq_tile = choose_tile(kBwdDqTiles, [](int i) { return bwd_dq_smem_bytes(i); }, p, launch);
+  if (plan.dkv_tile < 0 || plan.dq_tile < 0) return plan;
+  plan.padded_rows = ceil_div(p.seqlen_q, kRowPadding) * kRowPadding;
+  const BwdDkvTile& dkv = kBwdDkvTiles[plan.dkv_tile];
+  const BwdDqTile& dq = kBwdDqTiles[plan.dq_tile];
+  plan.dkv_mask_tiles = plan_mask_tiles(p, dkv.block_q, dkv.block_k(), 1);
+  plan.dq_mask_tiles = plan_mask_tiles(p, dq.block_q(), dq.block_k, 1);
+  if (p.dmask != nullptr) plan_dmask(plan, p, launch);
+  return plan;
+}
+
+AttentionBwdArgs make_args(const BwdPlan& plan, const AttentionBwdParams& p, const RowStatistics& rows) {
+  AttentionBwdArgs args;
+  args.q = p.q, args.k = p.k, args.v = p.v, args.dout = p.dout;
+  args.dq = p.dq, args.dk = p.dk, args.dv = p.dv;
+  args.lse_log2 = rows.lse_log2, args.delta = rows.delta;
+  args.padded_rows = rows.padded_rows;
+  args.heads = static_cast<int>(p.heads), args.heads_kv = static_cast<int>(p.heads_kv);
+  args.head_dim = static_cast<int>(p.head_dim), args.head_dim_v = static_cast<int>(p.head_dim_v);
+  args.scale = static_cast<float>(p.scale);
+  args.dq_is_aligned = rows_are_aligned(p.dq, p.head_dim);
+  args.dk_is_aligned = rows_are_aligned(p.dk, p.head_dim);
+  args.dv_is_aligned = rows_are_aligned(p.dv, p.head_dim_v);
+  args.query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kBwdDqTiles[plan.dq_tile].block_q()));
+  args.key_tiles = static_cast<int>(ceil_div(p.seqlen_k, kBwdDkvTiles[plan.dkv_tile].block_k()));
+  return args;
+}
+
+// ---- one function a kernel
+
+template <typename Element>
+const char* launch_rows(const AttentionBwdParams& p, const RowStatistics& rows, cudaStream_t stream) {
+  const bool aligned = rows_are_aligned(p.out, p.head_dim_v) && rows_are_aligned(p.dout, p.head_dim_v);
+  const auto blocks = static_cast<unsigned>(p.batch * p.heads * rows.padded_rows / kRowsPerBlock);
+  const char* error =
+      launch_kernel(aligned ? attention_bwd_rows_kernel<Element, true> : attention_bwd_rows_kernel<Element, false>,
+                    blocks, kRowStatisticsThreads, 0, stream, p, rows);
+  if (error != nullptr || p.dsinks == nullptr) return error;
+  return launch_kernel(attention_bwd_sinks_kernel<kSinkWarps>, static_cast<unsigned>(p.heads), 32 * kSinkWarps, 0,
+                       stream, p, rows);
+}
+
+template <typename Element>
+const char* launch_dkv(const BwdPlan& plan, const AttentionBwdArgs& args, unsigned blocks, cudaStream_t stream) {
+  switch (kBwdDkvTiles[plan.dkv_tile].head_dim) {
+    case 64:
+      return launch_bwd_dkv_tile<Element, 64>(plan.dkv_tile, args, blocks, stream);
+    case 128:
+      return launch_bwd_dkv_tile<Element, 128>(plan.dkv_tile, args, blocks, stream);
+    default:
+      return launch_bwd_dkv_tile<Element, 256>(plan.dkv_tile, args, blocks, stream);
+  }
+}
+
+template <typename Element>
+const char* launch_dq(const BwdPlan& plan, const AttentionBwdArgs& args, unsigned blocks, cudaStream_t stream) {
+  switch (kBwdDqTiles[plan.dq_tile].head_dim) {
+    case 64:
+      return launch_bwd_dq_tile<Element, 64>(plan.dq_tile, args, blocks, stream);
+    case 128:
+      return launch_bwd_dq_tile<Element, 128>(plan.dq_tile, args, blocks, stream);
+    default:
+      return launch_bwd_dq_tile<Element, 256>(plan.dq_tile, args, blocks, stream);
+  }
+}
+
+template <typename Element>
+const char* launch_dmask(const BwdPlan& plan, const AttentionBwdParams& p, const AttentionBwdArgs& bwd, float* partial,
+                         cudaStream_t stream) {
+  DmaskArgs args;
+  args.bwd = bwd;
+  args.places = plan.dmask_places, args.sharers = plan.dmask_sharers;
+  args.splits = plan.dmask_splits;
+  args.out = plan.dmask_splits > 1 ? partial : static_cast<float*>(p.dmask);
+  args.elements = plan.dmask_elements;
+  args.stride_batch = p.stride_dmask_batch, args.stride_head = p.stride_dmask_head;
+  args.stride_q = p.stride_dmask_q, args.stride_k = p.stride_dmask_k;
+  const dim3 grid(static_cast<unsigned>(plan.dmask_places.count()), static_cast<unsigned>(plan.dmask_splits));
+  const char* error =
+      launch_kernel(attention_bwd_dmask_kernel<Element>, grid, kDmaskThreads, kDmaskSmemBytes, stream, args);
+  if (error != nullptr || plan.dmask_splits == 1) return error;
+  const auto blocks = static_cast<unsigned>(ceil_div(plan.dmask_elements, kReduceSplitsThreads));
+  return launch_kernel(reduce_splits_kernel<kReduceSplitsThreads>, blocks, kReduceSplitsThreads, 0, stream,
+                       static_cast<float*>(p.dmask), static_cast<const float*>(partial), plan.dmask_elements,
+                       plan.dmask_splits);
+}
+
+template <typename Element>
+const char* launch_bwd(const BwdPlan& plan, const AttentionBwdParams& p, const DeviceLaunch& launch) {
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  auto* workspace = static_cast<uint8_t*>(launch.workspace);
+  const auto take = [&workspace](size_t bytes) {
+    uint8_t* piece = workspace;
+    workspace += bytes;
+    return piece;
+  };
+  RowStatistics rows;
+  rows.lse_log2 = reinterpret_cast<float*>(take(plan.row_bytes(p)));
+  rows.delta = reinterpret_cast<float*>(take(plan.row_bytes(p)));
+  rows.padded_rows = plan.padded_rows;
+  auto* dkv_states = reinterpret_cast<MaskTileState*>(take(aligned_bytes(plan.dkv_mask_tiles.bytes)));
+  auto* dq_states = reinterpret_cast<MaskTileState*>(take(aligned_bytes(plan.dq_mask_tiles.bytes)));
+  auto* dmask_partial = reinterpret_cast<float*>(take(plan.dmask_bytes()));
+
+  AttentionBwdArgs args = make_args(plan, p, rows);
+  const char* error = make_score_args(args.scores, p);
+  const int64_t dkv_blocks = p.batch * p.heads_kv * args.key_tiles, dq_blocks = p.batch * p.heads * args.query_tiles;
+  if (error == nullptr && (dkv_blocks > INT32_MAX || dq_blocks > INT32_MAX)) error = "batch * heads is too large";
+  if (error == nullptr && p.dmask != nullptr && plan.dmask_places.count() > INT32_MAX) error = "the mask is too large";
+
+  if (error == nullptr) error = launch_rows<Element>(p, rows, stream);
+  if (error == nullptr) error = launch_mask_tiles(plan.dkv_mask_tiles, args.scores, dkv_states, stream);
+  if (error == nullptr) error = launch_mask_tiles(plan.dq_mask_tiles, args.scores, dq_states, stream);
+  args.mask_tiles = mask_tiles(plan.dkv_mask_tiles, p, dkv_states);
+  if (error == nullptr) error = launch_dkv<Element>(plan, args, static_cast<unsigned>(dkv_blocks), stream);
+  args.mask_tiles = mask_tiles(plan.dq_mask_tiles, p, dq_states);
+  if (error == nullptr) error = launch_dq<Element>(plan, args, static_cast<unsigned>(dq_blocks), stream);
+  if (error == nullptr && p.dmask != nullptr) error = launch_dmask<Element>(plan, p, args, dmask_partial, stream);
+  return error;
+}
+
+}  // namespace
+
+size_t attention_bwd_cuda_workspace_bytes(const AttentionBwdParams& p, const DeviceLaunch& launch) {
+  const BwdPlan plan = plan_bwd(p, launch);
+  return plan.dq_tile < 0 || plan.dkv_tile < 0 ? 0 : plan.workspace_bytes(p);
+}
+
+const char* attention_bwd_cuda(const AttentionBwdParams& p, const DeviceLaunch& launch) {
+  const BwdPlan plan = plan_bwd(p, launch);
+  if (plan.dq_tile < 0 || plan.dkv_tile < 0) return "no tile of the backward fits head_dim and this card";
+  return p.dtype == DType::kFloat16 ? launch_bwd<half_t>(plan, p, launch) : launch_bwd<bfloat16_t>(plan, p, launch);
+}
+
+}  // namespace fastattn

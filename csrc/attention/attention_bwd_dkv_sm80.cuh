@@ -1,0 +1,275 @@
+// Gradients of keys and values:  dv = sum_i z_ij p_ij dO_i,   dk = scale sum_i dx_ij q_i,   dx = p (1 - t^2) (dp -
+// delta). Work:    one block per (batch, key head, kBlockK keys) visits the visible query tiles of every query head of
+// the group.
+//          Warps work in pairs, 16 kRowTiles keys a pair. One warp makes P^T = exp2(k q^T - lse) and dv, the other
+//          dP^T = v dO^T and dk: two products each, and accumulators of one gradient each, so that a warp can have 32
+//          keys. That halves what shared memory has to deliver for a product, its limit on 8.0 and 9.0.
+// Memory:  k and v stay; q, dO, lse and delta arrive in two stages. P goes from warp to warp through shared memory in
+// the
+//          order of the registers, 16 bytes a lane; P^T and dX^T are the left operands of their products as they are.
+// Numbers: fp16/bf16 inputs, fp32 scores, P and accumulation; P and dX are rounded for the products with dO and q.
+// Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 2, without its dq.
+#pragma once
+
+#include "attention/attention_bwd_sm80.cuh"
+
+namespace fastattn {
+
+template <typename Element_, int kHeadDim_, int kRowTiles_, int kPairs_, int kBlockQ_, ScoreKind kKind_>
+struct AttentionBwdDkvTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_, kRowTiles = kRowTiles_, kPairs = kPairs_, kBlockQ = kBlockQ_;
+  static constexpr ScoreKind kKind = kKind_;
+  static constexpr int kThreads = 64 * kPairs;
+  static constexpr int kPairKeys = 16 * kRowTiles;
+  static constexpr int kBlockK = kPairKeys * kPairs;
+  static constexpr int kColTiles = kBlockQ / 8;
+  using TileK = SharedTile<kBlockK, kHeadDim>;
+  using TileQ = SharedTile<kBlockQ, kHeadDim>;
+  using Scores = float[kRowTiles][kColTiles][4];
+  using Gradient = float[kRowTiles][kHeadDim / 8][4];
+
+  // k, v, then two stages of (q, dO), P, two stages of (lse, delta).
+  static constexpr int kStageBytes = 2 * TileQ::kBytes;
+  static constexpr int kPairBytes = kRowTiles * kColTiles * 32 * 16;
+  static constexpr int kStatisticsBytes = 2 * kBlockQ * 4;
+  static constexpr int kStagesAt = 2 * TileK::kBytes;
+  static constexpr int kExchangeAt = kStagesAt + 2 * kStageBytes;
+  static constexpr int kStatisticsAt = kExchangeAt + kPairs * kPairBytes;
+  static constexpr int kSmemBytes = kStatisticsAt + 2 * kStatisticsBytes;
+  static_assert(kBlockQ % 16 == 0, "queries are the depth of the second product");
+  static_assert(kRowPadding % kBlockQ == 0, "the statistics of the last tile's rows exist");
+};
+
+// ---- which queries
+
+// Walks the query tiles that see a block of keys, for one head of the group after another.
+template <typename Traits>
+struct QueryTileWalk {
+  static constexpr bool kNoMask = Traits::kKind == ScoreKind::kPlain;
+  const AttentionBwdArgs& args;
+  int batch, key_tile, begin, end, head, end_head;
+  MaskTileReader<kNoMask> reader;
+  int tile;
+
+  FASTATTN_DEVICE QueryTileWalk(const AttentionBwdArgs& args_, int batch_, int head_kv, int key_tile_, IndexRange keys)
+      : args(args_),
+        batch(batch_),
+        key_tile(key_tile_),
+        head(head_kv * (args_.heads / args_.heads_kv)),
+        end_head(head + args_.heads / args_.heads_kv),
+        reader(MaskTiles{}, 0, 0, 0, 0) {
+    const IndexRange rows = band_of(args.scores).rows_that_see(keys);
+    begin = static_cast<int>(rows.begin) / Traits::kBlockQ;
+    end = rows.end > rows.begin ? (static_cast<int>(rows.end) + Traits::kBlockQ - 1) / Traits::kBlockQ : begin;
+    start_head();
+    find();
+  }
+  FASTATTN_DEVICE bool done() const { return head >= end_head; }
+  FASTATTN_DEVICE bool is_partial() const { return reader.is_partial(tile); }
+  FASTATTN_DEVICE void advance() {
+    ++tile;
+    find();
+  }
+
+ private:
+  FASTATTN_DEVICE void start_head() {
+    reader = MaskTileReader<kNoMask>::down_column(args.mask_tiles, batch, head, key_tile, end);
+    tile = begin;
+  }
+  FASTATTN_DEVICE void find() {
+    tile = reader.next(tile);
+    while (tile >= end && ++head < end_head) {
+      start_head();
+      tile = reader.next(tile);
+    }
+  }
+};
+
+// ---- from scores to P and dX, a column tile (eight queries) at a time
+
+// Scores become probabilities, 0 where dropped. `pair_smem` receives what the other warp needs of each element:
+// p (1 - t^2), negative where dropped.
+template <typename Traits>
+FASTATTN_DEVICE void make_probabilities(typename Traits::Scores& s, const ScoreArgs& scores,
+                                        const DropoutState& dropout, TransposedPlace place, bool is_masked, bool is_cut,
+                                        const float* lse_smem, float4* pair_smem) {
+  constexpr bool kPlain = Traits::kKind == ScoreKind::kPlain;
+  constexpr int kRowTiles = Traits::kRowTiles;
+#pragma unroll
+  for (int n = 0; n < Traits::kColTiles; ++n) {
+    float x[kRowTiles][1][4], derivative[kRowTiles][4];
+    for_each_transposed(x, [&](float& element, int m, int half, int e) { element = s[m][n][2 * half + e]; });
+    if constexpr (!kPlain) {
+      scale_scores<true>(x, scores);
+      if (scores.softcap_log2 > 0.0f) {
+        for_each_transposed(x, [&](float& element, int m, int half, int e) {
+          derivative[m][2 * half + e] = softcap_derivative(element, scores);
+        });
+      }
+      if (scores.alibi_slopes != nullptr) add_alibi_transposed(x, scores, place);
+      if (is_masked) apply_mask_transposed(x, scores, place);
+    }
+    if (is_cut) hide_outside_band_transposed(x, scores, place);
+
+    const float2 lse = *reinterpret_cast<const float2*>(lse_smem + 8 * n + lane_column());
+    for_each_transposed(x, [&](float& element, int, int, int e) {
+      element = ex2_approx(fmaf(element, kPlain ? scores.scale_log2 : 1.0f, e == 0 ? -lse.x : -lse.y));
+    });
+    for_each_transposed(x, [&](float& element, int m, int half, int e) { s[m][n][2 * half + e] = element; });
+
+    if constexpr (!kPlain) {
+      if (scores.softcap_log2 > 0.0f) {
+        for_each_transposed(x, [&](float& element, int m, int half, int e) { element *= derivative[m][2 * half + e]; });
+      }
+      if (scores.dropout_threshold > 0) {
+        const uint32_t kept = kept_transposed<kRowTiles>(scores, dropout, place);
+        for_each_transposed(x, [&](float& element, int m, int half, int e) {
+          if (((kept >> (4 * m + 2 * half + e)) & 1) == 0) {
+            element = -element;
+            s[m][n][2 * half + e] = 0.0f;
+          }
+        });
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      pair_smem[(m * Traits::kColTiles + n) * 32] = make_float4(x[m][0][0], x[m][0][1], x[m][0][2], x[m][0][3]);
+    }
+    place.first_query += 8;
+  }
+}
+
+// dO_i . v_j become dx_ij.
+template <typename Traits>
+FASTATTN_DEVICE void take_score_gradients(typename Traits::Scores& dp, const ScoreArgs& scores, const float* delta_smem,
+                                          const float4* pair_smem) {
+  constexpr bool kPlain = Traits::kKind == ScoreKind::kPlain;
+#pragma unroll
+  for (int n = 0; n < Traits::kColTiles; ++n) {
+    const float2 delta = *reinterpret_cast<const float2*>(delta_smem + 8 * n + lane_column());
+#pragma unroll
+    for (int m = 0; m < Traits::kRowTiles; ++m) {
+      const float4 quad = pair_smem[(m * Traits::kColTiles + n) * 32];
+      const float p[4] = {quad.x, quad.y, quad.z, quad.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float row_delta = i % 2 == 0 ? delta.x : delta.y;
+        float& x = dp[m][n][i];
+        if constexpr (kPlain) {
+          x = p[i] * (x - row_delta);
+        } else {
+          // Without dropout nothing is negative and the scale is 1.
+          x = fabsf(p[i]) * fmaf(x, p[i] < 0.0f ? 0.0f : scores.dropout_scale, -row_delta);
+        }
+      }
+    }
+  }
+}
+
+// ---- the kernel
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads)
+    attention_bwd_dkv_kernel(const __grid_constant__ AttentionBwdArgs args) {
+  using Element = typename Traits::Element;
+  using TileK = typename Traits::TileK;
+  using TileQ = typename Traits::TileQ;
+  constexpr int kBlockQ = Traits::kBlockQ, kBlockK = Traits::kBlockK, kThreads = Traits::kThreads;
+  FASTATTN_DYNAMIC_SMEM(smem);
+  const uint32_t smem_base = smem_address(smem);
+  const TileK k_tile{smem_base}, v_tile{smem_base + TileK::kBytes};
+
+  // ---- what this block and this warp do. The causal diagonal lets the first keys be seen by most queries: they go
+  // first.
+  const ScoreArgs& scores = args.scores;
+  const int key_tile = static_cast<int>(blockIdx.x) % args.key_tiles;
+  const int batch_head = static_cast<int>(blockIdx.x) / args.key_tiles;
+  const int batch = batch_head / args.heads_kv, head_kv = batch_head % args.heads_kv;
+  const int first_key = key_tile * kBlockK, keys = min(kBlockK, scores.seqlen_k - first_key);
+  const IndexRange key_range = {first_key, first_key + keys};
+
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int pair = warp % Traits::kPairs, pair_key = pair * Traits::kPairKeys;
+  const bool makes_dk = warp >= Traits::kPairs;
+  float4* pair_smem = reinterpret_cast<float4*>(smem + Traits::kExchangeAt + pair * Traits::kPairBytes) + lane;
+
+  // ---- copies
+  const auto load_stage = [&](int stage, int head, int query_tile) {
+    const int query = query_tile * kBlockQ;
+    const TileQ q_tile{smem_base + Traits::kStagesAt + stage * Traits::kStageBytes};
+    const TileQ dout_tile{q_tile.address + TileQ::kBytes};
+    load_tile<kThreads>(q_tile, head_gmem<const Element>(args.q, batch, head) + query * args.q.stride_row,
+                        args.q.stride_row, scores.seqlen_q - query, args.head_dim);
+    load_tile<kThreads>(dout_tile, head_gmem<const Element>(args.dout, batch, head) + query * args.dout.stride_row,
+                        args.dout.stride_row, scores.seqlen_q - query, args.head_dim_v);
+    // lse, then delta: 16 bytes a thread.
+    constexpr int kVectors = kBlockQ / 4;
+    const int i = static_cast<int>(threadIdx.x);
+    if (i < 2 * kVectors) {
+      const float* source = (i < kVectors ? args.lse_log2 : args.delta) +
+                            (int64_t{batch} * args.heads + head) * args.padded_rows + query + i % kVectors * 4;
+      cp_async<16>(smem_base + Traits::kStatisticsAt + stage * Traits::kStatisticsBytes + 16 * i, source);
+    }
+    cp_async_commit_group();
+  };
+
+  load_tile<kThreads>(k_tile, head_gmem<const Element>(args.k, batch, head_kv) + first_key * args.k.stride_row,
+                      args.k.stride_row, keys, args.head_dim);
+  load_tile<kThreads>(v_tile, head_gmem<const Element>(args.v, batch, head_kv) + first_key * args.v.stride_row,
+                      args.v.stride_row, keys, args.head_dim_v);
+  cp_async_commit_group();
+  QueryTileWalk<Traits> walk(args, batch, head_kv, key_tile, key_range);
+  if (!walk.done()) load_stage(0, walk.head, walk.tile);
+
+  // ---- one pass over the queries. Both warps of a pair do the same with different operands: k q^T, then P^T dO; or
+  // v dO^T, then dX^T q.
+  DropoutState dropout;
+  if (Traits::kKind == ScoreKind::kEverything && scores.dropout_threshold > 0) {
+    dropout = load_dropout_state(scores.rng_state);
+  }
+  const FragmentLoader<Fragment::kA, TileK> key_fragments(makes_dk ? v_tile : k_tile, pair_key);
+  typename Traits::Gradient gradient = {};
+
+  for (int stage = 0; !walk.done(); stage ^= 1) {
+    const int head = walk.head, first_query = walk.tile * kBlockQ;
+    const bool is_masked = walk.is_partial();
+    cp_async_wait_group<0>();
+    __syncthreads();  // this stage is there for everyone; everyone has done with the other one, and with P
+    walk.advance();
+    if (!walk.done()) load_stage(stage ^ 1, walk.head, walk.tile);
+
+    const TileQ q_tile{smem_base + Traits::kStagesAt + stage * Traits::kStageBytes};
+    const TileQ dout_tile{q_tile.address + TileQ::kBytes};
+    typename Traits::Scores s = {};
+    const FragmentLoader<Fragment::kB, TileQ> right(makes_dk ? dout_tile : q_tile);
+    multiply_tiles<Element, Traits::kHeadDim>(s, key_fragments, right);
+
+    const float* lse_smem =
+        reinterpret_cast<const float*>(smem + Traits::kStatisticsAt + stage * Traits::kStatisticsBytes);
+    if (makes_dk) {
+      bar_sync(1 + pair, 64);
+      take_score_gradients<Traits>(s, scores, lse_smem + kBlockQ, pair_smem);
+    } else {
+      const IndexRange all = band_of(scores).keys_seen_by_all({first_query, first_query + kBlockQ});
+      const bool is_cut = all.begin > key_range.begin || all.end < key_range.end;
+      const TransposedPlace place = {first_key + pair_key + lane / 4, first_query + lane_column(), batch, head};
+      make_probabilities<Traits>(s, scores, dropout, place, is_masked, is_cut, lse_smem, pair_smem);
+      bar_arrive(1 + pair, 64);
+    }
+    const FragmentLoader<Fragment::kBTransposed, TileQ> summed(makes_dk ? q_tile : dout_tile);
+    multiply_accumulators<Element>(gradient, s, summed);
+  }
+  cp_async_wait_group<0>();
+  __syncthreads();  // everyone has done with k and v, whose tiles become the gradients'
+
+  // ---- dk and dv
+  const AttentionTensor& tensor = makes_dk ? args.dk : args.dv;
+  const TileOutput<Element> output = {
+      head_gmem<Element>(tensor, batch, head_kv) + (first_key + pair_key) * tensor.stride_row, tensor.stride_row,
+      keys - pair_key, makes_dk ? args.head_dim : args.head_dim_v, makes_dk ? args.dk_is_aligned : args.dv_is_aligned};
+  store_accumulators(gradient, makes_dk ? args.scale : scores.dropout_scale, makes_dk ? k_tile : v_tile,
+                     smem + (makes_dk ? 0 : TileK::kBytes), pair_key, output);
+}
+
+}  // namespace fastattn

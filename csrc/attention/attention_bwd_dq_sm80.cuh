@@ -1,0 +1,170 @@
+// Gradient of queries:  dq = scale sum_j dx_ij k_j,   dx = p (1 - t^2) (dp - delta).
+// Work:    one block per (batch, head, kBlockQ queries) visits the visible key tiles. A warp owns 16 kRowTiles rows
+// and,
+//          where kKeyParts = 2, half of each key tile, so that eight warps fit a multiprocessor whose shared memory
+//          holds one block; the two halves of dq are added at the end.
+// Memory:  q and dO stay, k and v arrive in two stages. S = q k^T becomes dX in registers, where it is the left operand
+// of
+//          the product with k.
+// Numbers: as in attention_bwd_dkv_sm80.cuh. Recomputing S and dP here costs two products, and saves what adding up dq
+//          across blocks would cost: seqlen_k / kBlockK reads and writes of dq in fp32, in an order to be enforced.
+#pragma once
+
+#include "attention/attention_bwd_sm80.cuh"
+
+namespace fastattn {
+
+template <typename Element_, int kHeadDim_, int kRowTiles_, int kRowWarps_, int kKeyParts_, int kBlockK_,
+          ScoreKind kKind_>
+struct AttentionBwdDqTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_, kRowTiles = kRowTiles_, kRowWarps = kRowWarps_, kKeyParts = kKeyParts_;
+  static constexpr int kBlockK = kBlockK_;
+  static constexpr ScoreKind kKind = kKind_;
+  static constexpr int kThreads = 32 * kRowWarps * kKeyParts;
+  static constexpr int kBlockQ = 16 * kRowTiles * kRowWarps;
+  static constexpr int kWarpKeys = kBlockK / kKeyParts;
+  static constexpr int kColTiles = kWarpKeys / 8;
+  using TileQ = SharedTile<kBlockQ, kHeadDim>;
+  using TileK = SharedTile<kBlockK, kHeadDim>;
+  using Gradient = float[kRowTiles][kHeadDim / 8][4];
+
+  // q, dO, two stages of (k, v), then lse and delta.
+  static constexpr int kStageBytes = 2 * TileK::kBytes;
+  static constexpr int kStagesAt = 2 * TileQ::kBytes;
+  static constexpr int kStatisticsAt = kStagesAt + 2 * kStageBytes;
+  static constexpr int kSmemBytes = kStatisticsAt + 2 * kBlockQ * 4;
+  static_assert(kKeyParts == 1 || kRowWarps * kRowTiles * kHeadDim * 64 <= kStagesAt,
+                "the halves of dq meet in q's and dO's place");
+  static_assert(kRowPadding % kBlockQ == 0, "the statistics of the last tile's rows exist");
+};
+
+// Adds the second half's dq to the first half's, through shared memory in the order of the registers.
+template <typename Traits>
+FASTATTN_DEVICE void add_key_parts(typename Traits::Gradient& dq, uint8_t* smem, int row_warp, bool is_second) {
+  constexpr int kQuads = Traits::kRowTiles * Traits::kHeadDim / 8;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  float4* quads = reinterpret_cast<float4*>(smem) + row_warp * kQuads * 32 + lane;
+  const auto for_each_quad = [&](auto fn) {
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) fn(dq[i / (Traits::kHeadDim / 8)][i % (Traits::kHeadDim / 8)], quads[i * 32]);
+  };
+  if (is_second) {
+    for_each_quad([](const float (&own)[4], float4& shared) { shared = make_float4(own[0], own[1], own[2], own[3]); });
+  }
+  __syncthreads();
+  if (!is_second) {
+    for_each_quad([](float (&own)[4], const float4& shared) {
+      const float4 other = shared;
+      own[0] += other.x, own[1] += other.y, own[2] += other.z, own[3] += other.w;
+    });
+  }
+  __syncthreads();
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads)
+    attention_bwd_dq_kernel(const __grid_constant__ AttentionBwdArgs args) {
+  using Element = typename Traits::Element;
+  using TileQ = typename Traits::TileQ;
+  using TileK = typename Traits::TileK;
+  constexpr int kBlockQ = Traits::kBlockQ, kBlockK = Traits::kBlockK, kThreads = Traits::kThreads;
+  constexpr int kRowTiles = Traits::kRowTiles;
+  FASTATTN_DYNAMIC_SMEM(smem);
+  const uint32_t smem_base = smem_address(smem);
+  const TileQ q_tile{smem_base}, dout_tile{smem_base + TileQ::kBytes};
+
+  // ---- what this block and this warp do. The causal diagonal lets the last queries see most keys: they go first.
+  const ScoreArgs& scores = args.scores;
+  const int query_tile = args.query_tiles - 1 - static_cast<int>(blockIdx.x) % args.query_tiles;
+  const int batch_head = static_cast<int>(blockIdx.x) / args.query_tiles;
+  const int batch = batch_head / args.heads, head = batch_head % args.heads;
+  const int head_kv = head / (args.heads / args.heads_kv);
+  const int first_query = query_tile * kBlockQ, queries = min(kBlockQ, scores.seqlen_q - first_query);
+  const IndexRange query_range = {first_query, first_query + queries};
+  const IndexRange any = band_of(scores).keys_seen_by_any(query_range);
+  const IndexRange all = band_of(scores).keys_seen_by_all(query_range);
+  // Keys that every query of the tile sees: [full_begin, full_end).
+  const int full_begin = static_cast<int>(all.begin), full_end = static_cast<int>(all.end);
+  const int begin = static_cast<int>(any.begin) / kBlockK;
+  const int end = any.end > any.begin ? (static_cast<int>(any.end) + kBlockK - 1) / kBlockK : begin;
+
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int part = warp / Traits::kRowWarps, row_warp = warp % Traits::kRowWarps;
+  const int warp_row = row_warp * 16 * kRowTiles, warp_key = part * Traits::kWarpKeys;
+
+  // ---- copies
+  const auto load_stage = [&](uint32_t stage_offset, int key_tile) {
+    const int key = key_tile * kBlockK;
+    const TileK k_tile{smem_base + Traits::kStagesAt + stage_offset};
+    const TileK v_tile{k_tile.address + TileK::kBytes};
+    load_tile<kThreads>(k_tile, head_gmem<const Element>(args.k, batch, head_kv) + key * args.k.stride_row,
+                        args.k.stride_row, scores.seqlen_k - key, args.head_dim);
+    load_tile<kThreads>(v_tile, head_gmem<const Element>(args.v, batch, head_kv) + key * args.v.stride_row,
+                        args.v.stride_row, scores.seqlen_k - key, args.head_dim_v);
+    cp_async_commit_group();
+  };
+  load_tile<kThreads>(q_tile, head_gmem<const Element>(args.q, batch, head) + first_query * args.q.stride_row,
+                      args.q.stride_row, queries, args.head_dim);
+  load_tile<kThreads>(dout_tile, head_gmem<const Element>(args.dout, batch, head) + first_query * args.dout.stride_row,
+                      args.dout.stride_row, queries, args.head_dim_v);
+  constexpr int kVectors = kBlockQ / 4;
+  if (static_cast<int>(threadIdx.x) < 2 * kVectors) {
+    const int i = static_cast<int>(threadIdx.x);
+    const float* source = (i < kVectors ? args.lse_log2 : args.delta) + batch_head * args.padded_rows + first_query;
+    cp_async<16>(smem_base + Traits::kStatisticsAt + 16 * i, source + i % kVectors * 4);
+  }
+  cp_async_commit_group();
+  MaskTileReader<Traits::kKind == ScoreKind::kPlain> visible(args.mask_tiles, batch, head, query_tile, end);
+  int key_tile = visible.next(begin);
+  if (key_tile < end) load_stage(0, key_tile);
+
+  // ---- one pass over the keys
+  DropoutState dropout;
+  if (Traits::kKind == ScoreKind::kEverything && scores.dropout_threshold > 0) {
+    dropout = load_dropout_state(scores.rng_state);
+  }
+  // Read again for every tile: the accumulators need the registers.
+  const float* lse_smem = reinterpret_cast<const float*>(smem + Traits::kStatisticsAt) + warp_row + lane / 4;
+  const FragmentLoader<Fragment::kA, TileQ> q_fragments(q_tile, warp_row);
+  const TileK first_stage{smem_base + Traits::kStagesAt};
+  const FragmentLoader<Fragment::kB, TileK> k_fragments(first_stage, warp_key);
+  const FragmentLoader<Fragment::kBTransposed, TileK> summed_fragments(first_stage, warp_key);
+  typename Traits::Gradient dq = {};
+
+  for (uint32_t stage_offset = 0; key_tile < end; stage_offset ^= Traits::kStageBytes) {
+    const int tile_key = key_tile * kBlockK;
+    const bool is_masked = visible.is_partial(key_tile);
+    const bool is_cut = tile_key < full_begin || tile_key + kBlockK > full_end;
+    cp_async_wait_group<0>();
+    __syncthreads();  // this stage is there for everyone; everyone has done with the other one
+    key_tile = visible.next(key_tile + 1);
+    if (key_tile < end) load_stage(stage_offset ^ Traits::kStageBytes, key_tile);
+
+    float s[kRowTiles][Traits::kColTiles][4] = {}, dp[kRowTiles][Traits::kColTiles][4] = {};
+    multiply_tiles<Element, Traits::kHeadDim, 4>(s, q_fragments, k_fragments.behind(stage_offset));
+    multiply_tiles<Element, Traits::kHeadDim, 4>(dp, q_fragments.behind(TileQ::kBytes),
+                                                 k_fragments.behind(stage_offset + TileK::kBytes));
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      const QueryRows rows = {first_query + warp_row + 16 * m + lane / 4, head, 1};
+      const float *lse = lse_smem + 16 * m, *delta = lse + kBlockQ;
+      make_score_gradients<Traits::kKind, /*kOfMask=*/false>(s[m], dp[m], scores, dropout, rows, batch,
+                                                             tile_key + warp_key, is_masked, is_cut, {lse[0], lse[8]},
+                                                             {delta[0], delta[8]});
+    }
+    multiply_accumulators<Element>(dq, s, summed_fragments.behind(stage_offset));
+  }
+  cp_async_wait_group<0>();
+  __syncthreads();  // everyone has done with q and dO, whose place becomes dq's
+
+  if constexpr (Traits::kKeyParts == 2) add_key_parts<Traits>(dq, smem, warp_row / (16 * kRowTiles), warp_key != 0);
+  if (warp_key == 0) {
+    const TileOutput<Element> output = {
+        head_gmem<Element>(args.dq, batch, head) + (first_query + warp_row) * args.dq.stride_row, args.dq.stride_row,
+        scores.seqlen_q - first_query - warp_row, args.head_dim, args.dq_is_aligned};
+    store_accumulators(dq, args.scale, q_tile, smem, warp_row, output);
+  }
+}
+
+}  // namespace fastattn

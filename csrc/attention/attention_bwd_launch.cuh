@@ -1,0 +1,116 @@
+// Starts the kernels of the attention backward: the tables of tiles, and for each element type and head_dim one unit
+// (attention_bwd_cuda_*.cu) that instantiates them.
+#pragma once
+
+#include "attention/attention_bwd_dkv_sm80.cuh"
+#include "attention/attention_bwd_dq_sm80.cuh"
+#include "common/device.h"
+#include "common/launch.cuh"
+
+namespace fastattn {
+
+// Of attention_bwd_dkv_kernel. The first tile that fits the call and the card is taken.
+struct BwdDkvTile {
+  int head_dim;
+  ScoreKind kind;
+  int row_tiles, pairs, block_q;
+
+  constexpr int block_k() const { return 16 * row_tiles * pairs; }
+};
+
+// A thread has 255 registers, of which the gradient takes row_tiles * head_dim / 2 and the scores row_tiles * block_q
+// / 4.
+constexpr BwdDkvTile kBwdDkvTiles[] = {
+    {64, ScoreKind::kPlain, 2, 4, 64},       // 128 keys x 64 queries,  97 KiB, for every card
+    {64, ScoreKind::kEverything, 2, 4, 32},  // 128 x 32
+    {128, ScoreKind::kPlain, 2, 4, 64},      // 128 x 64, 161 KiB, for 8.0 and 9.0
+    {128, ScoreKind::kPlain, 2, 3, 32},      //  96 x 32,  93 KiB
+    {128, ScoreKind::kEverything, 2, 3, 32}, {256, ScoreKind::kPlain, 1, 4, 32},  //  64 x 32, 137 KiB
+    {256, ScoreKind::kPlain, 1, 3, 16},                                           //  48 x 16,  83 KiB
+    {256, ScoreKind::kEverything, 1, 3, 16},
+};
+constexpr int kBwdDkvTileCount = static_cast<int>(sizeof(kBwdDkvTiles) / sizeof(kBwdDkvTiles[0]));
+
+// Of attention_bwd_dq_kernel.
+struct BwdDqTile {
+  int head_dim;
+  ScoreKind kind;
+  int row_tiles, row_warps, key_parts, block_k;
+
+  constexpr int block_q() const { return 16 * row_tiles * row_warps; }
+};
+
+// The gradient takes row_tiles * head_dim / 2 registers, the scores and dP row_tiles * block_k / key_parts.
+constexpr BwdDqTile kBwdDqTiles[] = {
+    {64, ScoreKind::kPlain, 2, 4, 1, 64},        // 128 queries x 64 keys, 64 KiB: two blocks a multiprocessor of 8.0
+    {64, ScoreKind::kEverything, 2, 4, 1, 32},   // 128 x 32, 48 KiB
+    {128, ScoreKind::kPlain, 2, 4, 2, 64},       // 128 x 64, 128 KiB
+    {128, ScoreKind::kPlain, 2, 4, 2, 32},       // 128 x 32, 96 KiB
+    {128, ScoreKind::kEverything, 1, 4, 2, 64},  //  64 x 64, 96 KiB
+    {256, ScoreKind::kPlain, 1, 4, 2, 32},       //  64 x 32, 128 KiB
+    {256, ScoreKind::kPlain, 1, 4, 1, 16},       //  64 x 16, 96 KiB
+    {256, ScoreKind::kEverything, 1, 4, 1, 16},
+};
+constexpr int kBwdDqTileCount = static_cast<int>(sizeof(kBwdDqTiles) / sizeof(kBwdDqTiles[0]));
+
+template <typename Element, int kTile>
+using BwdDkvTraitsOf =
+    AttentionBwdDkvTraits<Element, kBwdDkvTiles[kTile].head_dim, kBwdDkvTiles[kTile].row_tiles,
+                          kBwdDkvTiles[kTile].pairs, kBwdDkvTiles[kTile].block_q, kBwdDkvTiles[kTile].kind>;
+template <typename Element, int kTile>
+using BwdDqTraitsOf = AttentionBwdDqTraits<Element, kBwdDqTiles[kTile].head_dim, kBwdDqTiles[kTile].row_tiles,
+                                           kBwdDqTiles[kTile].row_warps, kBwdDqTiles[kTile].key_parts,
+                                           kBwdDqTiles[kTile].block_k, kBwdDqTiles[kTile].kind>;
+
+// Shared memory of each tile, in the tables' order.
+template <int... kTile>
+constexpr int bwd_dkv_smem_bytes(int tile, std::integer_sequence<int, kTile...>) {
+  constexpr int kBytes[] = {BwdDkvTraitsOf<half_t, kTile>::kSmemBytes...};
+  return kBytes[tile];
+}
+constexpr int bwd_dkv_smem_bytes(int tile) {
+  return bwd_dkv_smem_bytes(tile, std::make_integer_sequence<int, kBwdDkvTileCount>());
+}
+template <int... kTile>
+constexpr int bwd_dq_smem_bytes(int tile, std::integer_sequence<int, kTile...>) {
+  constexpr int kBytes[] = {BwdDqTraitsOf<half_t, kTile>::kSmemBytes...};
+  return kBytes[tile];
+}
+constexpr int bwd_dq_smem_bytes(int tile) {
+  return bwd_dq_smem_bytes(tile, std::make_integer_sequence<int, kBwdDqTileCount>());
+}
+
+// Starts attention_bwd_dkv_kernel of kBwdDkvTiles[tile], which has this head_dim.
+template <typename Element, int kHeadDim, int kTile = 0>
+const char* launch_bwd_dkv_tile(int tile, const AttentionBwdArgs& args, dim3 grid, cudaStream_t stream) {
+  if constexpr (kTile == kBwdDkvTileCount) {
+    return "there is no kernel for this tile";
+  } else {
+    if constexpr (kBwdDkvTiles[kTile].head_dim == kHeadDim) {
+      using Traits = BwdDkvTraitsOf<Element, kTile>;
+      if (tile == kTile) {
+        return launch_kernel(attention_bwd_dkv_kernel<Traits>, grid, Traits::kThreads, Traits::kSmemBytes, stream,
+                             args);
+      }
+    }
+    return launch_bwd_dkv_tile<Element, kHeadDim, kTile + 1>(tile, args, grid, stream);
+  }
+}
+
+// The same for attention_bwd_dq_kernel and kBwdDqTiles.
+template <typename Element, int kHeadDim, int kTile = 0>
+const char* launch_bwd_dq_tile(int tile, const AttentionBwdArgs& args, dim3 grid, cudaStream_t stream) {
+  if constexpr (kTile == kBwdDqTileCount) {
+    return "there is no kernel for this tile";
+  } else {
+    if constexpr (kBwdDqTiles[kTile].head_dim == kHeadDim) {
+      using Traits = BwdDqTraitsOf<Element, kTile>;
+      if (tile == kTile) {
+        return launch_kernel(attention_bwd_dq_kernel<Traits>, grid, Traits::kThreads, Traits::kSmemBytes, stream, args);
+      }
+    }
+    return launch_bwd_dq_tile<Element, kHeadDim, kTile + 1>(tile, args, grid, stream);
+  }
+}
+
+}  // namespace fastattn

@@ -1,0 +1,85 @@
+// What the backward needs of each row before it looks at a key, and what it learns from rows alone:
+//   delta_i = dO_i . o_i - dlse_i     (0 for a row that sees nothing)
+//   lse_i in units of log2            (+inf for a row that sees nothing: then exp2(s - lse) = 0 without a branch)
+//   dsink   = -sum_i exp(sink - lse_i) delta_i
+// Memory:  each row of out and dout is read once; two floats a row are written. Rows are padded to kRowPadding, and the
+//          padding looks like rows that see nothing, so that the kernels behind need no bounds check on rows.
+#pragma once
+
+#include "attention/attention_bwd_sm80.cuh"
+#include "common/ptx.cuh"
+#include "common/reduce.cuh"
+
+namespace fastattn {
+
+// (batch * heads, padded_rows) each.
+struct RowStatistics {
+  float* lse_log2 = nullptr;
+  float* delta = nullptr;
+  int64_t padded_rows = 0;
+};
+
+constexpr int kRowStatisticsThreads = 128;
+constexpr int kLanesPerRow = 8;
+constexpr int kRowsPerBlock = kRowStatisticsThreads / kLanesPerRow;
+
+// out_i . dout_i over the lanes of a row; every lane gets the result. Vectors of kVec elements, which divide head_dim.
+template <typename Element, int kVec>
+FASTATTN_DEVICE float row_dot(const Element* a, const Element* b, int head_dim, int lane) {
+  float sum = 0.0f;
+  for (int column = lane * kVec; column < head_dim; column += kLanesPerRow * kVec) {
+    const Vec<Element, kVec> x = load_vec<kVec>(a + column), y = load_vec<kVec>(b + column);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) sum += to_float(x[i]) * to_float(y[i]);
+  }
+  return warp_reduce<kLanesPerRow>(sum, Sum{});
+}
+
+// kAligned: rows of out and dout start at multiples of 16 bytes and hold a multiple of 8 elements.
+template <typename Element, bool kAligned>
+__global__ void __launch_bounds__(kRowStatisticsThreads)
+    attention_bwd_rows_kernel(const __grid_constant__ AttentionBwdParams p, const RowStatistics stats) {
+  const int64_t index = int64_t{blockIdx.x} * kRowsPerBlock + threadIdx.x / kLanesPerRow;
+  const int64_t batch_head = index / stats.padded_rows, row = index % stats.padded_rows;
+  const int64_t batch = batch_head / p.heads, head = batch_head % p.heads;
+  const int lane = static_cast<int>(threadIdx.x) % kLanesPerRow;
+
+  const bool exists = row < p.seqlen_q;
+  const auto row_of = [&](const AttentionTensor& tensor) {
+    return static_cast<const Element*>(tensor.data) + batch * tensor.stride_batch + head * tensor.stride_head +
+           row * tensor.stride_row;
+  };
+  // All lanes of a warp meet in the sum, those of rows that do not exist included.
+  const float dot = row_dot<Element, kAligned ? 8 : 1>(row_of(p.dout), row_of(p.out),
+                                                       exists ? static_cast<int>(p.head_dim_v) : 0, lane);
+  if (lane != 0) return;
+  const int64_t source = batch_head * p.seqlen_q + row;
+  const float lse = exists ? static_cast<const float*>(p.lse)[source] : -INFINITY;
+  // Not lse > -inf, which would hide a NaN.
+  const bool sees_nothing = lse == -INFINITY;
+  const float dlse = exists && p.dlse != nullptr ? static_cast<const float*>(p.dlse)[source] : 0.0f;
+  stats.lse_log2[index] = sees_nothing ? INFINITY : lse * kLog2E;
+  stats.delta[index] = sees_nothing ? 0.0f : dot - dlse;
+}
+
+constexpr int kSinkWarps = 16;
+
+// One block a head, which adds up its rows in an order of its own: bitwise the same in every run.
+template <int kWarps>
+__global__ void __launch_bounds__(32 * kWarps)
+    attention_bwd_sinks_kernel(const __grid_constant__ AttentionBwdParams p, const RowStatistics stats) {
+  FASTATTN_SHARED(scratch, float[kWarps]);
+  const int64_t head = blockIdx.x;
+  const float sink_log2 = static_cast<const float*>(p.sinks)[head] * kLog2E;
+  float sum = 0.0f;
+  for (int64_t batch = 0; batch < p.batch; ++batch) {
+    const int64_t first = (batch * p.heads + head) * stats.padded_rows;
+    for (int64_t row = threadIdx.x; row < p.seqlen_q; row += 32 * kWarps) {
+      sum -= ex2_approx(sink_log2 - stats.lse_log2[first + row]) * stats.delta[first + row];
+    }
+  }
+  sum = block_reduce(sum, Sum{}, scratch);
+  if (threadIdx.x == 0) static_cast<float*>(p.dsinks)[head] = sum;
+}
+
+}  // namespace fastattn

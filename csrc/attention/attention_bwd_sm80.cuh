@@ -1,0 +1,88 @@
+// Backward attention for compute capability 8.0 and newer: what its kernels share. README.md derives the formulas.
+//
+//   attention_bwd_rows_sm80.cuh    delta = rowsum(dO o) - dlse and the lse in base 2; the gradient of sinks
+//   attention_bwd_dkv_sm80.cuh     dk, dv:  a block owns keys and visits the queries    4 products of a tile
+//   attention_bwd_dq_sm80.cuh      dq:      a block owns queries and visits the keys    3 products
+//   attention_bwd_dmask_sm80.cuh   the gradient of a floating mask, where it is asked for    2 products
+//
+// Every sum has one owner and one order, so that results are bitwise the same in every run, without atomics and
+// without a copy of dq in fp32.
+#pragma once
+
+#include "attention/attention_bwd_scores.cuh"
+#include "attention/attention_mask_tiles.cuh"
+#include "attention/attention_products_sm80.cuh"
+#include "attention/mask.h"
+
+namespace fastattn {
+
+// Rows of the statistics below are padded to a multiple of this, the largest tile of queries.
+constexpr int kRowPadding = 128;
+
+struct AttentionBwdArgs {
+  ScoreArgs scores;
+  AttentionTensor q, k, v, dout, dq, dk, dv;
+  // (batch * heads, padded_rows) each: see attention_bwd_rows_sm80.cuh.
+  const float* lse_log2 = nullptr;
+  const float* delta = nullptr;
+  int64_t padded_rows = 0;
+  int heads = 0, heads_kv = 0, head_dim = 0, head_dim_v = 0;
+  float scale = 0.0f;
+  bool dq_is_aligned = false, dk_is_aligned = false, dv_is_aligned = false;
+  int query_tiles = 0, key_tiles = 0;  // of the kernel that owns queries, and of the one that owns keys
+  MaskTiles mask_tiles;                // of the kernel's own tiles
+};
+
+FASTATTN_DEVICE Band band_of(const ScoreArgs& scores) {
+  return {scores.seqlen_q, scores.seqlen_k, scores.diagonal, scores.window_left, scores.window_right};
+}
+
+// First element of (batch, head).
+template <typename Element>
+FASTATTN_DEVICE Element* head_gmem(const AttentionTensor& tensor, int batch, int head) {
+  return static_cast<Element*>(tensor.data) + batch * tensor.stride_batch + head * tensor.stride_head;
+}
+
+// One row tile, 16 rows: dot products s = q k^T and dp = dO v^T become, in s, the gradient of the scores before the
+// softcap (dX), or of what was added to them (dS, the gradient of a mask). lse is +inf for rows that do not exist.
+template <ScoreKind kKind, bool kOfMask, int kColTiles>
+FASTATTN_DEVICE void make_score_gradients(float (&s)[kColTiles][4], float (&dp)[kColTiles][4], const ScoreArgs& scores,
+                                          const DropoutState& dropout, const QueryRows& rows, int batch, int col0,
+                                          bool is_masked, bool is_cut, const float (&lse)[2], const float (&delta)[2]) {
+  constexpr bool kPlain = kKind == ScoreKind::kPlain;
+  float x[1][kColTiles][4], gradient[1][kColTiles][4], derivative[1][kColTiles][4];
+  for_each_score(x, [&](float& element, int, int half, int n, int e) { element = s[n][2 * half + e]; });
+  for_each_score(gradient, [&](float& element, int, int half, int n, int e) { element = dp[n][2 * half + e]; });
+  const bool has_derivative = !kPlain && !kOfMask && scores.softcap_log2 > 0.0f;
+  if constexpr (!kPlain) {
+    scale_scores<true>(x, scores);
+    if (has_derivative) {
+      for_each_score(derivative, [&](float& element, int, int half, int n, int e) {
+        element = softcap_derivative(x[0][n][2 * half + e], scores);
+      });
+    }
+    if (scores.alibi_slopes != nullptr) add_alibi(x, scores, rows, batch, col0);
+    if (is_masked) apply_mask(x, scores, rows, batch, col0);
+  }
+  if (is_cut) hide_outside_band(x, scores, rows, col0);
+  for_each_score(x, [&](float& element, int, int half, int, int) {
+    element = ex2_approx(fmaf(element, kPlain ? scores.scale_log2 : 1.0f, -lse[half]));
+  });
+  if constexpr (!kPlain) {
+    if (has_derivative) {
+      for_each_score(x,
+                     [&](float& element, int, int half, int n, int e) { element *= derivative[0][n][2 * half + e]; });
+    }
+    if (scores.dropout_threshold > 0) {
+      for_each_dropout(gradient, scores, dropout, rows, batch, col0,
+                       [&](float& element, bool keep, int, int, int, int) {
+                         element = keep ? element * scores.dropout_scale : 0.0f;
+                       });
+    }
+  }
+  for_each_score(x, [&](float& element, int, int half, int n, int e) {
+    s[n][2 * half + e] = element * (gradient[0][n][2 * half + e] - delta[half]);
+  });
+}
+
+}  // namespace fastattn

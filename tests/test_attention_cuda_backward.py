@@ -1,0 +1,151 @@
+"""The CUDA backward of attention, emulated: what only it can get wrong. Features, schedules and tiles with all their
+gradients are in test_attention.py and test_attention_cuda.py."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from attention_cases import FEATURES, INF, Case, check, dtype_id, run
+from emulated import MODES, AsyncMode, Mode, Schedule
+from test_attention_backward import MASK_SHAPES, SIZES
+
+import fastattn
+
+pytestmark = pytest.mark.skipif(
+    fastattn.available_backends()["emulated"] is not None, reason=str(fastattn.available_backends()["emulated"])
+)
+HALF = [torch.bfloat16, torch.float16]
+each_dtype = pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
+
+
+@pytest.fixture(autouse=True)
+def plain_mode_afterwards():
+    yield
+    Mode().apply()
+
+
+# --- The gradient of a mask ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 64], ids=["whole", "split"])
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids="-".join)
+def test_mask_gradient_of_every_shape(shape, multiprocessors):
+    """Summed by one block a place of the mask, or by several whose sums are added."""
+    MODES[1 + len(shape) % 3].apply(multiprocessors=multiprocessors)
+    options = [{}, {"is_causal": True}, {"softcap": 3.0, "window": (20, 30)}, {"dropout_p": 0.3}][
+        sum(map(len, shape)) % 4
+    ]
+    case = Case(batch=3, heads=4, heads_kv=2, seqlen_q=70, seqlen_k=131, head_dim=8, options=options,
+                tensors={"attn_mask": lambda case: torch.randn([SIZES[name] for name in shape])})  # fmt: skip
+    gradient = check(case, HALF[len(shape) % 2], "emulated")["dattn_mask"]
+    assert gradient.shape == torch.Size([SIZES[name] for name in shape]) and gradient.is_contiguous()
+
+
+@pytest.mark.parametrize("dims", [(40, 100), (130, 70), (256, 8)], ids=str)
+def test_mask_gradient_at_any_head_dim(dims):
+    """Dot products go through 64 columns at a time: one, two, three or four times, and less than 64."""
+    case = Case(batch=2, heads=1, seqlen_q=65, seqlen_k=63, head_dim=dims[0], head_dim_v=dims[1],
+                tensors={"attn_mask": lambda case: torch.randn(case.seqlen_q, case.seqlen_k)})  # fmt: skip
+    check(case, torch.float16, "emulated")
+
+
+# --- The order of sums -----------------------------------------------------------------------------------------------
+
+ORDER = {
+    "causal": dataclasses.replace(FEATURES["causal"], seqlen_q=200, seqlen_k=200),
+    "mqa": Case(heads=4, heads_kv=1, seqlen_q=70, seqlen_k=131),
+    "everything": FEATURES["everything"],
+    "shared_mask": FEATURES["float_mask_2d"],
+    "mask_per_key": FEATURES["float_mask_per_key"],
+    "sinks": FEATURES["sinks"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_gradients_are_bitwise_equal_in_every_run(name):
+    """Whatever the schedule of threads, and the order in which blocks run."""
+    case = ORDER[name]
+    inputs = case.inputs(torch.bfloat16)
+    Mode().apply()
+    expected = run(case, inputs, "emulated")
+    for mode in (
+        Mode(Schedule.PRIORITY, AsyncMode.LAZY, seed=11, os_threads=2),
+        Mode(Schedule.UNIFORM, AsyncMode.RANDOM, seed=12, os_threads=3),
+    ):
+        mode.apply()
+        for key, result in run(case, inputs, "emulated").items():
+            assert torch.equal(result, expected[key]), f"{key} in {mode}"
+
+
+# --- Shapes, strides, rows without keys ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads_kv", [1, 3])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(1, 1), (1, 97), (97, 1), (63, 65), (64, 128), (65, 63), (129, 193)])
+def test_odd_lengths_of_grouped_heads(seqlen_q, seqlen_k, heads_kv):
+    MODES[1].apply()
+    case = Case(batch=1, heads=3, heads_kv=heads_kv, seqlen_q=seqlen_q, seqlen_k=seqlen_k, options={"is_causal": True})
+    check(case, HALF[seqlen_q % 2], "emulated")
+
+
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(0, 5), (5, 0), (0, 0)])
+def test_no_rows_or_no_keys_give_zero_gradients(seqlen_q, seqlen_k):
+    case = Case(seqlen_q=seqlen_q, seqlen_k=seqlen_k, tensors={"attn_mask": lambda case: torch.randn(1)})
+    results = run(case, case.inputs(torch.float16), "emulated")
+    for name in ("dquery", "dkey", "dvalue", "dattn_mask"):
+        assert torch.equal(results[name], torch.zeros_like(results[name])), name
+
+
+def test_strided_operands_match_contiguous_ones():
+    torch.manual_seed(0)
+    base = torch.randn(2, 65, 3, 3, 24, dtype=torch.float16)
+    views = [t.transpose(1, 2) for t in base.unbind(2)]
+    views[2] = views[2].transpose(2, 3).contiguous().transpose(2, 3)  # the last dim is not contiguous
+    dout = torch.randn(1, 1, 1, 24, dtype=torch.float16).expand(2, 3, 65, 24)
+
+    def gradients(tensors):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        return torch.autograd.grad(fastattn.attention(*leaves, backend="emulated"), leaves, dout)
+
+    results = gradients(views)
+    assert results[0].transpose(1, 2).is_contiguous(), "a gradient takes the layout of its operand"
+    for strided, contiguous in zip(results, gradients([t.contiguous() for t in views]), strict=True):
+        assert torch.equal(strided, contiguous)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_rows_that_see_nothing_have_zero_gradients(additive):
+    torch.manual_seed(0)
+    mask = torch.ones(70, 80, dtype=torch.bool)
+    mask[::2] = False
+    attn_mask = torch.zeros(70, 80).masked_fill(~mask, -INF).requires_grad_() if additive else mask
+    leaves = [torch.randn(1, 2, n, 16, dtype=torch.bfloat16, requires_grad=True) for n in (70, 80, 80)]
+    out, lse = fastattn.attention(*leaves, attn_mask, return_lse=True, backend="emulated")
+    gradients = torch.autograd.grad(out.sum() + lse.sum(), [*leaves, attn_mask] if additive else leaves)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    for gradient in gradients[:: len(leaves)]:  # of queries, and of the mask
+        assert torch.equal(gradient[..., ::2, :], torch.zeros_like(gradient[..., ::2, :]))
+    assert gradients[0][..., 1::2, :].any()
+
+
+SKIPS = {
+    "key_padding": {"attn_mask": torch.arange(320) < 100},
+    "additive_padding": {"attn_mask": torch.zeros(320).masked_fill(torch.arange(320) >= 100, -INF)},
+    "window": {"window": (-1, -1), "attn_mask": (torch.arange(320) < 100)[None, :].expand(320, 320)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SKIPS)
+def test_tiles_without_visible_keys_are_not_read(kind):
+    """NaN in hidden keys would reach every dq, since 0 * NaN is NaN, if their tile were visited."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 320, 64, dtype=torch.bfloat16) for _ in range(3))
+    k[:, :, 128:] = v[:, :, 128:] = float("nan")
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    out = fastattn.attention(*leaves, **SKIPS[kind], backend="emulated")
+    for gradient in torch.autograd.grad(out, leaves, torch.ones_like(out)):
+        assert gradient.isfinite().all()
+        assert gradient is not None
+    assert torch.equal(gradient[:, :, 128:], torch.zeros_like(gradient[:, :, 128:]))
