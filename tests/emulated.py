@@ -214,13 +214,17 @@ def emulated_library() -> EmulatedLibrary:
 
 
 def _device(name: str, sources: Sequence[Path]) -> KernelLibrary:
-    """These kernels, built by nvcc for the device at hand."""
+    """These kernels, built by nvcc for the device at hand; those of Hopper alone compile for no other."""
     major, minor = torch.cuda.get_device_capability()
-    architecture = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
-    flags = [*NVCC_FLAGS, "-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+    at_hand = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
+
+    def unit(source: Path) -> tuple[Path, list[str]]:
+        architecture = "90a" if "_sm90" in source.name else at_hand
+        return source, [*NVCC_FLAGS, "-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+
     library = f"lib{name}.so"
     directory = BUILD / f"device_{name}"
-    ninja(directory, _ninja_text("nvcc", [(source, flags) for source in sources], [], library))
+    ninja(directory, _ninja_text("nvcc", [unit(source) for source in sources], [], library))
     return KernelLibrary(directory / library, "cuda")
 
 

@@ -152,12 +152,15 @@ def test_split_sums_are_exact(library, tile, splits):
 
 
 @pytest.mark.parametrize("tile", HOPPER, ids=lambda tile: tile.name)
-@pytest.mark.parametrize("depth", [100, 300])
-def test_persistent_blocks_take_several_tiles(library, tile, depth):
-    """Five tiles, of which two blocks take three and two: the ring, its phases and the staging area are used again."""
+@pytest.mark.parametrize("depth, blocks", [(100, 2), (300, 2), (900, 1)])
+def test_persistent_blocks_take_several_tiles(library, tile, depth, blocks):
+    """Five tiles, of which two blocks take three and two: the ring, its phases and the staging area are used again.
+
+    900 of k are more stages than the ring has: a warpgroup that ran ahead of the other would be two phases ahead.
+    """
     columns = 128 if tile == Tile.HOPPER_128X128 else 256
-    a, b = random_int8(70, depth), random_int8(4 * columns + 3, depth)
-    assert torch.equal(multiply(library, a, b, tile, multiprocessors=2), exact(a, b))
+    a, b = random_int8(7, depth), random_int8(4 * columns + 3, depth)
+    assert torch.equal(multiply(library, a, b, tile, multiprocessors=blocks), exact(a, b))
 
 
 def test_many_tiles_are_each_computed_once(plain_library):

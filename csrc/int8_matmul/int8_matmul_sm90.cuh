@@ -76,11 +76,22 @@ FASTATTN_DEVICE void produce_int8_stages(Int8Sm90Smem<Shape>& smem, const Int8Ke
 
 // ---- consumers: warpgroups
 
+// Ping-pong warpgroups take turns in feeding the tensor cores. One that ran ahead of the other would also wait at an
+// mbarrier for the phase after the next; its parity is that of the phase before, so it would not wait at all.
+template <typename Shape>
+FASTATTN_DEVICE void wait_for_turn(int group) {
+  if constexpr (Shape::kPingPong) bar_sync(1 + group, 128 * Shape::kWarpgroups);
+}
+template <typename Shape>
+FASTATTN_DEVICE void give_turn_to(int group) {
+  if constexpr (Shape::kPingPong) bar_arrive(1 + group, 128 * Shape::kWarpgroups);
+}
+
 // Adds up a tile's products. `at` moves past the tile's stages. One group of products is always in flight: a stage is
-// released when the next one's are under way.
+// released when the next one's are under way. `next_group` multiplies next; -1 if nobody does.
 template <typename Shape>
 FASTATTN_DEVICE void multiply_int8_tile(int32_t (&sums)[Shape::kProducts][Shape::kRegisters], Int8Sm90Smem<Shape>& smem,
-                                        Int8RingPosition<Shape>& at, int first_row, int k_tiles) {
+                                        Int8RingPosition<Shape>& at, int first_row, int k_tiles, int next_group) {
   const bool releases = threadIdx.x % 32 == 0;
   // K-major with the 128-byte swizzle: 8 rows of 128 bytes to a pattern.
   constexpr uint32_t kPatternBytes = 8 * Shape::kDepth;
@@ -105,6 +116,7 @@ FASTATTN_DEVICE void multiply_int8_tile(int32_t (&sums)[Shape::kProducts][Shape:
       if (releases) mbarrier_arrive(&smem.empty[previous.stage()]);
     }
   }
+  if (next_group >= 0) give_turn_to<Shape>(next_group);
   wgmma_wait_group<0>();
 #pragma unroll
   for (int i = 0; i < Shape::kProducts; ++i) pin_accumulators(sums[i]);
@@ -144,9 +156,12 @@ FASTATTN_DEVICE void consume_int8_tiles(Int8Sm90Smem<Shape>& smem, const Int8Ker
   const int first_tile = Shape::kPingPong ? group : 0;
   Int8RingPosition<Shape> at{static_cast<uint32_t>(first_tile * k_tiles)};
   int32_t sums[Shape::kProducts][Shape::kRegisters] = {};
+  if (group == 1) give_turn_to<Shape>(0);
   for (int tile = blockIdx.x + first_tile * gridDim.x; tile < tiles; tile += kTileStep * gridDim.x) {
     const Int8TileIndex index = int8_tile_of_block<Shape>(tile, p.rows, p.columns);
-    multiply_int8_tile(sums, smem, at, first_row, k_tiles);
+    const bool another = tile + static_cast<int>(gridDim.x) < tiles;
+    wait_for_turn<Shape>(group);
+    multiply_int8_tile(sums, smem, at, first_row, k_tiles, another ? 1 - group : -1);
     at.count += (kTileStep - 1) * k_tiles;
 #pragma unroll
     for (int i = 0; i < Shape::kProducts; ++i) {
