@@ -12,12 +12,16 @@ from torch import Tensor
 
 import fastattn
 from fastattn import dispatch
+from fastattn._triton import is_interpreted
 
-# Every backend that has a kernel and that this machine can run; eager is what they are compared with.
+# Every backend that has a kernel and that this machine can run; eager is what they are compared with. Interpreted
+# Triton would take minutes at these shapes: test_attention_triton.py runs the same features at smaller ones.
 KERNEL_BACKENDS = [
     kernel.backend
     for kernel in dispatch.TABLE["attention"]
-    if kernel.backend != "eager" and fastattn.available_backends()[kernel.backend] is None
+    if kernel.backend != "eager"
+    and fastattn.available_backends()[kernel.backend] is None
+    and not (kernel.backend == "triton" and is_interpreted())
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INF = float("inf")

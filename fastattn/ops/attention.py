@@ -11,6 +11,7 @@ from fastattn.dispatch import Kernel, never_refuses, select
 from fastattn.ops import attention_checks as checks
 from fastattn.ops import attention_compiled as compiled
 from fastattn.ops.attention_eager import attention_eager, attention_weights_eager
+from fastattn.ops.attention_triton import refuses_triton, run_triton, run_weights_triton
 from fastattn.ops.philox import draw_rng_state
 
 
@@ -221,6 +222,7 @@ _WEIGHTS_CUDA, _WEIGHTS_EMULATED = dispatch.cuda_kernels(compiled.refuses_cuda, 
 dispatch.register(
     "attention",
     _CUDA,
+    Kernel("triton", refuses_triton, run_triton),
     Kernel("cpu", compiled.refuses_cpu, compiled.run),
     Kernel("eager", never_refuses, run_eager),
     _EMULATED,
@@ -229,6 +231,7 @@ dispatch.register(
 dispatch.register(
     "attention_weights",
     _WEIGHTS_CUDA,
+    Kernel("triton", refuses_triton, run_weights_triton),
     Kernel("cpu", compiled.refuses_cpu, compiled.run_weights),
     Kernel("eager", never_refuses, run_weights_eager),
     _WEIGHTS_EMULATED,

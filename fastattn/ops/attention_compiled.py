@@ -25,7 +25,7 @@ def refuses_cpu(call: AttentionCall) -> str | None:
         return f"query is on {query.device}, not on the cpu"
     if query.dtype not in _CPU_DTYPES:
         return f"dtype {_name(query.dtype)} is not float32, bfloat16, float16 or float64"
-    return _refuses(call)
+    return refuses_kernels(call)
 
 
 def refuses_cuda(call: AttentionCall, device_type: str) -> str | None:
@@ -35,11 +35,11 @@ def refuses_cuda(call: AttentionCall, device_type: str) -> str | None:
         return reason
     if call.query.dtype not in _CUDA_DTYPES:
         return f"dtype {_name(call.query.dtype)} is not bfloat16 or float16"
-    return _refuses(call)
+    return refuses_kernels(call)
 
 
-def _refuses(call: AttentionCall) -> str | None:
-    """What every kernel of the extension refuses."""
+def refuses_kernels(call: AttentionCall) -> str | None:
+    """What every fused kernel refuses, Triton's as well."""
     head_dim, head_dim_v, alibi_slopes = call.query.shape[-1], call.value.shape[-1], call.alibi_slopes
     if head_dim > _MAX_HEAD_DIM or not 0 < head_dim_v <= _MAX_HEAD_DIM:
         return f"head_dim {head_dim} (value: {head_dim_v}) is not in 1 to {_MAX_HEAD_DIM}"
@@ -70,7 +70,7 @@ def run_weights(call: AttentionCall, lse: Tensor, average_heads: bool) -> Tensor
 # --- Fake kernels: the shapes, dtypes and strides of csrc/attention/attention.cpp ------------------------------------
 
 
-def _empty_rows(like: Tensor, head_dim: int) -> Tensor:
+def empty_rows(like: Tensor, head_dim: int) -> Tensor:
     """(batch, heads, seqlen, head_dim), with the heads inside the rows if ``like`` has them so."""
     batch, heads, seqlen, _ = like.shape
     if like.stride(1) < like.stride(2):
@@ -88,15 +88,15 @@ if extension is not None:
     def _(query, key, value, attn_mask, alibi_slopes, sinks, rng_state, dropout_p, is_causal, scale, window_left,
           window_right, bottom_right, softcap):  # fmt: skip
         lse = query.new_empty(query.shape[:3], dtype=_statistics_dtype(query))
-        return _empty_rows(query, value.shape[3]), lse
+        return empty_rows(query, value.shape[3]), lse
 
     @torch.library.register_fake("fastattn::attention_backward")
     def _(dout, dlse, query, key, value, out, lse, attn_mask, alibi_slopes, sinks, rng_state, dropout_p, is_causal,
           scale, window_left, window_right, bottom_right, softcap, need_dmask, need_dsinks):  # fmt: skip
         dmask = attn_mask.new_empty(attn_mask.shape) if need_dmask else query.new_empty(0)
         dsinks = sinks.new_empty(sinks.shape) if need_dsinks else query.new_empty(0)
-        dk, dv = _empty_rows(key, key.shape[3]), _empty_rows(value, value.shape[3])
-        return _empty_rows(query, query.shape[3]), dk, dv, dmask, dsinks
+        dk, dv = empty_rows(key, key.shape[3]), empty_rows(value, value.shape[3])
+        return empty_rows(query, query.shape[3]), dk, dv, dmask, dsinks
 
     @torch.library.register_fake("fastattn::attention_weights")
     def _(query, key, lse, attn_mask, alibi_slopes, rng_state, dropout_p, is_causal, scale, window_left, window_right,

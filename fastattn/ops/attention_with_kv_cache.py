@@ -13,6 +13,7 @@ from fastattn.dispatch import Kernel, never_refuses, select
 from fastattn.ops import attention_checks as checks
 from fastattn.ops.attention import AttentionCall, run_eager
 from fastattn.ops.attention_compiled import refuses_cpu, run
+from fastattn.ops.attention_triton import refuses_triton, run_triton
 from fastattn.ops.varlen_attention import with_diagonals
 
 
@@ -326,6 +327,10 @@ def _append(cache: Tensor, rows: Tensor, lengths: int | Tensor, table: Tensor | 
         cache.index_put_((table.gather(1, token // cache.shape[1]), token % cache.shape[1]), rows)
 
 
+def _run_triton(call: KvCacheCall) -> tuple[Tensor, Tensor]:
+    return _step(call, run_triton)
+
+
 def _run_cpu(call: KvCacheCall) -> tuple[Tensor, Tensor]:
     return _step(call, run)
 
@@ -336,6 +341,7 @@ def _run_eager(call: KvCacheCall) -> tuple[Tensor, Tensor]:
 
 dispatch.register(
     "attention_with_kv_cache",
+    Kernel("triton", refuses_triton, _run_triton),
     Kernel("cpu", refuses_cpu, _run_cpu),
     Kernel("eager", never_refuses, _run_eager),
     prepare=_prepare,

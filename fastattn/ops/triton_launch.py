@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -33,32 +34,57 @@ def device_of(tensor: Tensor) -> Device:
 
 
 @cache
-def _round_as_a_gpu_does() -> None:
-    """Makes Triton's interpreter round float32 to bfloat16 to the nearest, ties to even; by itself it truncates."""
+def _mend_interpreter() -> None:
+    """Makes Triton's interpreter do with bfloat16 what a GPU does.
+
+    It holds bfloat16 as bits in uint16. By itself it truncates float32 where a GPU rounds to the nearest, ties to even,
+    and tl.dot multiplies the bits as integers.
+    """
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    cast_otherwise = InterpreterBuilder.cast_impl
+    cast_otherwise, dot_otherwise = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def cast_impl(self: Any, source: Any, dtype: Any) -> Any:
         if source.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
             return cast_otherwise(self, source, dtype)
-        # Triton's interpreter holds the bits of bfloat16 in uint16.
         bits = torch.from_numpy(source.data.copy()).bfloat16().view(torch.int16).numpy().view("uint16")
         return TensorHandle(bits, dtype.scalar)
 
+    def widen(operand: Any) -> Any:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return TensorHandle((operand.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        return dot_otherwise(self, widen(a), widen(b), *others)
+
     InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_dot = create_dot
 
 
 def launch(on: Tensor, kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
     """Runs ``kernel`` on the device and current stream of ``on``; neither waits nor allocates."""
     if on.device.type == "cpu":
-        _round_as_a_gpu_does()
+        _mend_interpreter()
         kernel[grid](*arguments, **options)
         return
     # Triton launches on the current device, whatever device the tensors are on.
     with torch.cuda.device(on.device):
         kernel[grid](*arguments, **options)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that is planned but not run, so that tests can compile it for a GPU that is not there."""
+
+    kernel: Any  # what @triton.jit made
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # by the kernel's parameter names, constexprs included
+    options: dict[str, Any]  # num_warps, num_stages, ...
+
+    def run(self, on: Tensor) -> None:
+        launch(on, self.kernel, self.grid, **self.arguments, **self.options)
 
 
 def next_power_of_2(n: int) -> int:

@@ -13,6 +13,7 @@ from fastattn.dispatch import Kernel, never_refuses, select
 from fastattn.ops import attention_checks as checks
 from fastattn.ops.attention import AttentionCall, run_eager
 from fastattn.ops.attention_compiled import refuses_cpu, run
+from fastattn.ops.attention_triton import refuses_triton, run_triton
 from fastattn.ops.philox import draw_rng_state
 
 
@@ -253,6 +254,10 @@ def with_diagonals(call: AttentionCall, visible: Tensor, diagonal: Tensor) -> At
     return call._replace(attn_mask=mask, alibi_slopes=None, is_causal=False, window_left=-1, window_right=-1)
 
 
+def _run_triton(call: VarlenCall) -> tuple[Tensor, Tensor]:
+    return _run_padded(call, run_triton)
+
+
 def _run_cpu(call: VarlenCall) -> tuple[Tensor, Tensor]:
     return _run_padded(call, run)
 
@@ -263,6 +268,7 @@ def _run_eager(call: VarlenCall) -> tuple[Tensor, Tensor]:
 
 dispatch.register(
     "varlen_attention",
+    Kernel("triton", refuses_triton, _run_triton),
     Kernel("cpu", refuses_cpu, _run_cpu),
     Kernel("eager", never_refuses, _run_eager),
     prepare=_prepare,

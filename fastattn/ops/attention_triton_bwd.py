@@ -1,0 +1,270 @@
+"""Attention's backward in Triton: delta, then dq, then dk and dv. No atomics: the bits are the same at every run.
+
+    p = exp(s - lse)    dp = keep (dout v^T)    ds = p (dp - delta)    delta = rowsum(dout out) - dlse
+    dv = (keep p)^T dout    dq = scale ds k    dk = scale ds^T q
+
+Work:    dq: one program per (batch, head, BLOCK_Q rows), which visits the keys that its rows see. dk, dv: one per
+         (batch, kv head, BLOCK_K keys), which visits the rows that see them, for each query head of the group in turn.
+         The scores are computed in both: seven products instead of five buy sums of one fixed order, in registers.
+Memory:  the program's own tiles and its sums stay on chip; the visited tiles are pipelined by the compiler.
+Numbers: as the forward; p and ds are rounded to the operands' dtype before they multiply them.
+Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastattn.ops.attention_triton_scores import (
+    MASK_NONE,
+    cap_scores,
+    load_lse,
+    load_tile,
+    mask_hides,
+    mask_scores,
+    probabilities,
+    store_tile,
+    tile_range,
+    visible_keys,
+)
+from fastattn.ops.philox_triton import dropout_keep
+
+_LENGTHS = ["seqlen_q", "seqlen_k", "diagonal", "window_left", "window_right", "threshold"]
+
+
+@triton.jit(do_not_specialize=["seqlen_q"])
+def attention_delta_kernel(
+    out_ptr, dout_ptr, dlse_ptr, lse_ptr, delta_ptr, sinks_ptr, dsinks_ptr,
+    stride_out_batch, stride_out_head, stride_out_row, stride_dout_batch, stride_dout_head, stride_dout_row,
+    heads, seqlen_q,
+    HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_DV: tl.constexpr, DLSE: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """delta of each row; with SINKS also each program's share of the sink's gradient, to be added up.
+
+    Grid: (batch * heads * row tiles,).
+    """
+    row_tiles = tl.cdiv(seqlen_q, BLOCK_Q)
+    batch_head = tl.program_id(0) // row_tiles
+    first_row = tl.program_id(0) % row_tiles * BLOCK_Q
+    batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
+    out = load_tile(out_ptr + batch * stride_out_batch + head * stride_out_head, first_row, seqlen_q, stride_out_row,
+                    BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True, False).to(tl.float32)  # fmt: skip
+    dout = load_tile(dout_ptr + batch * stride_dout_batch + head * stride_dout_head, first_row, seqlen_q,
+                     stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True, False).to(tl.float32)  # fmt: skip
+    delta = tl.sum(out * dout, 1)
+    rows = first_row + tl.arange(0, BLOCK_Q)
+    statistics = batch_head.to(tl.int64) * seqlen_q + rows
+    if DLSE:
+        delta -= tl.load(dlse_ptr + statistics, mask=rows < seqlen_q, other=0.0)
+    # A row that sees nothing passes nothing on, whatever reaches it.
+    lse = load_lse(lse_ptr + batch_head.to(tl.int64) * seqlen_q, rows, seqlen_q)
+    delta = tl.where(lse == float("inf"), 0.0, delta)
+    tl.store(delta_ptr + statistics, delta, mask=rows < seqlen_q)
+    if SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
+        tl.store(dsinks_ptr + tl.program_id(0), -tl.sum(tl.exp(sink - lse) * delta))
+
+
+@triton.jit
+def score_gradients(dots, dp, lse, delta, first_row, first_col, row, col, mask_ptr, stride_mask_q, stride_mask_k,
+                    slope, seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap,
+                    keep, keep_scale, MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
+                    DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PLAIN: tl.constexpr,
+                    BOUNDARY: tl.constexpr):  # fmt: skip
+    """(p, ds, dx) of a tile: its probabilities, and the gradients of its scores after and before softcap.
+
+    lse, delta, row, col broadcast to the tile, which starts at (first_row, first_col). keep: which probabilities
+    dropout kept, if DROPOUT.
+    """
+    scores, ratio = cap_scores(dots, scale, softcap, SOFTCAP, PLAIN)
+    scores = mask_scores(scores, first_row, first_col, row, col, mask_ptr, stride_mask_q, stride_mask_k, slope,
+                         seqlen_q, seqlen_k, diagonal, window_left, window_right, MASK, ALIBI, LEFT, RIGHT,
+                         BOUNDARY)  # fmt: skip
+    p = probabilities(scores, lse, unit, MASK)
+    if DROPOUT:
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    ds = p * (dp - delta)
+    dx = ds
+    if SOFTCAP:
+        dx = ds * (1.0 - ratio * ratio)
+    return p, ds, dx
+
+
+# --- dq --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def attention_dq_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, mask_ptr, alibi_ptr, rng_state_ptr,
+    stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
+    stride_v_batch, stride_v_head, stride_v_row, stride_dout_batch, stride_dout_head, stride_dout_row,
+    stride_dq_batch, stride_dq_head, stride_dq_row,
+    stride_mask_batch, stride_mask_head, stride_mask_q, stride_mask_k, stride_alibi_batch,
+    heads, group, seqlen_q, seqlen_k, diagonal, window_left, window_right,
+    scale, unit, softcap, threshold, keep_scale,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, ALIBI: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: (batch * heads * row tiles,), the last rows first."""
+    row_tiles = tl.cdiv(seqlen_q, BLOCK_Q)
+    batch_head = tl.program_id(0) // row_tiles
+    first_row = (row_tiles - 1 - tl.program_id(0) % row_tiles) * BLOCK_Q
+    batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
+    k_ptr += batch * stride_k_batch + head // group * stride_k_head
+    v_ptr += batch * stride_v_batch + head // group * stride_v_head
+    slope = 0.0
+    if MASK != MASK_NONE:
+        mask_ptr += batch * stride_mask_batch + head * stride_mask_head
+    if ALIBI:
+        slope = tl.load(alibi_ptr + batch * stride_alibi_batch + head)
+
+    row, col = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    rows = first_row + row
+    q = load_tile(q_ptr + batch * stride_q_batch + head * stride_q_head, first_row, seqlen_q, stride_q_row,
+                  BLOCK_Q, HEAD_DIM, BLOCK_D, True, False)  # fmt: skip
+    dout = load_tile(dout_ptr + batch * stride_dout_batch + head * stride_dout_head, first_row, seqlen_q,
+                     stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True, False)  # fmt: skip
+    statistics = batch_head.to(tl.int64) * seqlen_q
+    lse = load_lse(lse_ptr + statistics, rows, seqlen_q)
+    delta = tl.load(delta_ptr + statistics + rows, mask=rows < seqlen_q, other=0.0)
+    dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+
+    last_row = tl.minimum(first_row + BLOCK_Q, seqlen_q)
+    # The tiles at the edges read the mask without vectors: pipelining it would cost the registers of as many addresses.
+    STAGES: tl.constexpr = 1 if MASK != MASK_NONE else None
+    is_full = (MASK == MASK_NONE) | (last_row == first_row + BLOCK_Q)
+    begin, full_begin, full_end, end = tile_range(
+        first_row, last_row, seqlen_k, diagonal, window_left, window_right, is_full, LEFT, RIGHT, BLOCK_K
+    )
+    if KEY_MASK:
+        visible_begin, visible_end = visible_keys(mask_ptr, stride_mask_k, begin, end, MASK, BLOCK_K)
+        begin, end = tl.maximum(begin, visible_begin), tl.minimum(end, visible_end)
+        full_begin = tl.maximum(full_begin, begin)
+        full_end = tl.maximum(tl.minimum(full_end, tl.cdiv(end, BLOCK_K) * BLOCK_K), full_begin)
+
+    for part in tl.static_range(0 if LEFT else 1, 3):
+        if part == 0:
+            start, stop = begin, tl.minimum(full_begin, end)
+        elif part == 1:
+            start, stop = full_begin, full_end
+        else:
+            start, stop = full_end, end
+        for first_col in tl.range(start, stop, BLOCK_K, num_stages=STAGES if part != 1 else None):
+            first_col = tl.multiple_of(tl.to_tensor(first_col), BLOCK_K)
+            k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, part != 1, True)
+            v = load_tile(v_ptr, first_col, seqlen_k, stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, part != 1, True)
+            keep = True
+            if DROPOUT:
+                keep = dropout_keep(rng_state_ptr, batch_head, rows, first_col, threshold, BLOCK_K)
+            dots = tl.dot(q, k, input_precision=PRECISION)
+            dp = tl.dot(dout, v, input_precision=PRECISION)
+            p, ds, dx = score_gradients(  # noqa: RUF059 (what a loop assigns keeps its type in Triton: no _)
+                dots, dp, lse[:, None], delta[:, None], first_row, first_col, row[:, None], col[None, :], mask_ptr,
+                stride_mask_q, stride_mask_k, slope, seqlen_q, seqlen_k, diagonal, window_left, window_right, scale,
+                unit, softcap, keep, keep_scale, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PLAIN, part != 1,
+            )  # fmt: skip
+            dq = tl.dot(dx.to(k.dtype), tl.trans(k), dq, input_precision=PRECISION)
+    store_tile(dq_ptr + batch * stride_dq_batch + head * stride_dq_head, dq * scale, first_row, seqlen_q,
+               stride_dq_row, BLOCK_Q, HEAD_DIM, BLOCK_D)  # fmt: skip
+
+
+# --- dk and dv -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def attention_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, mask_ptr, alibi_ptr, rng_state_ptr,
+    stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
+    stride_v_batch, stride_v_head, stride_v_row, stride_dout_batch, stride_dout_head, stride_dout_row,
+    stride_dk_batch, stride_dk_head, stride_dk_row, stride_dv_batch, stride_dv_head, stride_dv_row,
+    stride_mask_batch, stride_mask_head, stride_mask_q, stride_mask_k, stride_alibi_batch,
+    heads, group, seqlen_q, seqlen_k, diagonal, window_left, window_right,
+    scale, unit, softcap, threshold, keep_scale,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, ALIBI: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tiles are (BLOCK_K, BLOCK_Q), so that p^T and ds^T come out as left operands of the products that need them.
+
+    Grid: (batch * kv heads * key tiles,), the first keys, which causal masks leave to most rows, first.
+    """
+    key_tiles = tl.cdiv(seqlen_k, BLOCK_K)
+    batch_head_kv = tl.program_id(0) // key_tiles
+    first_col = tl.program_id(0) % key_tiles * BLOCK_K
+    heads_kv = heads // group
+    batch, head_kv = (batch_head_kv // heads_kv).to(tl.int64), (batch_head_kv % heads_kv).to(tl.int64)
+    row, col = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    cols = first_col + col
+    k = load_tile(k_ptr + batch * stride_k_batch + head_kv * stride_k_head, first_col, seqlen_k, stride_k_row,
+                  BLOCK_K, HEAD_DIM, BLOCK_D, True, False)  # fmt: skip
+    v = load_tile(v_ptr + batch * stride_v_batch + head_kv * stride_v_head, first_col, seqlen_k, stride_v_row,
+                  BLOCK_K, HEAD_DIM_V, BLOCK_DV, True, False)  # fmt: skip
+    dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_K, BLOCK_DV), tl.float32)
+
+    last_col = tl.minimum(first_col + BLOCK_K, seqlen_k)
+    STAGES: tl.constexpr = 1 if MASK != MASK_NONE else None
+    is_full = (MASK == MASK_NONE) | (last_col == first_col + BLOCK_K)
+    begin, full_begin, full_end, end = tile_range(
+        first_col, last_col, seqlen_q, -diagonal, window_right, window_left, is_full, RIGHT, LEFT, BLOCK_Q
+    )
+    for member in range(0, group):
+        head = head_kv * group + member
+        batch_head = batch * heads + head
+        q_head_ptr = q_ptr + batch * stride_q_batch + head * stride_q_head
+        dout_head_ptr = dout_ptr + batch * stride_dout_batch + head * stride_dout_head
+        lse_head_ptr = lse_ptr + batch_head * seqlen_q
+        delta_head_ptr = delta_ptr + batch_head * seqlen_q
+        mask_head_ptr = mask_ptr
+        slope = 0.0
+        if MASK != MASK_NONE:
+            mask_head_ptr = mask_ptr + batch * stride_mask_batch + head * stride_mask_head
+        if ALIBI:
+            slope = tl.load(alibi_ptr + batch * stride_alibi_batch + head)
+        # No row sees keys that a mask of one row hides altogether.
+        sees = True
+        if KEY_MASK:
+            mask = tl.load(mask_head_ptr + cols.to(tl.int64) * stride_mask_k, mask=cols < seqlen_k, other=0)
+            sees = tl.max(((cols < seqlen_k) & ~mask_hides(mask, MASK)).to(tl.int32)) > 0
+
+        for part in tl.static_range(0 if RIGHT else 1, 3):
+            if part == 0:
+                start, stop = begin, tl.minimum(full_begin, end)
+            elif part == 1:
+                start, stop = full_begin, full_end
+            else:
+                start, stop = full_end, end
+            if KEY_MASK:
+                stop = tl.where(sees, stop, start)
+            for first_row in tl.range(start, stop, BLOCK_Q, num_stages=STAGES if part != 1 else None):
+                first_row = tl.multiple_of(tl.to_tensor(first_row), BLOCK_Q)
+                rows = first_row + row
+                q = load_tile(q_head_ptr, first_row, seqlen_q, stride_q_row, BLOCK_Q, HEAD_DIM, BLOCK_D, part != 1,
+                              True)  # fmt: skip
+                dots = tl.dot(k, q, input_precision=PRECISION)
+                dout = load_tile(dout_head_ptr, first_row, seqlen_q, stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV,
+                                 part != 1, False)  # fmt: skip
+                dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+                lse = load_lse(lse_head_ptr, rows, seqlen_q)
+                delta = tl.load(delta_head_ptr + rows, mask=rows < seqlen_q, other=0.0)
+                keep = True
+                if DROPOUT:
+                    keep = tl.trans(dropout_keep(rng_state_ptr, batch_head, rows, first_col, threshold, BLOCK_K))
+                p, ds, dx = score_gradients(  # noqa: RUF059
+                    dots, dp, lse[None, :], delta[None, :], first_row, first_col, row[None, :], col[:, None],
+                    mask_head_ptr, stride_mask_q, stride_mask_k, slope, seqlen_q, seqlen_k, diagonal, window_left,
+                    window_right, scale, unit, softcap, keep, keep_scale, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT,
+                    RIGHT, PLAIN, part != 1,
+                )  # fmt: skip
+                if DROPOUT:
+                    p = tl.where(keep, p * keep_scale, 0.0)
+                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+                dk = tl.dot(dx.to(q.dtype), tl.trans(q), dk, input_precision=PRECISION)
+    store_tile(dk_ptr + batch * stride_dk_batch + head_kv * stride_dk_head, dk * scale, first_col, seqlen_k,
+               stride_dk_row, BLOCK_K, HEAD_DIM, BLOCK_D)  # fmt: skip
+    store_tile(dv_ptr + batch * stride_dv_batch + head_kv * stride_dv_head, dv, first_col, seqlen_k,
+               stride_dv_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV)  # fmt: skip

@@ -1,0 +1,98 @@
+"""The gradient of an additive attention mask in Triton: ds, summed over the dims in which the mask broadcasts.
+
+Work:    one program per tile of the mask (of the scores, where the mask broadcasts along rows or keys). It computes ds
+         of that tile again for each (batch, head) that shares it, one after the other, and adds in registers: no
+         atomics, no (batch, heads, seqlen_q, seqlen_k) scratch. Where few tiles are shared by many (batch, head), the
+         latter are split among programs, whose partial sums are added up afterwards.
+Numbers: as the backward; sums in float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastattn.ops.attention_triton_bwd import score_gradients
+from fastattn.ops.attention_triton_scores import load_lse, load_tile, tile_range
+from fastattn.ops.philox_triton import dropout_keep
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "diagonal", "window_left", "window_right", "threshold"])
+def attention_dmask_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dmask_ptr, mask_ptr, alibi_ptr, rng_state_ptr,
+    stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
+    stride_v_batch, stride_v_head, stride_v_row, stride_dout_batch, stride_dout_head, stride_dout_row,
+    stride_mask_batch, stride_mask_head, stride_mask_q, stride_mask_k, stride_alibi_batch,
+    heads, group, seqlen_q, seqlen_k, diagonal, window_left, window_right,
+    scale, unit, softcap, threshold, keep_scale, mask_batches, mask_heads, batches_shared, heads_shared, pairs,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    PLAIN: tl.constexpr, PRECISION: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_KEYS: tl.constexpr,
+):  # fmt: skip
+    """dmask: (splits, mask_batches, mask_heads, rows or row tiles if SUM_ROWS, keys or key tiles if SUM_KEYS).
+
+    ``pairs`` (batch, head) of the batches_shared * heads_shared that share a tile are one program's part.
+    Grid: (splits * mask_batches * mask_heads * row tiles * key tiles,).
+    """
+    key_tiles, row_tiles = tl.cdiv(seqlen_k, BLOCK_K), tl.cdiv(seqlen_q, BLOCK_Q)
+    key_tile = tl.program_id(0) % key_tiles
+    row_tile = tl.program_id(0) // key_tiles % row_tiles
+    matrix = tl.program_id(0) // (key_tiles * row_tiles)
+    mask_head = matrix % mask_heads
+    mask_batch = matrix // mask_heads % mask_batches
+    split = matrix // (mask_heads * mask_batches)
+    first_col, first_row = key_tile * BLOCK_K, row_tile * BLOCK_Q
+    row, col = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    rows, cols = first_row + row, first_col + col
+
+    first_pair = split * pairs
+    last_pair = tl.minimum(first_pair + pairs, batches_shared * heads_shared)
+    last_row = tl.minimum(first_row + BLOCK_Q, seqlen_q)
+    begin, full_begin, full_end, end = tile_range(  # noqa: RUF059
+        first_row, last_row, seqlen_k, diagonal, window_left, window_right, True, LEFT, RIGHT, BLOCK_K
+    )
+    last_pair = tl.where((first_col >= begin) & (first_col < end), last_pair, first_pair)
+
+    total = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+    for pair in range(first_pair, last_pair):
+        batch = (mask_batch + pair // heads_shared).to(tl.int64)
+        head = (mask_head + pair % heads_shared).to(tl.int64)
+        batch_head = batch * heads + head
+        q = load_tile(q_ptr + batch * stride_q_batch + head * stride_q_head, first_row, seqlen_q, stride_q_row,
+                      BLOCK_Q, HEAD_DIM, BLOCK_D, True, False)  # fmt: skip
+        k = load_tile(k_ptr + batch * stride_k_batch + head // group * stride_k_head, first_col, seqlen_k,
+                      stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, True, True)  # fmt: skip
+        dout = load_tile(dout_ptr + batch * stride_dout_batch + head * stride_dout_head, first_row, seqlen_q,
+                         stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True, False)  # fmt: skip
+        v = load_tile(v_ptr + batch * stride_v_batch + head // group * stride_v_head, first_col, seqlen_k,
+                      stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, True, True)  # fmt: skip
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(alibi_ptr + batch * stride_alibi_batch + head)
+        keep = True
+        if DROPOUT:
+            keep = dropout_keep(rng_state_ptr, batch_head, rows, first_col, threshold, BLOCK_K)
+        dots = tl.dot(q, k, input_precision=PRECISION)
+        dp = tl.dot(dout, v, input_precision=PRECISION)
+        lse = load_lse(lse_ptr + batch_head * seqlen_q, rows, seqlen_q)
+        delta = tl.load(delta_ptr + batch_head * seqlen_q + rows, mask=rows < seqlen_q, other=0.0)
+        p, ds, dx = score_gradients(  # noqa: RUF059
+            dots, dp, lse[:, None], delta[:, None], first_row, first_col, row[:, None], col[None, :],
+            mask_ptr + batch * stride_mask_batch + head * stride_mask_head, stride_mask_q, stride_mask_k, slope,
+            seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap, keep, keep_scale,
+            MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PLAIN, True,
+        )  # fmt: skip
+        total += ds
+
+    if SUM_ROWS:
+        total = tl.sum(total, 0)[None, :]
+        rows = row_tile + tl.arange(0, 1)
+        seqlen_q = row_tiles
+    if SUM_KEYS:
+        total = tl.sum(total, 1)[:, None]
+        cols = key_tile + tl.arange(0, 1)
+        seqlen_k = key_tiles
+    ptrs = dmask_ptr + (matrix.to(tl.int64) * seqlen_q + rows[:, None]) * seqlen_k + cols[None, :]
+    inside = (rows < seqlen_q)[:, None] & (cols < seqlen_k)[None, :]
+    tl.store(ptrs, total.to(dmask_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,201 @@
+"""Attention's forward and attention weights in Triton.
+
+    out = softmax(scores(q, k)) v,  lse = log-sum-exp of each row's scores;  weights = exp(scores - lse)
+
+Work:    one program per (batch, head, BLOCK_Q rows); it visits the key tiles that its rows see, those that all of them
+         see without comparing positions. The last rows, which see most under a causal mask, start first.
+Memory:  q, the output's sums, maxima and sums of exponentials in registers; k and v tiles pipelined by the compiler.
+Numbers: dot products, softmax and sums in float32; probabilities rounded to v's dtype before they multiply v.
+Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastattn.ops.attention_triton_scores import (
+    MASK_NONE,
+    cap_scores,
+    exponentials,
+    load_lse,
+    load_tile,
+    mask_scores,
+    probabilities,
+    store_tile,
+    tile_range,
+    visible_keys,
+)
+from fastattn.ops.philox_triton import dropout_keep
+
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _visit_keys(acc, row_max, row_sum, q, begin, end, first_row, k_ptr, v_ptr, mask_ptr, rng_state_ptr,
+                stride_k_row, stride_v_row, stride_mask_q, stride_mask_k, slope, batch_head,
+                seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap, threshold,
+                HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+                BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr,
+                SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+                PLAIN: tl.constexpr, PRECISION: tl.constexpr, BOUNDARY: tl.constexpr):  # fmt: skip
+    """The online softmax over the key tiles of [begin, end)."""
+    row, col = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    STAGES: tl.constexpr = 1 if MASK != MASK_NONE and BOUNDARY else None
+    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+        first_col = tl.multiple_of(tl.to_tensor(start), BLOCK_K)
+        k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, BOUNDARY, True)
+        dots = tl.dot(q, k, input_precision=PRECISION)
+        scores, _ = cap_scores(dots, scale, softcap, SOFTCAP, PLAIN)
+        scores = mask_scores(scores, first_row, first_col, row[:, None], col[None, :], mask_ptr, stride_mask_q,
+                             stride_mask_k, slope, seqlen_q, seqlen_k, diagonal, window_left, window_right, MASK, ALIBI,
+                             LEFT, RIGHT, BOUNDARY)  # fmt: skip
+
+        # A row that has seen nothing yet has maximum -inf; taking 0 for it gives exp(-inf) = 0 instead of NaN.
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        p = exponentials(scores, shift[:, None], unit, MASK)
+        correction = exponentials(row_max, shift, unit, MASK)
+        row_sum = row_sum * correction + tl.sum(p, 1)
+        row_max = new_max
+        if DROPOUT:
+            keep = dropout_keep(rng_state_ptr, batch_head, first_row + row, first_col, threshold, BLOCK_K)
+            p = tl.where(keep, p, 0.0)
+
+        v = load_tile(v_ptr, first_col, seqlen_k, stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, BOUNDARY, False)
+        acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
+    return acc, row_max, row_sum
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "diagonal", "window_left", "window_right", "threshold"])
+def attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, alibi_ptr, sinks_ptr, rng_state_ptr,
+    stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
+    stride_v_batch, stride_v_head, stride_v_row, stride_out_batch, stride_out_head, stride_out_row,
+    stride_mask_batch, stride_mask_head, stride_mask_q, stride_mask_k, stride_alibi_batch,
+    heads, group, seqlen_q, seqlen_k, diagonal, window_left, window_right,
+    scale, unit, softcap, threshold, keep_scale,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, ALIBI: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: (batch * heads * row tiles,). Parameters: attention_triton.py; PLAIN, unit: attention_triton_scores.py."""
+    row_tiles = tl.cdiv(seqlen_q, BLOCK_Q)
+    batch_head = tl.program_id(0) // row_tiles
+    first_row = (row_tiles - 1 - tl.program_id(0) % row_tiles) * BLOCK_Q
+    batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
+    q_ptr += batch * stride_q_batch + head * stride_q_head
+    k_ptr += batch * stride_k_batch + head // group * stride_k_head
+    v_ptr += batch * stride_v_batch + head // group * stride_v_head
+    out_ptr += batch * stride_out_batch + head * stride_out_head
+    lse_ptr += batch_head.to(tl.int64) * seqlen_q
+    slope = 0.0
+    if MASK != MASK_NONE:
+        mask_ptr += batch * stride_mask_batch + head * stride_mask_head
+    if ALIBI:
+        slope = tl.load(alibi_ptr + batch * stride_alibi_batch + head)
+
+    rows = first_row + tl.arange(0, BLOCK_Q)
+    q = load_tile(q_ptr, first_row, seqlen_q, stride_q_row, BLOCK_Q, HEAD_DIM, BLOCK_D, True, False)
+    acc = tl.zeros((BLOCK_Q, BLOCK_DV), tl.float32)
+    row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_Q,), tl.float32)
+    if SINKS:
+        # One more logit, without a value: the pass starts as if it had seen it.
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
+        row_max = tl.zeros((BLOCK_Q,), tl.float32) + sink
+        row_sum += tl.where(sink == float("-inf"), 0.0, 1.0)
+
+    last_row = tl.minimum(first_row + BLOCK_Q, seqlen_q)
+    is_full = (MASK == MASK_NONE) | (last_row == first_row + BLOCK_Q)
+    begin, full_begin, full_end, end = tile_range(
+        first_row, last_row, seqlen_k, diagonal, window_left, window_right, is_full, LEFT, RIGHT, BLOCK_K
+    )
+    if KEY_MASK:
+        visible_begin, visible_end = visible_keys(mask_ptr, stride_mask_k, begin, end, MASK, BLOCK_K)
+        begin, end = tl.maximum(begin, visible_begin), tl.minimum(end, visible_end)
+        full_begin = tl.maximum(full_begin, begin)
+        full_end = tl.maximum(tl.minimum(full_end, tl.cdiv(end, BLOCK_K) * BLOCK_K), full_begin)
+
+    # Tiles cut by the window's left edge, tiles seen in full, tiles cut by the right edge, the diagonal or the end.
+    for part in tl.static_range(0 if LEFT else 1, 3):
+        if part == 0:
+            start, stop = begin, tl.minimum(full_begin, end)
+        elif part == 1:
+            start, stop = full_begin, full_end
+        else:
+            start, stop = full_end, end
+        acc, row_max, row_sum = _visit_keys(
+            acc, row_max, row_sum, q, start, stop, first_row, k_ptr, v_ptr, mask_ptr, rng_state_ptr,
+            stride_k_row, stride_v_row, stride_mask_q, stride_mask_k, slope, batch_head,
+            seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap, threshold,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT,
+            PLAIN, PRECISION, BOUNDARY=part != 1,
+        )  # fmt: skip
+
+    # A row that saw nothing has sum 0 and maximum -inf: output 0, lse -inf.
+    seen_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+    inverse = 1.0 / seen_sum
+    if DROPOUT:
+        inverse *= keep_scale
+    store_tile(out_ptr, acc * inverse[:, None], first_row, seqlen_q, stride_out_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV)
+    natural = scale if PLAIN else 1.0
+    lse = row_max * natural + tl.log2(seen_sum) * LN_2
+    tl.store(lse_ptr + rows, lse, mask=rows < seqlen_q)
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "diagonal", "window_left", "window_right", "threshold"])
+def attention_weights_kernel(
+    q_ptr, k_ptr, lse_ptr, weights_ptr, mask_ptr, alibi_ptr, rng_state_ptr,
+    stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
+    stride_mask_batch, stride_mask_head, stride_mask_q, stride_mask_k, stride_alibi_batch,
+    heads, group, seqlen_q, seqlen_k, diagonal, window_left, window_right,
+    scale, unit, softcap, threshold, keep_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr,
+    ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    PLAIN: tl.constexpr, PRECISION: tl.constexpr, AVERAGE: tl.constexpr,
+):  # fmt: skip
+    """Grid: (batch * heads * row tiles * key tiles,); with AVERAGE, whose programs add up the heads, without heads."""
+    key_tiles, row_tiles = tl.cdiv(seqlen_k, BLOCK_K), tl.cdiv(seqlen_q, BLOCK_Q)
+    first_col = tl.program_id(0) % key_tiles * BLOCK_K
+    first_row = tl.program_id(0) // key_tiles % row_tiles * BLOCK_Q
+    matrix = tl.program_id(0) // (key_tiles * row_tiles)
+    row, col = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    rows, cols = first_row + row, first_col + col
+    if AVERAGE:
+        batch, first_head, last_head = matrix, 0, heads
+    else:
+        batch, first_head = matrix // heads, matrix % heads
+        last_head = first_head + 1
+
+    total = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+    for head in range(first_head, last_head):
+        head = tl.to_tensor(head)
+        batch64, head64, batch_head = batch.to(tl.int64), head.to(tl.int64), batch * heads + head
+        q = load_tile(q_ptr + batch64 * stride_q_batch + head64 * stride_q_head, first_row, seqlen_q, stride_q_row,
+                      BLOCK_Q, HEAD_DIM, BLOCK_D, True, False)  # fmt: skip
+        k = load_tile(k_ptr + batch64 * stride_k_batch + head64 // group * stride_k_head, first_col, seqlen_k,
+                      stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, True, True)  # fmt: skip
+        slope = 0.0
+        mask_head_ptr = mask_ptr
+        if MASK != MASK_NONE:
+            mask_head_ptr = mask_ptr + batch64 * stride_mask_batch + head64 * stride_mask_head
+        if ALIBI:
+            slope = tl.load(alibi_ptr + batch64 * stride_alibi_batch + head64)
+        dots = tl.dot(q, k, input_precision=PRECISION)
+        scores, _ = cap_scores(dots, scale, softcap, SOFTCAP, PLAIN)
+        scores = mask_scores(scores, first_row, first_col, row[:, None], col[None, :], mask_head_ptr, stride_mask_q,
+                             stride_mask_k, slope, seqlen_q, seqlen_k, diagonal, window_left, window_right, MASK, ALIBI,
+                             LEFT, RIGHT, True)  # fmt: skip
+        lse = load_lse(lse_ptr + batch_head.to(tl.int64) * seqlen_q, rows, seqlen_q)
+        weights = probabilities(scores, lse[:, None], unit, MASK)
+        if DROPOUT:
+            keep = dropout_keep(rng_state_ptr, batch_head, rows, first_col, threshold, BLOCK_K)
+            weights = tl.where(keep, weights * keep_scale, 0.0)
+        total += weights
+    if AVERAGE:
+        total = total / heads
+    ptrs = weights_ptr + (matrix.to(tl.int64) * seqlen_q + rows[:, None]) * seqlen_k + cols[None, :]
+    inside = (rows < seqlen_q)[:, None] & (cols < seqlen_k)[None, :]
+    tl.store(ptrs, total.to(weights_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,253 @@
+"""From a call of attention to launches of its Triton kernels: which variant of a kernel, which tiles, which arguments.
+
+Everything here works on meta tensors too: tests compile the planned launches for GPUs that are not there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.ops import attention_triton_tiles as tiles
+from fastattn.ops.attention_triton_bwd import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
+from fastattn.ops.attention_triton_dmask import attention_dmask_kernel
+from fastattn.ops.attention_triton_fwd import attention_fwd_kernel, attention_weights_kernel
+from fastattn.ops.attention_triton_scores import MASK_ADD, MASK_BOOL, MASK_NONE
+from fastattn.ops.attention_triton_tiles import Tile
+from fastattn.ops.triton_launch import Launch
+
+LOG2_E = math.log2(math.e)
+# How many programs share the batches and heads that add to one tile of a mask's gradient, so that a small mask fills a
+# GPU. A constant, not the GPU's size: the order of sums is the same on every machine.
+_DMASK_PROGRAMS = 512
+
+
+class Scoring(NamedTuple):
+    """What shapes the scores, in the order of the ops' schemas."""
+
+    attn_mask: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    rng_state: Tensor | None
+    dropout_p: float
+    is_causal: bool
+    scale: float
+    window_left: int
+    window_right: int
+    bottom_right: bool
+    softcap: float
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _padded(head_dim: int) -> int:
+    """tl.dot wants powers of two, at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _strides(name: str, tensor: Tensor) -> dict[str, int]:
+    """Of a (batch, heads, rows, head_dim) operand with contiguous last dim."""
+    batch, head, row, _ = tensor.stride()
+    return {f"stride_{name}_batch": batch, f"stride_{name}_head": head, f"stride_{name}_row": row}
+
+
+def _mask_arguments(mask: Tensor | None) -> dict[str, Any]:
+    """A mask is read through its strides, 0 where it broadcasts."""
+    strides: tuple[int, ...] = (0, 0, 0, 0)
+    kind = MASK_NONE
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]
+        if mask.dtype == torch.bool:
+            mask, kind = mask.view(torch.uint8), MASK_BOOL
+        else:
+            kind = MASK_ADD
+            mask = mask if mask.dtype in (torch.float32, torch.bfloat16, torch.float16) else mask.float()
+        strides = tuple(0 if n == 1 else stride for n, stride in zip(mask.shape, mask.stride(), strict=True))
+    names = ("stride_mask_batch", "stride_mask_head", "stride_mask_q", "stride_mask_k")
+    return {"mask_ptr": mask, "MASK": kind.value, **dict(zip(names, strides, strict=True))}
+
+
+def _scoring_arguments(query: Tensor, key: Tensor, scoring: Scoring) -> dict[str, Any]:
+    """Arguments of every kernel that computes scores."""
+    _, heads, seqlen_q, head_dim = query.shape
+    heads_kv, seqlen_k = key.shape[1], key.shape[2]
+    mask = _mask_arguments(scoring.attn_mask)
+    # A side of the window that reaches past every key limits nothing.
+    longest = seqlen_q + seqlen_k
+    right = 0 if scoring.is_causal else scoring.window_right
+    slopes, softcap, scale, dropout_p = scoring.alibi_slopes, scoring.softcap, scoring.scale, scoring.dropout_p
+    plain = scale > 0 and softcap == 0 and slopes is None and mask["MASK"] != MASK_ADD.value
+    return mask | {
+        "alibi_ptr": slopes,
+        "stride_alibi_batch": slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
+        "rng_state_ptr": scoring.rng_state,
+        "heads": heads,
+        "group": heads // max(heads_kv, 1),
+        "seqlen_q": seqlen_q,
+        "seqlen_k": seqlen_k,
+        "diagonal": seqlen_k - seqlen_q if scoring.bottom_right else 0,
+        "window_left": min(max(scoring.window_left, 0), longest),
+        "window_right": min(max(right, 0), longest),
+        "LEFT": 0 <= scoring.window_left < longest,
+        "RIGHT": 0 <= right < longest,
+        "scale": scale,
+        "unit": scale * LOG2_E if plain else LOG2_E,
+        "softcap": softcap,
+        "threshold": int(dropout_p * 65536.0 + 0.5),
+        "keep_scale": 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": _padded(head_dim),
+        "ALIBI": slopes is not None,
+        "SOFTCAP": softcap > 0,
+        "DROPOUT": scoring.rng_state is not None,
+        "PLAIN": plain,
+        "PRECISION": "tf32" if _allows_tf32(query) else "ieee",
+    }
+
+
+def _allows_tf32(query: Tensor) -> bool:
+    """float32 products are exact unless the user told PyTorch that TensorFloat-32 will do."""
+    return query.dtype == torch.float32 and query.is_cuda and torch.get_float32_matmul_precision() != "highest"
+
+
+def _key_mask(arguments: dict[str, Any]) -> bool:
+    """Whether the mask is one row a head (key padding), so that a program can look up which tiles it hides."""
+    return arguments["MASK"] != MASK_NONE.value and arguments["stride_mask_q"] == 0
+
+
+def _blocks(tile: Tile) -> dict[str, int]:
+    return {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
+
+
+def _value_dims(value: Tensor) -> dict[str, int]:
+    return {"HEAD_DIM_V": value.shape[3], "BLOCK_DV": _padded(value.shape[3])}
+
+
+# --- Plans -----------------------------------------------------------------------------------------------------------
+
+
+def plan_forward(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scoring: Scoring, gpu: tiles.Gpu
+) -> Launch:
+    """Writes out and lse. Here and below, operands have contiguous last dims, and there are rows and heads."""
+    arguments = _scoring_arguments(query, key, scoring) | _value_dims(value)
+    if scoring.sinks is not None:
+        # The sink is a natural logit, so the others are too.
+        arguments |= {"PLAIN": False, "unit": LOG2_E}
+    tile = tiles.forward(gpu, query.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]), query.shape[2])
+    arguments |= {
+        "q_ptr": query, "k_ptr": key, "v_ptr": value, "out_ptr": out, "lse_ptr": lse, "sinks_ptr": scoring.sinks,
+        **_strides("q", query), **_strides("k", key), **_strides("v", value), **_strides("out", out), **_blocks(tile),
+        "KEY_MASK": _key_mask(arguments), "SINKS": scoring.sinks is not None,
+    }  # fmt: skip
+    batch, heads, seqlen_q, _ = query.shape
+    return Launch(
+        attention_fwd_kernel, (batch * heads * _ceil_div(seqlen_q, tile.block_q),), arguments, tile.launch_options()
+    )
+
+
+def plan_weights(
+    query: Tensor, key: Tensor, lse: Tensor, weights: Tensor, scoring: Scoring, average_heads: bool, gpu: tiles.Gpu
+) -> Launch:
+    arguments = _scoring_arguments(query, key, scoring)
+    tile = tiles.scores(gpu, query.dtype, arguments["BLOCK_D"])
+    arguments |= {
+        "q_ptr": query, "k_ptr": key, "lse_ptr": lse, "weights_ptr": weights,
+        **_strides("q", query), **_strides("k", key), **_blocks(tile), "AVERAGE": average_heads,
+    }  # fmt: skip
+    batch, heads, seqlen_q, _ = query.shape
+    matrices = batch * (1 if average_heads else heads)
+    programs = matrices * _ceil_div(seqlen_q, tile.block_q) * _ceil_div(key.shape[2], tile.block_k)
+    return Launch(attention_weights_kernel, (programs,), arguments, tile.launch_options())
+
+
+def plan_delta(
+    out: Tensor, dout: Tensor, dlse: Tensor | None, lse: Tensor, delta: Tensor, sinks: Tensor | None
+) -> tuple[Launch, Tensor | None]:
+    """Writes delta; with sinks, the second result then holds what to sum over batch and tiles for their gradient."""
+    batch, heads, seqlen_q, head_dim_v = out.shape
+    block_dv = _padded(head_dim_v)
+    # 4096 elements of each operand: 32 a thread, which keeps enough loads in flight.
+    block_q = max(16, 4096 // block_dv)
+    row_tiles = _ceil_div(seqlen_q, block_q)
+    dsinks = None if sinks is None else lse.new_empty(batch, heads, row_tiles)
+    arguments = {
+        "out_ptr": out, "dout_ptr": dout, "dlse_ptr": dlse, "lse_ptr": lse, "delta_ptr": delta, "sinks_ptr": sinks,
+        "dsinks_ptr": dsinks, **_strides("out", out), **_strides("dout", dout), "heads": heads, "seqlen_q": seqlen_q,
+        "HEAD_DIM_V": head_dim_v, "BLOCK_Q": block_q, "BLOCK_DV": block_dv, "DLSE": dlse is not None,
+        "SINKS": sinks is not None,
+    }  # fmt: skip
+    options = {"num_warps": 4, "num_stages": 1}
+    return Launch(attention_delta_kernel, (batch * heads * row_tiles,), arguments, options), dsinks
+
+
+class BackwardInputs(NamedTuple):
+    """What every kernel of the backward reads."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    dout: Tensor
+    lse: Tensor
+    delta: Tensor
+
+    def arguments(self, scoring: Scoring) -> dict[str, Any]:
+        return _scoring_arguments(self.query, self.key, scoring) | {
+            "q_ptr": self.query, "k_ptr": self.key, "v_ptr": self.value, "dout_ptr": self.dout, "lse_ptr": self.lse,
+            "delta_ptr": self.delta, **_strides("q", self.query), **_strides("k", self.key),
+            **_strides("v", self.value), **_strides("dout", self.dout), **_value_dims(self.value),
+        }  # fmt: skip
+
+
+def plan_dq(inputs: BackwardInputs, dq: Tensor, scoring: Scoring, gpu: tiles.Gpu) -> Launch:
+    arguments = inputs.arguments(scoring)
+    tile = tiles.dq(gpu, dq.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]))
+    arguments |= {"dq_ptr": dq, **_strides("dq", dq), **_blocks(tile), "KEY_MASK": _key_mask(arguments)}
+    batch, heads, seqlen_q, _ = dq.shape
+    programs = batch * heads * _ceil_div(seqlen_q, tile.block_q)
+    return Launch(attention_dq_kernel, (programs,), arguments, tile.launch_options())
+
+
+def plan_dkdv(inputs: BackwardInputs, dk: Tensor, dv: Tensor, scoring: Scoring, gpu: tiles.Gpu) -> Launch:
+    arguments = inputs.arguments(scoring)
+    tile = tiles.dkdv(gpu, dk.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]))
+    arguments |= {
+        "dk_ptr": dk, "dv_ptr": dv, **_strides("dk", dk), **_strides("dv", dv), **_blocks(tile),
+        "KEY_MASK": _key_mask(arguments),
+    }  # fmt: skip
+    batch, heads_kv, seqlen_k, _ = dk.shape
+    programs = batch * heads_kv * _ceil_div(seqlen_k, tile.block_k)
+    return Launch(attention_dkdv_kernel, (programs,), arguments, tile.launch_options())
+
+
+def plan_dmask(inputs: BackwardInputs, scoring: Scoring, gpu: tiles.Gpu) -> tuple[Launch, Tensor, list[int]]:
+    """(launch, what it writes, the dims of that to sum over): (splits, mask_batches, mask_heads, rows, keys)."""
+    mask = scoring.attn_mask
+    assert mask is not None
+    arguments = inputs.arguments(scoring)
+    batch, heads, seqlen_q, _ = inputs.query.shape
+    seqlen_k = inputs.key.shape[2]
+    mask_batches, mask_heads, mask_q, mask_k = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    tile = tiles.scores(gpu, inputs.query.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]))
+    row_tiles, key_tiles = _ceil_div(seqlen_q, tile.block_q), _ceil_div(seqlen_k, tile.block_k)
+    sum_rows, sum_keys = mask_q < seqlen_q, mask_k < seqlen_k
+
+    programs = mask_batches * mask_heads * row_tiles * key_tiles
+    shared = (batch // mask_batches) * (heads // mask_heads)
+    pairs = _ceil_div(shared, max(1, min(shared, _DMASK_PROGRAMS // programs)))
+    splits = _ceil_div(shared, pairs)
+    sums = [dim for dim, summed in ((0, splits > 1), (3, sum_rows), (4, sum_keys)) if summed]
+    rows, keys = row_tiles if sum_rows else seqlen_q, key_tiles if sum_keys else seqlen_k
+    dtype = torch.float32 if sums or mask.dtype == torch.float64 else mask.dtype
+    partial = torch.empty(splits, mask_batches, mask_heads, rows, keys, dtype=dtype, device=mask.device)
+    arguments |= {
+        "dmask_ptr": partial, "mask_batches": mask_batches, "mask_heads": mask_heads,
+        "heads_shared": heads // mask_heads, "batches_shared": batch // mask_batches, "pairs": pairs,
+        "SUM_ROWS": sum_rows, "SUM_KEYS": sum_keys, **_blocks(tile),
+    }  # fmt: skip
+    return Launch(attention_dmask_kernel, (splits * programs,), arguments, tile.launch_options()), partial, sums

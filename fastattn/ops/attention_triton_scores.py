@@ -1,0 +1,211 @@
+"""What attention's Triton kernels share: which tiles they visit, and how a tile of dot products becomes scores.
+
+A tile has rows (queries) and columns (keys), given as index tensors that broadcast to it: the forward and dq hold tiles
+as (BLOCK_Q, BLOCK_K), dk and dv as (BLOCK_K, BLOCK_Q), and both use these functions. Mathematics:
+csrc/attention/README.md.
+
+Scores have one of two units. PLAIN scores (nothing but scale, boolean mask, causality and window) stay dot products,
+and ``scale`` goes into the exponent, where a fused multiply-add takes it for free: p = exp2(s * unit - max * unit) with
+unit = scale * log2(e). Other scores are natural ones, and unit = log2(e).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# MASK, a constexpr of every kernel: there is none, its bytes say who may attend, or it is added to the scores.
+MASK_NONE: tl.constexpr = tl.constexpr(0)
+MASK_BOOL: tl.constexpr = tl.constexpr(1)
+MASK_ADD: tl.constexpr = tl.constexpr(2)
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+# --- Which tiles are visited -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tile_range(first, last, length, diagonal, window_left, window_right, is_full,
+               LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """(begin, full_begin, full_end, end): the keys that rows [first, last) visit, and the tiles that all of them see.
+
+    A row i sees the keys j of [i + diagonal - window_left, i + diagonal + window_right] (each side only if LEFT, RIGHT)
+    and of [0, length). begin, full_begin and full_end are multiples of BLOCK, begin <= full_begin <= full_end: tiles of
+    [begin, full_begin) and [full_end, end) need the comparison with row, those between do not. The queries that see
+    given keys are the same question with left and right exchanged and -diagonal. Unless is_full, none is seen in full.
+    """
+    begin = 0
+    end = length
+    full_begin = 0
+    full_end = length
+    if LEFT:
+        first_seen = tl.maximum(first + diagonal - window_left, 0)
+        begin = first_seen // BLOCK * BLOCK
+        full_begin = tl.cdiv(tl.maximum(last - 1 + diagonal - window_left, 0), BLOCK) * BLOCK
+    if RIGHT:
+        end = tl.minimum(tl.maximum(last + diagonal + window_right, 0), length)
+        full_end = tl.minimum(tl.maximum(first + diagonal + window_right + 1, 0), length)
+    if LEFT:
+        # Rounded down to its tile, the first key seen could lie before the end although it lies past it.
+        end = tl.where(first_seen < end, end, begin)
+    stop = tl.maximum(tl.cdiv(end, BLOCK) * BLOCK, begin)
+    full_begin = tl.minimum(full_begin, stop)
+    full_end = tl.where(is_full, tl.maximum(full_end // BLOCK * BLOCK, full_begin), full_begin)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def mask_hides(mask, MASK: tl.constexpr):
+    """Where the elements of a mask hide a key."""
+    return mask == 0 if MASK == MASK_BOOL else mask == float("-inf")
+
+
+@triton.jit
+def visible_keys(mask_ptr, stride_mask_k, begin, end, MASK: tl.constexpr, BLOCK: tl.constexpr):
+    """The keys of [begin, end) from the first to the last that a mask of one row leaves visible (key padding)."""
+    CHUNK: tl.constexpr = 1024
+    visible_begin = end
+    visible_end = begin
+    for start in range(begin, end, CHUNK):
+        cols = start + tl.arange(0, CHUNK)
+        mask = tl.load(mask_ptr + cols.to(tl.int64) * stride_mask_k, mask=cols < end, other=0)
+        visible = (cols < end) & ~mask_hides(mask, MASK)
+        visible_begin = tl.minimum(visible_begin, tl.min(tl.where(visible, cols, end)))
+        visible_end = tl.maximum(visible_end, tl.max(tl.where(visible, cols + 1, begin)))
+    return visible_begin // BLOCK * BLOCK, visible_end
+
+
+# --- Tiles of the operands -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_tile(ptr, first, seqlen, stride_row, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+              BOUNDARY: tl.constexpr, TRANSPOSED: tl.constexpr):  # fmt: skip
+    """Rows [first, first + BLOCK) as (BLOCK, BLOCK_D), or transposed; 0 past ``seqlen`` and past HEAD_DIM.
+
+    The first row's address has 64 bits, so that tensors may have more than 2^31 elements; offsets inside a tile have
+    32, which saves registers (the plan copies operands whose rows lie 2^24 elements apart).
+    """
+    ptr += tl.to_tensor(first).to(tl.int64) * stride_row
+    rows = tl.arange(0, BLOCK)
+    dims = tl.arange(0, BLOCK_D)
+    if TRANSPOSED:
+        ptrs = ptr + (rows[None, :] * stride_row + dims[:, None])
+        inside = (rows < seqlen - first)[None, :]
+        inside_dim = (dims < HEAD_DIM)[:, None]
+    else:
+        ptrs = ptr + (rows[:, None] * stride_row + dims[None, :])
+        inside = (rows < seqlen - first)[:, None]
+        inside_dim = (dims < HEAD_DIM)[None, :]
+    if BOUNDARY and BLOCK_D != HEAD_DIM:
+        return tl.load(ptrs, mask=inside & inside_dim, other=0.0)
+    elif BOUNDARY:
+        return tl.load(ptrs, mask=inside, other=0.0)
+    elif BLOCK_D != HEAD_DIM:
+        return tl.load(ptrs, mask=inside_dim, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_tile(ptr, tile, first, seqlen, stride_row, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+               BLOCK_D: tl.constexpr):  # fmt: skip
+    """Writes the part of a (BLOCK, BLOCK_D) tile that exists."""
+    ptr += tl.to_tensor(first).to(tl.int64) * stride_row
+    rows = tl.arange(0, BLOCK)
+    dims = tl.arange(0, BLOCK_D)
+    ptrs = ptr + (rows[:, None] * stride_row + dims[None, :])
+    inside = (rows < seqlen - first)[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_lse(ptr, rows, seqlen_q):
+    """The rows' lse, +inf for rows that see nothing or do not exist: every probability is 0, without inf - inf."""
+    lse = tl.load(ptr + rows, mask=rows < seqlen_q, other=float("inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse)
+
+
+# --- From dot products to scores and probabilities -------------------------------------------------------------------
+
+
+@triton.jit
+def tanh(x):
+    """As exact as float32 is, also near 0, where 1 - 2 / (exp(2x) + 1) cancels: there an odd polynomial."""
+    size = tl.abs(x)
+    large = 1.0 - 2.0 / (tl.exp(2.0 * tl.minimum(size, 20.0)) + 1.0)
+    square = x * x
+    polynomial = -5.7049873e-3 * square + 2.0639088e-2
+    polynomial = polynomial * square - 5.3739715e-2
+    polynomial = polynomial * square + 1.3331442e-1
+    polynomial = polynomial * square - 3.3333281e-1
+    small = polynomial * square * x + x
+    return tl.where(size < 0.625, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def cap_scores(dots, scale, softcap, SOFTCAP: tl.constexpr, PLAIN: tl.constexpr):
+    """(scores before ALiBi and masks, tanh of their ratio to softcap, which the backward needs)."""
+    if PLAIN:
+        return dots, dots
+    scores = dots * scale
+    if SOFTCAP:
+        ratio = tanh(scores / softcap)
+        return softcap * ratio, ratio
+    return scores, scores
+
+
+@triton.jit
+def mask_scores(scores, first_row, first_col, row, col, mask_ptr, stride_mask_q, stride_mask_k, slope,
+                seqlen_q, seqlen_k, diagonal, window_left, window_right, MASK: tl.constexpr, ALIBI: tl.constexpr,
+                LEFT: tl.constexpr, RIGHT: tl.constexpr, BOUNDARY: tl.constexpr):  # fmt: skip
+    """The scores with ALiBi and the mask added, -inf where a key is hidden.
+
+    BOUNDARY: position hides part of the tile; otherwise the mask, if there is one, covers all of it.
+    row, col: indices inside the tile, which starts at (first_row, first_col); mask_ptr, slope: of its (batch, head).
+    """
+    if ALIBI or BOUNDARY:
+        distance = (first_col + col) - (first_row + row + diagonal)
+    if ALIBI:
+        scores -= slope * tl.abs(distance).to(tl.float32)
+    if MASK != MASK_NONE:
+        mask_ptr += tl.to_tensor(first_row).to(tl.int64) * stride_mask_q
+        mask_ptr += tl.to_tensor(first_col).to(tl.int64) * stride_mask_k
+        ptrs = mask_ptr + (row * stride_mask_q + col * stride_mask_k)
+        if BOUNDARY:
+            inside = (row < seqlen_q - first_row) & (col < seqlen_k - first_col)
+            mask = tl.load(ptrs, mask=inside, other=0)
+        else:
+            # Without a comparison, the load takes vectors.
+            mask = tl.load(ptrs)
+        if MASK == MASK_ADD:
+            scores += mask.to(tl.float32)
+        else:
+            scores = tl.where(mask != 0, scores, float("-inf"))
+    if BOUNDARY:
+        visible = (row < seqlen_q - first_row) & (col < seqlen_k - first_col)
+        if LEFT:
+            visible = visible & (distance >= -window_left)
+        if RIGHT:
+            visible = visible & (distance <= window_right)
+        scores = tl.where(visible, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def exponentials(scores, shift, unit, MASK: tl.constexpr):
+    """exp2((scores - shift) * unit), where ``shift`` (broadcasting) is a maximum in the scores' unit.
+
+    The fused form multiplies first, and a score of -3e38, which masks use for -inf, would overflow there.
+    """
+    if MASK == MASK_ADD:
+        return tl.exp2((scores - shift) * unit)
+    return tl.exp2(scores * unit - shift * unit)
+
+
+@triton.jit
+def probabilities(scores, lse, unit, MASK: tl.constexpr):
+    """exp(score - lse), with ``lse`` (broadcasting) natural as ever."""
+    if MASK == MASK_ADD:
+        return tl.exp2((scores - lse) * unit)
+    return tl.exp2(scores * unit - lse * LOG2_E)

@@ -1,0 +1,69 @@
+"""Launches of attention's Triton kernels, planned on meta tensors, for tests that compile them ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from fastattn.ops.triton_launch import Launch
+
+HEAD_DIMS = (16, 32, 64, 80, 128, 192, 256)
+# What shapes the scores; the last, which has all of it, needs the most registers.
+VARIANTS = ("plain", "causal", "bool_mask", "float_mask", "softcap", "alibi", "dropout", "everything")
+
+
+def _scoring(variant: str, batch: int, heads: int, seqlen: int):
+    from fastattn.ops.attention_triton_plan import Scoring
+
+    everything = variant == "everything"
+    mask = slopes = sinks = rng_state = None
+    if variant == "bool_mask":
+        mask = torch.empty(batch, 1, seqlen, seqlen, dtype=torch.bool, device="meta")
+    if variant in ("float_mask", "everything"):
+        mask = torch.empty(1, heads, seqlen, seqlen, device="meta")
+    if variant in ("alibi", "everything"):
+        slopes = torch.empty(heads, device="meta")
+    if everything:
+        sinks = torch.empty(heads, device="meta")
+    if variant in ("dropout", "everything"):
+        rng_state = torch.empty(2, dtype=torch.int64, device="meta")
+    dropout_p, softcap = 0.0 if rng_state is None else 0.1, 30.0 if variant in ("softcap", "everything") else 0.0
+    causal, window_left = variant in ("causal", "everything"), 500 if everything else -1
+    return Scoring(mask, slopes, sinks, rng_state, dropout_p, causal, 0.125, window_left, -1, True, softcap)
+
+
+def launches(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, variant: str) -> Iterator[Launch]:
+    """Every kernel of a call with 16 query heads for 4 key heads, as projections leave them in memory."""
+    from fastattn.ops import attention_triton_plan as plan
+    from fastattn.ops.attention_triton_tiles import Gpu
+
+    batch, heads, heads_kv, seqlen = 4, 16, 4, 4096
+    query, out, dout, dq = (
+        torch.empty(batch, seqlen, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2) for _ in range(4)
+    )
+    key, value, dk, dv = (
+        torch.empty(batch, seqlen, heads_kv, head_dim, dtype=dtype, device="meta").transpose(1, 2) for _ in range(4)
+    )
+    lse, delta = (torch.empty(batch, heads, seqlen, device="meta") for _ in range(2))
+    scoring, gpu = _scoring(variant, batch, heads, seqlen), Gpu(capability)
+    yield plan.plan_forward(query, key, value, out, lse, scoring, gpu)
+    yield plan.plan_delta(out, dout, lse, lse, delta, scoring.sinks)[0]
+    inputs = plan.BackwardInputs(query, key, value, dout, lse, delta)
+    yield plan.plan_dq(inputs, dq, scoring, gpu)
+    yield plan.plan_dkdv(inputs, dk, dv, scoring, gpu)
+    if scoring.attn_mask is not None and scoring.attn_mask.is_floating_point():
+        yield plan.plan_dmask(inputs, scoring, gpu)[0]
+    weights = torch.empty(batch, seqlen, seqlen, dtype=dtype, device="meta")
+    yield plan.plan_weights(query, key, lse, weights, scoring, True, gpu)
+
+
+def aot_cases(capability: tuple[int, int], quick: bool) -> Iterator[tuple[str, Launch]]:
+    for dtype in (torch.float16, torch.float32) if quick else (torch.float16, torch.bfloat16, torch.float32):
+        for head_dim in (64,) if quick else HEAD_DIMS:
+            for variant in ("everything",) if quick else VARIANTS:
+                for launch in launches(capability, dtype, head_dim, variant):
+                    tile = f"{launch.arguments['BLOCK_Q']}x{launch.arguments.get('BLOCK_K', '-')}"
+                    dtype_name = str(dtype).removeprefix("torch.")
+                    name = launch.kernel.__name__.removesuffix("_kernel")
+                    yield f"{name} {dtype_name} {head_dim} {variant} {tile} s{launch.options['num_stages']}", launch

@@ -1,0 +1,147 @@
+"""Compiles planned launches of Triton kernels for GPUs that are not there, and reads what came out.
+
+    python -m tests.triton_aot [--quick] [--filter TEXT] [--gpus 80,90,100]
+
+prints registers, spills and shared memory of every kernel of fastattn in every default configuration, and fails if one
+spills, asks for more shared memory than its GPU has, or for sm_90 does not use wgmma where it multiplies matrices.
+Every module of tests named in MODULES has ``aot_cases(capability, quick)``, which yields ``(name, Launch)``.
+
+Kernels must be compiled by a process in which Triton does not interpret them: tests run this file as a subprocess.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastattn.ops.triton_launch import Launch
+
+MODULES = ("tests.attention_triton_cases",)
+# Bytes of shared memory that a block may ask for (CUDA C programming guide, compute capabilities).
+SHARED_MEMORY = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10,
+                 (12, 0): 99 << 10}  # fmt: skip
+_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
+             torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of one launch, for one GPU."""
+
+    name: str
+    capability: tuple[int, int]
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    num_warps: int
+    has_dot: bool
+    has_wgmma: bool
+    seconds: float
+
+    def complaints(self) -> list[str]:
+        found = []
+        if self.spilled_bytes:
+            found.append(f"spills {self.spilled_bytes} bytes a thread")
+        if self.shared_bytes > SHARED_MEMORY[self.capability]:
+            found.append(f"asks for {self.shared_bytes} bytes of shared memory of {SHARED_MEMORY[self.capability]}")
+        if self.capability == (9, 0) and self.has_dot and not self.has_wgmma:
+            found.append("multiplies matrices without wgmma")
+        return found
+
+    def __str__(self) -> str:
+        major, minor = self.capability
+        return (
+            f"sm_{major}{minor:<3} {self.name:<64} {self.num_warps:>2} warps {self.registers:>4} registers "
+            f"{self.spilled_bytes:>4} B spilled {self.shared_bytes / 1024:>6.1f} KiB shared {self.seconds:>5.1f} s"
+            + "".join(f"   <-- {complaint}" for complaint in self.complaints())
+        )
+
+
+def _typed(value: Any, specialized: bool) -> tuple[str, bool]:
+    """(type in Triton's signature, whether it counts as divisible by 16), as Triton's launcher has them."""
+    if isinstance(value, torch.Tensor):
+        return _POINTERS[value.dtype], True  # PyTorch's allocator aligns to 512 bytes
+    if isinstance(value, float):
+        return "fp32", False
+    return ("i32" if -(2**31) <= value < 2**31 else "i64"), specialized and value % 16 == 0
+
+
+def compile_launch(name: str, launch: Launch, capability: tuple[int, int]) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, signature, constants, attributes = launch.kernel, {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = launch.arguments[parameter.name]
+        specialized = not parameter.do_not_specialize
+        # The launcher makes constants of absent tensors and of ones, too.
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialized):
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+            continue
+        signature[parameter.name], divisible = _typed(value, specialized)
+        if divisible:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    start = time.perf_counter()
+    compiled = triton.compile(source, target=target, options=launch.options)
+    seconds = time.perf_counter() - start
+    registers, spilled = _resource_usage(compiled.asm["cubin"])
+    return Compiled(
+        name, capability, registers, spilled, compiled.metadata.shared, launch.options["num_warps"],
+        "tt.dot" in compiled.asm["ttir"], "wgmma.mma_async" in compiled.asm["ptx"], seconds,
+    )  # fmt: skip
+
+
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of local memory) a thread: a Triton kernel has local memory only for what it spills."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", run.stdout)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+def all_cases(capability: tuple[int, int], quick: bool) -> Iterator[tuple[str, Launch]]:
+    for module in MODULES:
+        yield from importlib.import_module(module).aot_cases(capability, quick)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few kernels in a few configurations")
+    parser.add_argument("--filter", default="", help="a regular expression that the names must match")
+    parser.add_argument("--gpus", default="80,90,100", help="compute capabilities without the dot")
+    arguments = parser.parse_args()
+    failed = count = 0
+    for gpu in arguments.gpus.split(","):
+        capability = (int(gpu[:-1]), int(gpu[-1]))
+        for name, launch in all_cases(capability, arguments.quick):
+            if re.search(arguments.filter, name):
+                compiled = compile_launch(name, launch, capability)
+                print(compiled, flush=True)
+                count += 1
+                failed += bool(compiled.complaints())
+    print(f"{count} kernels compiled, {failed} with complaints")
+    return 1 if failed or not count else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
