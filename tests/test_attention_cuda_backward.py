@@ -133,7 +133,7 @@ def test_rows_that_see_nothing_have_zero_gradients(additive):
 SKIPS = {
     "key_padding": {"attn_mask": torch.arange(320) < 100},
     "additive_padding": {"attn_mask": torch.zeros(320).masked_fill(torch.arange(320) >= 100, -INF)},
-    "window": {"window": (-1, -1), "attn_mask": (torch.arange(320) < 100)[None, :].expand(320, 320)},
+    "dense_mask": {"attn_mask": (torch.arange(320) < 100).expand(320, 320).contiguous()},
 }  # fmt: skip
 
 
@@ -147,5 +147,4 @@ def test_tiles_without_visible_keys_are_not_read(kind):
     out = fastattn.attention(*leaves, **SKIPS[kind], backend="emulated")
     for gradient in torch.autograd.grad(out, leaves, torch.ones_like(out)):
         assert gradient.isfinite().all()
-        assert gradient is not None
     assert torch.equal(gradient[:, :, 128:], torch.zeros_like(gradient[:, :, 128:]))
