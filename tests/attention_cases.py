@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, ulp
+from devices import device_for
 from torch import Tensor
 
 import fastattn
@@ -58,12 +59,23 @@ class Case:
         return tensors | {name: build(self) for name, build in self.tensors.items()}
 
 
-def run(case: Case, inputs: dict[str, Tensor], backend: str, wide: bool = False) -> dict[str, Tensor]:
+def run(
+    case: Case,
+    inputs: dict[str, Tensor],
+    backend: str,
+    wide: bool = False,
+    device: str | None = None,
+) -> dict[str, Tensor]:
     """out, lse and the gradient of every floating input but the slopes, for random gradients of out and lse.
 
-    ``wide`` runs in float64 on the same values.
+    ``wide`` runs in float64 on the same values. ``device`` is where it runs, by default where the backend does: dropout
+    is drawn by device, so what is compared runs on the same one. Results are on the CPU.
     """
-    to = (lambda t: t.double() if t.is_floating_point() else t) if wide else (lambda t: t)
+    device = device or device_for(backend)
+
+    def to(tensor: Tensor) -> Tensor:
+        return tensor.to(device, torch.float64 if wide and tensor.is_floating_point() else tensor.dtype)
+
     leaves = {name: to(tensor).detach() for name, tensor in inputs.items()}
     learned = [name for name, t in leaves.items() if t.is_floating_point() and name != "alibi_slopes"]
     for name in learned:
@@ -72,9 +84,10 @@ def run(case: Case, inputs: dict[str, Tensor], backend: str, wide: bool = False)
     out, lse = fastattn.attention(
         **leaves, enable_gqa=case.heads_kv is not None, return_lse=True, backend=backend, **case.options
     )
-    dout, dlse = _cotangents(out, lse, inputs["query"].dtype)
-    gradients = torch.autograd.grad((out, lse), [leaves[name] for name in learned], (dout, dlse))
-    return {"out": out, "lse": lse} | {f"d{name}": grad for name, grad in zip(learned, gradients, strict=True)}
+    results = {"out": out.detach().cpu(), "lse": lse.detach().cpu()}
+    cotangents = [t.to(device) for t in _cotangents(out, lse, inputs["query"].dtype)]
+    gradients = torch.autograd.grad((out, lse), [leaves[name] for name in learned], cotangents)
+    return results | {f"d{name}": grad.cpu() for name, grad in zip(learned, gradients, strict=True)}
 
 
 def _cotangents(out: Tensor, lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -132,8 +145,8 @@ def check(case: Case, dtype: torch.dtype, backend: str, inputs: dict[str, Tensor
         actual = run(case, inputs, backend)
     except NotImplementedError as refusal:
         pytest.skip(str(refusal))
-    eager = run(case, inputs, "eager")
-    reference = run(case, inputs, "eager", wide=True)
+    eager = run(case, inputs, "eager", device=device_for(backend))
+    reference = run(case, inputs, "eager", wide=True, device=device_for(backend))
     roundings = _roundings(case, inputs, reference)
     for name, result in actual.items():
         if name.startswith("d"):

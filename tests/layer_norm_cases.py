@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
+from devices import device_for
 from torch import Tensor
 
 import fastattn
@@ -49,11 +50,6 @@ def make_inputs(
     if "bias" in affine and "layer" in op:
         inputs["bias"] = torch.randn(parameter_shape).to(parameter_dtype or dtype)
     return inputs
-
-
-def device_for(backend: str) -> str:
-    """Where ``backend`` runs here: Triton on the GPU, or, in its interpreter, on the CPU."""
-    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
 
 
 def evaluate(

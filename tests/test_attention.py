@@ -8,6 +8,7 @@ import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
 from attention_cases import DTYPES, FEATURES, KERNEL_BACKENDS, Case, check, dtype_id, run
+from devices import device_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -198,7 +199,7 @@ def test_scores_of_ten_thousand(causal, dtype, backend):
     # Small integers, so that 16-bit inputs hold them and every score is exact in float32.
     inputs = {name: (2 * tensor).round().clamp(-4, 4).to(dtype) for name, tensor in inputs.items()}
     actual = run(case, inputs, backend)
-    eager, reference = run(case, inputs, "eager"), run(case, inputs, "eager", wide=True)
+    eager, reference = (run(case, inputs, "eager", wide, device=device_for(backend)) for wide in (False, True))
     assert reference["lse"].abs().max() > 1e4
     for name in ("out", "lse"):
         assert_as_accurate_as_eager(actual[name], eager[name], reference[name], name)
@@ -221,8 +222,9 @@ def test_masks_of_the_lowest_finite_number(dtype, backend):
     mask[:, 20:] = mask[7] = torch.finfo(torch.float32).min
     case = Case(heads=2, seqlen_q=30, seqlen_k=40, head_dim=16, tensors={"attn_mask": lambda case: mask})
     inputs = case.inputs(dtype)
-    out, lse = fastattn.attention(**inputs, return_lse=True, backend=backend)
-    eager, reference = run(case, inputs, "eager"), run(case, inputs, "eager", wide=True)
+    on_device = {name: tensor.to(device_for(backend)) for name, tensor in inputs.items()}
+    out, lse = (t.cpu() for t in fastattn.attention(**on_device, return_lse=True, backend=backend))
+    eager, reference = (run(case, inputs, "eager", wide, device=device_for(backend)) for wide in (False, True))
     assert_as_accurate_as_eager(out, eager["out"], reference["out"], "out")
     torch.testing.assert_close(out[:, :, 7], inputs["value"].double().mean(dim=2).to(dtype))
     assert lse.isfinite().all() and all(result.isfinite().all() for result in run(case, inputs, backend).values())

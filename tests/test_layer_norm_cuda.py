@@ -7,8 +7,9 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import device_for
 from emulated import MODES, AsyncMode, Mode, Schedule
-from layer_norm_cases import HALF, OPS, check, device_for, dtype_id, evaluate, make_inputs
+from layer_norm_cases import HALF, OPS, check, dtype_id, evaluate, make_inputs
 
 import fastattn
 from fastattn._extension import extension

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_norm_cases import HALF, OPS, check, device_for, dtype_id, evaluate, make_inputs
+from devices import device_for
+from layer_norm_cases import HALF, OPS, check, dtype_id, evaluate, make_inputs
 
 import fastattn
 from fastattn.dispatch import available_backends

@@ -1,0 +1,109 @@
+"""How setup.py finds nvcc and what it asks of it; nothing is compiled here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import setuptools
+
+from fastattn import _extension, dispatch
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """The module setup.py, which sets nothing up."""
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    for variable in ("FASTATTN_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    spec = importlib.util.spec_from_file_location("fastattn_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "fastattn_setup", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def torch_with(cuda: str | None, capabilities: tuple[tuple[int, int], ...] = ()) -> SimpleNamespace:
+    device = SimpleNamespace(is_available=lambda: bool(capabilities), device_count=lambda: len(capabilities),
+                             get_device_capability=lambda index: capabilities[index])  # fmt: skip
+    return SimpleNamespace(version=SimpleNamespace(cuda=cuda), cuda=device)
+
+
+def test_why_there_is_no_cuda(build, monkeypatch):
+    with pytest.raises(build.NoCuda, match="this torch was built without CUDA"):
+        build.find_cuda(torch_with(None))
+    monkeypatch.setenv("CUDA_HOME", "/nonexistent")
+    with pytest.raises(build.NoCuda, match="nvcc was not found"):
+        build.find_cuda(torch_with("13.0"))
+    monkeypatch.setenv("FASTATTN_CUDA", "emulated")
+    with pytest.raises(build.NoCuda, match="FASTATTN_CUDA=emulated"):
+        build.find_cuda(torch_with("13.0"))
+    monkeypatch.setenv("FASTATTN_CUDA", "yes")
+    with pytest.raises(build.BuildFailure, match="'auto' or 'emulated', got 'yes'"):
+        build.find_cuda(torch_with("13.0"))
+
+
+@needs_nvcc
+def test_nvcc_of_another_cuda_is_refused(build):
+    with pytest.raises(build.NoCuda, match=r"is of CUDA \d+ but torch was built with CUDA 9\.2"):
+        build.find_cuda(torch_with("9.2"))
+
+
+@needs_nvcc
+def test_nvcc_says_where_cuda_is(build):
+    release = build.re.search(r"release (\d+\.\d)", build.subprocess.getoutput("nvcc --version"))[1]
+    cuda = build.find_cuda(torch_with(release))
+    assert any((Path(path) / "cuda_runtime_api.h").exists() for path in cuda.include_paths)
+    assert any((Path(path) / "libcudart_static.a").exists() for path in cuda.library_paths)
+
+
+LISTED = {"8.0": ["80"], "9.0": ["90a"], "8.0;9.0a 8.0+PTX": ["80", "90a", "80+PTX"], "12.0,12.0": ["120"]}
+
+
+@pytest.mark.parametrize("listed", LISTED)
+def test_architectures_as_listed(build, monkeypatch, listed):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    assert build.cuda_architectures(torch_with("13.0", ((8, 6),))) == LISTED[listed]
+
+
+def test_architectures_of_the_machine(build, monkeypatch):
+    assert build.cuda_architectures(torch_with("13.0", ((9, 0), (8, 9), (9, 0)))) == ["89", "90a"]
+    assert build.cuda_architectures(torch_with("13.0")) == build.DEFAULT_ARCHITECTURES
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    with pytest.raises(build.NoCuda, match="'Hopper'; expected numbers"):
+        build.cuda_architectures(torch_with("13.0"))
+
+
+def test_code_for_hopper_alone_is_compiled_for_it_alone(build):
+    architectures = ["80", "80+PTX"]
+    assert build.gencode_flags(Path("a_cuda.cu"), architectures) == [
+        "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_80,code=compute_80"]  # fmt: skip
+    assert build.gencode_flags(Path("a_cuda_sm90.cu"), architectures) == ["-gencode=arch=compute_90a,code=sm_90a"]
+
+
+def test_a_build_has_the_device_or_the_emulator(build):
+    import torch
+
+    cuda = build.Cuda("nvcc", [], [], ["90a"])
+    for given, rule in ((None, "cxx"), (cuda, "nvcc")):
+        units = list(build.units(torch, given, sanitize=False))
+        names = {unit.source.name for unit in units}
+        assert {unit.rule for unit in units if unit.source.suffix == ".cu"} == {rule}
+        assert ("device_launch_cuda.cpp" in names) == (given is not None)
+        assert ("device_launch_emulated.cpp" in names) == ("scheduler.cpp" in names) == (given is None)
+
+
+@pytest.mark.skipif(_extension.extension is None, reason=str(_extension.missing_reason))
+def test_the_reason_reaches_the_user():
+    if _extension.without_cuda_reason is None:
+        pytest.skip("this build has CUDA kernels")
+    report = json.loads((ROOT / "fastattn" / "_build_report.json").read_text())
+    assert dispatch.available_backends()["cuda"] == f"fastattn was built without CUDA kernels: {report['cuda']}"
