@@ -134,6 +134,19 @@ FASTATTN_DEVICE void multiply_pv(float (&o)[Traits::kRowTiles][Traits::kHeadDim 
   }
 }
 
+// What lies between the product and the softmax. `masked`: attn_mask changes this tile; `cut`: the band does. Plain
+// scores are not even scaled: the softmax does that.
+template <ScoreKind kKind, int kRowTiles, int kColTiles>
+FASTATTN_DEVICE void modify_scores(float (&s)[kRowTiles][kColTiles][4], const ScoreArgs& scores, const QueryRows& rows,
+                                   int batch, int col0, bool masked, bool cut) {
+  if constexpr (kKind != ScoreKind::kPlain) {
+    scale_scores<kKind == ScoreKind::kEverything>(s, scores);
+    if (kKind == ScoreKind::kEverything && scores.alibi_slopes != nullptr) add_alibi(s, scores, rows, batch, col0);
+    if (masked) apply_mask(s, scores, rows, batch, col0);
+  }
+  if (cut) hide_outside_band(s, scores, rows, col0);
+}
+
 // ---- writing the result
 
 // Through shared memory: a warp's accumulators become whole rows there, which leave 16 bytes a lane. `tile` is q's, of
@@ -184,6 +197,41 @@ FASTATTN_DEVICE void store_partial_row(const float (&o)[kColTiles][4], int half,
 #pragma unroll
   for (int n = 0; n < kColTiles; ++n) {
     if (8 * n < args.head_dim_v) store_vec(dst + 8 * n, Vec<float, 2>{{o[n][2 * half], o[n][2 * half + 1]}});
+  }
+}
+
+// Normalises o and writes lse; of a part of the keys, its lse and o for combine_splits_kernel. `lane` is handed in
+// because reading threadIdx again made the largest tiles spill.
+template <int kRowTiles, int kColTiles>
+FASTATTN_DEVICE void finish_rows(float (&o)[kRowTiles][kColTiles][4], const OnlineSoftmax<kRowTiles>& softmax,
+                                 const AttentionFwdArgs& args, const FwdWork& work, const QueryRows& rows, int end_row,
+                                 int lane) {
+  const int seqlen_q = args.scores.seqlen_q;
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float total = softmax.total(m, half), lse_log2 = softmax.lse_log2(m, half, total);
+      // A row that saw nothing has o = 0. Not total > 0, which would turn NaN into 0.
+      const float normaliser = total == 0.0f ? 0.0f : args.scores.dropout_scale / total;
+#pragma unroll
+      for (int n = 0; n < kColTiles; ++n) {
+        o[m][n][2 * half] *= normaliser;
+        o[m][n][2 * half + 1] *= normaliser;
+      }
+      const int row = rows.row(m, half);
+      if (row >= end_row) continue;
+      const int64_t batch_head = int64_t{work.batch} * args.heads + rows.head_of(row);
+      const int64_t result_row = batch_head * seqlen_q + rows.query_of(row);
+      const bool first_lane = lane % 4 == 0;
+      if (args.splits > 1) {
+        const int64_t partial_row = work.split * int64_t{args.batch} * args.heads * seqlen_q + result_row;
+        if (first_lane) args.partial_lse[partial_row] = lse_log2;
+        store_partial_row(o[m], half, args, partial_row);
+      } else if (first_lane) {
+        args.lse[result_row] = lse_log2 * kLn2;
+      }
+    }
   }
 }
 
@@ -269,14 +317,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
 
     float s[kRowTiles][kBlockK / 8][4];
     multiply_qk<Traits>(s, q_fragments, k_fragments);
-    if constexpr (!kPlain) {
-      scale_scores<kEverything>(s, scores);
-      if constexpr (kEverything) {
-        if (scores.alibi_slopes != nullptr) add_alibi(s, scores, lane_rows, batch, col0);
-      }
-      if (masked) apply_mask(s, scores, lane_rows, batch, col0);
-    }
-    if (tile < tiles.full_begin || tile >= tiles.full_end) hide_outside_band(s, scores, lane_rows, col0);
+    const bool cut = tile < tiles.full_begin || tile >= tiles.full_end;
+    modify_scores<Traits::kKind>(s, scores, lane_rows, batch, col0, masked, cut);
 
     cp_async_wait_group<0>();
     __syncthreads();  // v is there for everyone, and everyone has done with this k
@@ -299,33 +341,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   cp_async_wait_group<0>();
   __syncthreads();  // where no key was visible, q has arrived only now; its tile becomes the output's
 
-  // ---- out and lse
-#pragma unroll
-  for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float total = softmax.total(m, half), lse_log2 = softmax.lse_log2(m, half, total);
-      // A row that saw nothing has o = 0. Not total > 0, which would turn NaN into 0.
-      const float normaliser = total == 0.0f ? 0.0f : scores.dropout_scale / total;
-#pragma unroll
-      for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
-        o[m][n][2 * half] *= normaliser;
-        o[m][n][2 * half + 1] *= normaliser;
-      }
-      const int row = lane_rows.row(m, half);
-      if (row >= first_row + rows) continue;
-      const int64_t batch_head = int64_t{batch} * args.heads + lane_rows.head_of(row);
-      const int64_t result_row = batch_head * scores.seqlen_q + lane_rows.query_of(row);
-      if (args.splits > 1) {
-        const int64_t all_rows = int64_t{args.batch} * args.heads * scores.seqlen_q;
-        const int64_t partial_row = work.split * all_rows + result_row;
-        if (lane % 4 == 0) args.partial_lse[partial_row] = lse_log2;
-        store_partial_row(o[m], half, args, partial_row);
-      } else if (lane % 4 == 0) {
-        args.lse[result_row] = lse_log2 * kLn2;
-      }
-    }
-  }
+  finish_rows(o, softmax, args, work, lane_rows, first_row + rows, lane);
   if (args.splits == 1) store_out<Traits>(o, q_tile, smem, args, work.batch, tile_rows, warp_row, rows);
 }
 
