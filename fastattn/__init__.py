@@ -12,7 +12,7 @@ from fastattn.ops.varlen_attention import varlen_attention
 
 # isort: split
 # After the ops: the table of backends keeps the order in which they were first imported.
-from fastattn import integrations
+from fastattn import distributed, integrations
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ __all__ = [
     "attention",
     "attention_with_kv_cache",
     "available_backends",
+    "distributed",
     "explain",
     "int8_linear",
     "int8_matmul",

@@ -1,0 +1,88 @@
+"""Attention divided among processes against attention of the whole sequence, in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_processes
+
+import fastattn
+from fastattn.distributed import ring_attention, shard_sequence, ulysses_attention, unshard_sequence
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch.distributed has no gloo here"
+)
+
+
+def whole_and_parts(zigzag: bool, heads_kv: int):
+    """(whole operands, this process' parts of them), leaves; every process draws the same."""
+    torch.manual_seed(2)
+    whole = [torch.randn(2, h, 24, d, dtype=torch.float64) for h, d in ((6, 8), (heads_kv, 8), (heads_kv, 5))]
+    parts = [shard_sequence(x, zigzag=zigzag).requires_grad_() for x in whole]
+    return [x.requires_grad_() for x in whole], parts
+
+
+def assert_parts(actual, expected, zigzag):
+    for part, whole in zip(actual, expected, strict=True):
+        torch.testing.assert_close(part, shard_sequence(whole, zigzag=zigzag), rtol=1e-10, atol=1e-10)
+
+
+def check(rank: int) -> None:
+    for is_causal, zigzag, heads_kv in itertools.product((False, True), (False, True), (6, 3)):
+        options = {"is_causal": is_causal, "enable_gqa": True, "scale": 0.4, "softcap": 3.0}
+        whole, parts = whole_and_parts(zigzag, heads_kv)
+        expected = fastattn.attention(*whole, **options, return_lse=True)
+        douts = [torch.randn_like(x) for x in expected]
+        expected_gradients = torch.autograd.grad(expected, whole, douts)
+
+        actual = ring_attention(*parts, zigzag=zigzag, return_lse=True, **options)
+        assert_parts(actual, expected, zigzag)
+        mine = [shard_sequence(dout, zigzag=zigzag) for dout in douts]
+        assert_parts(torch.autograd.grad(actual, parts, mine), expected_gradients, zigzag)
+
+        if not zigzag:
+            out = ulysses_attention(*parts, **options, window=(7, -1))
+            expected_out = fastattn.attention(*whole, **options, window=(7, -1))
+            assert_parts([out], [expected_out], False)
+            gradients = torch.autograd.grad(out, parts, mine[0])
+            assert_parts(gradients, torch.autograd.grad(expected_out, whole, douts[0]), False)
+
+        part = parts[0]
+        assert torch.equal(unshard_sequence(part, zigzag=zigzag), whole[0])
+        (gradient,) = torch.autograd.grad(unshard_sequence(part, zigzag=zigzag).sum(), part)
+        assert torch.equal(gradient, torch.full_like(part, 3.0))  # the losses of three processes
+
+    positions = shard_sequence(torch.arange(12), 0)
+    assert positions.tolist() == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]][rank]
+    with pytest.raises(ValueError, match="multiple of 6"):
+        shard_sequence(torch.zeros(1, 1, 9, 1))
+    with pytest.raises(ValueError, match="multiple of the 3 processes"):
+        ulysses_attention(*(torch.zeros(1, 4, 2, 8) for _ in range(3)))
+    with pytest.raises(ValueError, match="even length"):
+        ring_attention(*(torch.zeros(1, 4, 3, 8) for _ in range(3)))
+
+
+def check_low_precision_and_subgroup(rank: int) -> None:
+    group = dist.new_group([1, 2])
+    if rank == 0:
+        return
+    torch.manual_seed(2)
+    whole = [torch.randn(1, 2, 16, 8) for _ in range(3)]
+    expected = fastattn.attention(*whole, is_causal=True)
+    parts = [shard_sequence(x, group=group).bfloat16() for x in whole]
+    out = ring_attention(*parts, group=group, is_causal=True)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), shard_sequence(expected, group=group), rtol=0.02, atol=0.02)
+
+
+def check_all(rank: int) -> None:
+    check(rank)
+    check_low_precision_and_subgroup(rank)
+
+
+def test_parts_are_those_of_the_whole():
+    """Three processes: with two, the next of the ring is the previous."""
+    run_processes(check_all, processes=3)
