@@ -144,6 +144,15 @@ def test_a_bad_element_spoils_its_row_only(op, value, cols, short_limits):
     assert torch.isfinite(results["dinput"][[0, 1, 3, 4, 5]]).all()
 
 
+def test_a_weight_that_is_loaded_again_gives_the_same_bits(monkeypatch):
+    inputs = make_inputs("add_layer_norm", (9, 50), torch.float32)
+    kept = evaluate("add_layer_norm", inputs, "triton", dropout_p=0.2)
+    monkeypatch.setattr(layer_norm_triton_launch, "KEEP_WEIGHT_MAX_COLS", 1)
+    loaded = evaluate("add_layer_norm", inputs, "triton", dropout_p=0.2)
+    for name, result in kept.items():
+        assert torch.equal(result, loaded[name]), name
+
+
 @pytest.mark.parametrize("cols", [50, 97], ids=["in registers", "long"])
 def test_the_same_bits_in_every_run(cols, short_limits):
     inputs = make_inputs("add_layer_norm", (14, cols), torch.float32)

@@ -3,7 +3,8 @@
     python -m tests.triton_aot [--quick] [--filter TEXT] [--gpus 80,90,100]
 
 prints registers, spills and shared memory of every kernel of fastattn in every default configuration, and fails if one
-spills, asks for more shared memory than its GPU has, or for sm_90 does not use wgmma where it multiplies matrices.
+spills, asks for more shared memory than its GPU has, or for sm_90 does not use wgmma where it multiplies matrices of 64
+rows or more.
 Every module of tests named in MODULES has ``aot_cases(capability, quick)``, which yields ``(name, Launch)``.
 
 Kernels must be compiled by a process in which Triton does not interpret them: tests run this file as a subprocess.
@@ -27,7 +28,9 @@ import torch
 
 from fastattn.ops.triton_launch import Launch
 
-MODULES = ("tests.attention_triton_cases",)
+MODULES = ("tests.attention_triton_cases", "tests.norm_int8_triton_cases")
+# wgmma multiplies 64 rows at a time: smaller tiles take mma.
+WGMMA_ROWS = 64
 # Bytes of shared memory that a block may ask for (CUDA C programming guide, compute capabilities).
 SHARED_MEMORY = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10,
                  (12, 0): 99 << 10}  # fmt: skip
@@ -45,7 +48,7 @@ class Compiled:
     spilled_bytes: int
     shared_bytes: int
     num_warps: int
-    has_dot: bool
+    has_wide_dot: bool
     has_wgmma: bool
     seconds: float
 
@@ -55,7 +58,7 @@ class Compiled:
             found.append(f"spills {self.spilled_bytes} bytes a thread")
         if self.shared_bytes > SHARED_MEMORY[self.capability]:
             found.append(f"asks for {self.shared_bytes} bytes of shared memory of {SHARED_MEMORY[self.capability]}")
-        if self.capability == (9, 0) and self.has_dot and not self.has_wgmma:
+        if self.capability == (9, 0) and self.has_wide_dot and not self.has_wgmma:
             found.append("multiplies matrices without wgmma")
         return found
 
@@ -102,8 +105,13 @@ def compile_launch(name: str, launch: Launch, capability: tuple[int, int]) -> Co
     registers, spilled = _resource_usage(compiled.asm["cubin"])
     return Compiled(
         name, capability, registers, spilled, compiled.metadata.shared, launch.options["num_warps"],
-        "tt.dot" in compiled.asm["ttir"], "wgmma.mma_async" in compiled.asm["ptx"], seconds,
+        _has_wide_dot(compiled.asm["ttir"]), "wgmma.mma_async" in compiled.asm["ptx"], seconds,
     )  # fmt: skip
+
+
+def _has_wide_dot(ttir: str) -> bool:
+    rows = re.findall(r"tt\.dot .*-> tensor<(\d+)x", ttir)
+    return any(int(count) >= WGMMA_ROWS for count in rows)
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:

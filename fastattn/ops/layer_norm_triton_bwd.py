@@ -75,11 +75,12 @@ def row_bwd_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     PREFETCH: tl.constexpr,
+    KEEP_WEIGHT: tl.constexpr,  # in registers; else it is loaded for each tile, from L1
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
     col = tl.arange(0, BLOCK_COLS)
     weight = tl.full((BLOCK_COLS,), 1.0, tl.float32)
-    if weight_ptr is not None:
+    if KEEP_WEIGHT and weight_ptr is not None:
         weight = tl.load(weight_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
@@ -97,6 +98,8 @@ def row_bwd_kernel(
         if dbias_ptr is not None:
             dbias += dout
 
+        if not KEEP_WEIGHT and weight_ptr is not None:
+            weight = tl.load(weight_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
         g = dout * weight[None, :]
         mean_gx = tl.sum(g * x_hat, axis=1) / cols
         dx = g - x_hat * mean_gx[:, None]

@@ -14,6 +14,7 @@ from fastattn.ops.triton_launch import Device, as_rows, device_of, launch, next_
 # (x_hat, dout, weight, dweight, dbias), hence half the length.
 FWD_MAX_COLS = 16384
 BWD_MAX_COLS = 8192
+KEEP_WEIGHT_MAX_COLS = 4096
 # What the kernels for longer rows take at once.
 LOOP_COLS = 4096
 LOOP_WARPS = 8
@@ -206,12 +207,14 @@ def _row_backward(o: _Operands, drop: Dropout, need_dweight: bool, need_dbias: b
     # The next tile's x and dout are on their way while this one is computed. With three operands to hold, or dropout's
     # draws, the registers that takes would cost every second program its place.
     prefetch = 2 if o.dnew_residual is None and drop.rng_state is None else 1
+    # And the longest rows then leave none for the weight.
+    keep_weight = prefetch == 2 or o.cols <= KEEP_WEIGHT_MAX_COLS
     launch(
         o.dx, kernels.row_bwd_kernel, (programs,),
         o.dout, o.dnew_residual, o.x, o.mean, o.rstd, o.weight, o.dx, o.dinput, *partials, drop.rng_state,
         o.rows, o.cols, o.stride_dout, o.stride_dnew_residual, o.stride_x, drop.threshold, drop.scale,
-        RMS=o.rms, BLOCK_ROWS=tile.rows, BLOCK_COLS=tile.cols, PREFETCH=prefetch, num_warps=tile.warps,
-        enable_fp_fusion=True,
+        RMS=o.rms, BLOCK_ROWS=tile.rows, BLOCK_COLS=tile.cols, PREFETCH=prefetch, KEEP_WEIGHT=keep_weight,
+        num_warps=tile.warps, enable_fp_fusion=True,
     )  # fmt: skip
     return partials
 
