@@ -7,7 +7,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # The suite spends its time in many small tests: one process a core.
 JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 
-.PHONY: help build test bench cuda gpu lint format sanitize clean
+.PHONY: help build test bench cuda triton gpu lint format sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## lists the commands
@@ -35,6 +35,9 @@ bench: build  ## checks and times every kernel against PyTorch (ARGS="attention 
 
 cuda: $(VENV)/.installed  ## compiles the CUDA kernels for every GPU generation, without a GPU: registers, spills (ARGS="layer_norm")
 	$(BIN)/python tests/cuda_report.py $(ARGS)
+
+triton: $(VENV)/.installed  ## compiles the Triton kernels for sm_80, sm_90 and sm_100, without a GPU (ARGS="--filter int8")
+	TRITON_INTERPRET=0 $(BIN)/python -m tests.triton_aot $(ARGS)
 
 gpu:  ## on a machine with torch, nvcc and a GPU: builds, tests and benchmarks with $(PYTHON) as it is, no network (ARGS=--rehearse without a GPU)
 	$(PYTHON) -m bench.gpu $(ARGS)

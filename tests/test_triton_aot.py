@@ -1,6 +1,6 @@
 """Triton's kernels compile for GPUs that are not there: no spills, shared memory that fits, wgmma on Hopper.
 
-Every default configuration: ``python -m tests.triton_aot`` (``make cuda`` runs it); here a few of each kernel.
+Every default configuration: ``make triton``; here a few of each kernel.
 """
 
 from __future__ import annotations
