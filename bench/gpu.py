@@ -23,8 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Those that put their tensors on the device of the backend they test.
 DEVICE_TESTS = ("tests/test_ptx.py", "tests/test_layer_norm_cuda.py", "tests/test_int8_matmul_kernels.py",
-                "tests/test_attention.py", "tests/test_attention_triton.py", "tests/test_layer_norm_triton.py", "tests/test_int8_matmul_triton.py",
-                "tests/test_philox_triton.py", "tests/test_triton_bounds.py")  # fmt: skip
+                "tests/test_attention.py", "tests/test_attention_triton.py", "tests/test_layer_norm_triton.py",
+                "tests/test_int8_matmul_triton.py", "tests/test_philox_triton.py",
+                "tests/test_triton_bounds.py")  # fmt: skip
 BUILD_S, TESTS_S, BENCH_S = 300, 240, 150
 
 
