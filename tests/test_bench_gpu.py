@@ -166,6 +166,15 @@ def test_a_peer_that_is_not_there_or_refuses_is_left_out():
     assert list(gpu_peers.available({"runs": lambda x: x, "refuses": lambda x: x / 0}, 1)) == ["runs"]
 
 
+def test_nothing_is_compiled_past_the_deadline():
+    gpu_peers.compile_until(0.0)
+    try:
+        x, weight = torch.randn(3, 8), torch.randn(8)
+        assert list(gpu_peers.available(gpu_peers.norm_forms("rms norm"), x, weight)) == ["torch"]
+    finally:
+        gpu_peers.compile_until(float("inf"))
+
+
 # --- The command line and the report ---------------------------------------------------------------------------------
 
 
