@@ -120,6 +120,11 @@ def _key_mask(arguments: dict[str, Any]) -> bool:
     return arguments["MASK"] != MASK_NONE.value and arguments["stride_mask_q"] == 0
 
 
+def _light(arguments: dict[str, Any]) -> bool:
+    """Whether the scores are dot products and nothing else, which leaves registers for larger tiles."""
+    return arguments["PLAIN"] and arguments["MASK"] == MASK_NONE.value and not arguments["DROPOUT"]
+
+
 def _blocks(tile: Tile) -> dict[str, int]:
     return {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
 
@@ -139,7 +144,7 @@ def plan_forward(
     if scoring.sinks is not None:
         # The sink is a natural logit, so the others are too.
         arguments |= {"PLAIN": False, "unit": LOG2_E}
-    tile = tiles.forward(gpu, query.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]), query.shape[2])
+    tile = tiles.forward(gpu, query.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]), _light(arguments))
     arguments |= {
         "q_ptr": query, "k_ptr": key, "v_ptr": value, "out_ptr": out, "lse_ptr": lse, "sinks_ptr": scoring.sinks,
         **_strides("q", query), **_strides("k", key), **_strides("v", value), **_strides("out", out), **_blocks(tile),
@@ -182,7 +187,7 @@ def plan_delta(
         "HEAD_DIM_V": head_dim_v, "BLOCK_Q": block_q, "BLOCK_DV": block_dv, "DLSE": dlse is not None,
         "SINKS": sinks is not None,
     }  # fmt: skip
-    options = {"num_warps": 4, "num_stages": 1}
+    options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
     return Launch(attention_delta_kernel, (batch * heads * row_tiles,), arguments, options), dsinks
 
 
@@ -206,7 +211,7 @@ class BackwardInputs(NamedTuple):
 
 def plan_dq(inputs: BackwardInputs, dq: Tensor, scoring: Scoring, gpu: tiles.Gpu) -> Launch:
     arguments = inputs.arguments(scoring)
-    tile = tiles.dq(gpu, dq.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]))
+    tile = tiles.dq(gpu, dq.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]), _light(arguments))
     arguments |= {"dq_ptr": dq, **_strides("dq", dq), **_blocks(tile), "KEY_MASK": _key_mask(arguments)}
     batch, heads, seqlen_q, _ = dq.shape
     programs = batch * heads * _ceil_div(seqlen_q, tile.block_q)
@@ -215,7 +220,7 @@ def plan_dq(inputs: BackwardInputs, dq: Tensor, scoring: Scoring, gpu: tiles.Gpu
 
 def plan_dkdv(inputs: BackwardInputs, dk: Tensor, dv: Tensor, scoring: Scoring, gpu: tiles.Gpu) -> Launch:
     arguments = inputs.arguments(scoring)
-    tile = tiles.dkdv(gpu, dk.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]))
+    tile = tiles.dkdv(gpu, dk.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]), _light(arguments))
     arguments |= {
         "dk_ptr": dk, "dv_ptr": dv, **_strides("dk", dk), **_strides("dv", dv), **_blocks(tile),
         "KEY_MASK": _key_mask(arguments),

@@ -1,0 +1,39 @@
+"""Attention's Triton kernels compile for GPUs that are not there; `python -m tests.triton_aot` compiles all of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from emulated import ROOT
+
+from fastattn.ops import attention_triton_tiles as tiles
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize(("gpu", "wants"), [("80", 4), ("90", 4), ("100", 2)])
+def test_kernels_compile_without_spills(gpu, wants):
+    """In a process of its own, in which Triton does not interpret."""
+    kernels = "fwd|dq|delta|weights" if wants == 4 else "fwd|delta"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.triton_aot", "--gpus", gpu, "--filter", f"({kernels}) float16 64 causal"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert f"{wants} kernels compiled, 0 with complaints" in run.stdout
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiles_suit_what_the_kernels_assume(capability, dtype):
+    gpu = tiles.Gpu(capability)
+    for block_d in (16, 64, 128, 256):
+        for light in (False, True):
+            for choose in (tiles.forward, tiles.dq, tiles.dkdv):
+                tile = choose(gpu, dtype, block_d, light)
+                # Dropout draws for 32 keys at once; tl.dot wants 16 rows.
+                assert tile.block_k % 32 == 0 and tile.block_q >= 16
+        assert tiles.scores(gpu, dtype, block_d).block_k % 32 == 0
