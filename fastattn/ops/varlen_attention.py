@@ -12,7 +12,7 @@ from fastattn import dispatch
 from fastattn.dispatch import Kernel, never_refuses, select
 from fastattn.ops import attention_checks as checks
 from fastattn.ops.attention import AttentionCall, run_eager
-from fastattn.ops.attention_compiled import refuses_cpu, run
+from fastattn.ops.attention_compiled import refuses_cpu, refuses_cuda, run
 from fastattn.ops.attention_triton import refuses_triton, run_triton
 from fastattn.ops.philox import draw_rng_state
 
@@ -258,7 +258,7 @@ def _run_triton(call: VarlenCall) -> tuple[Tensor, Tensor]:
     return _run_padded(call, run_triton)
 
 
-def _run_cpu(call: VarlenCall) -> tuple[Tensor, Tensor]:
+def _run_compiled(call: VarlenCall) -> tuple[Tensor, Tensor]:
     return _run_padded(call, run)
 
 
@@ -266,10 +266,13 @@ def _run_eager(call: VarlenCall) -> tuple[Tensor, Tensor]:
     return _run_padded(call, run_eager)
 
 
+_CUDA, _EMULATED = dispatch.cuda_kernels(refuses_cuda, _run_compiled)
 dispatch.register(
     "varlen_attention",
+    _CUDA,
     Kernel("triton", refuses_triton, _run_triton),
-    Kernel("cpu", refuses_cpu, _run_cpu),
+    Kernel("cpu", refuses_cpu, _run_compiled),
     Kernel("eager", never_refuses, _run_eager),
+    _EMULATED,
     prepare=_prepare,
 )
