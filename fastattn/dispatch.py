@@ -242,11 +242,11 @@ def explain(op: str | Callable[..., Any], *args: Any, backend: str = "auto", **k
 
         >>> print(fastattn.explain(fastattn.attention, q, k, v, is_causal=True))
         attention: cpu runs this call.
-          cuda      no: this version of fastattn has no CUDA kernels
+          cuda      no: fastattn was built without CUDA kernels: this torch was built without CUDA
           triton    no: no GPU (for tests, TRITON_INTERPRET=1 runs it on CPU tensors)
           cpu       would run
           eager     would run
-          emulated  no: this version of fastattn has no emulated CUDA kernels
+          emulated  no: dtype float32 is not bfloat16 or float16
 
     Args:
         op: the function or its name, such as ``"attention"``.
