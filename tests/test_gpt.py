@@ -59,8 +59,10 @@ def test_backends_share_the_state_dict():
 def test_the_cache_continues_as_the_whole_sequence_does(name, backend):
     model = make(CONFIGS[name], backend)
     prompts = [[5, 9, 2], [7, 7, 1, 30, 8, 44], [3]]
-    generated = model.generate(prompts, 8, temperature=0)
-    assert generated.shape == (3, 8)
+    # Triton's interpreter takes half a second a token.
+    tokens = 2 if backend == "triton" and not torch.cuda.is_available() else 8
+    generated = model.generate(prompts, tokens, temperature=0)
+    assert generated.shape == (3, tokens)
     for prompt, tokens in zip(prompts, generated.tolist(), strict=True):
         sequence = list(prompt)
         for token in tokens:
