@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 import torch
 
 from models import data, tasks
-from models.commands import Formatter, add_kernels, folder_argument, prepare, run
+from models.commands import Formatter, add_kernels, folder_argument, prepare, run, texts_of
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -24,9 +23,7 @@ def classify(options: argparse.Namespace) -> None:
     model, tokenizer = tasks.load(options.folder, "classifier")
     model = prepare(model, options)
     description = tasks.describe(options.folder)
-    texts = options.text or [line.strip() for line in sys.stdin if line.strip()]
-    if not texts:
-        raise ValueError("there is nothing to classify.")
+    texts = texts_of(options, "classify")
     pad_id = model.bert.config.pad_token_id
     ids = data.pad(data.encode(tokenizer, texts, description["context"]), pad_id)
     probabilities = model(ids.to(next(model.parameters()).device)).float().softmax(-1)

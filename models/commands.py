@@ -54,3 +54,11 @@ def run(command: Callable[[argparse.Namespace], None], options: argparse.Namespa
 
 def folder_argument(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("folder", type=Path, help=text)
+
+
+def texts_of(options: argparse.Namespace, purpose: str) -> list[str]:
+    """The texts of the command line, or without any the lines of standard input; ValueError if there are none."""
+    texts = options.text or [line.strip() for line in sys.stdin if line.strip()]
+    if not texts:
+        raise ValueError(f"there is nothing to {purpose}.")
+    return texts

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from models import data, tasks
-from models.commands import Formatter, add_kernels, folder_argument, prepare, run
+from models.commands import Formatter, add_kernels, folder_argument, prepare, run, texts_of
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -22,9 +21,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def translate(options: argparse.Namespace) -> None:
     model, tokenizer = tasks.load(options.folder, "translation")
     model = prepare(model, options)
-    texts = options.text or [line.strip() for line in sys.stdin if line.strip()]
-    if not texts:
-        raise ValueError("there is nothing to translate.")
+    texts = texts_of(options, "translate")
     limit = model.config.max_positions
     ids = data.pad(data.encode(tokenizer, texts, limit)).to(model.positions.device)
     for tokens in model.translate(ids, min(options.tokens or limit, limit), beams=options.beams):

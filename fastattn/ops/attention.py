@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -215,6 +217,21 @@ def _prepare(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         window, alignment, softcap, alibi_slopes, sinks,
     )[0]  # fmt: skip
+
+
+def kernels_around(step: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Kernel, ...]:
+    """The table of an op that prepares operands and then attends: ``step(call, attend=...)`` on attention's backends.
+
+    Its calls have ``query``, ``value`` and ``alibi_slopes``, which the kernels of attention decide by.
+    """
+    cuda, emulated = dispatch.cuda_kernels(compiled.refuses_cuda, partial(step, attend=compiled.run))
+    return (
+        cuda,
+        Kernel("triton", refuses_triton, partial(step, attend=run_triton)),
+        Kernel("cpu", compiled.refuses_cpu, partial(step, attend=compiled.run)),
+        Kernel("eager", never_refuses, partial(step, attend=run_eager)),
+        emulated,
+    )
 
 
 _CUDA, _EMULATED = dispatch.cuda_kernels(compiled.refuses_cuda, compiled.run)

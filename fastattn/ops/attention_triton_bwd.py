@@ -19,6 +19,7 @@ import triton.language as tl
 from fastattn.ops.attention_triton_scores import (
     MASK_NONE,
     cap_scores,
+    clip_to_visible_keys,
     load_lse,
     load_tile,
     mask_hides,
@@ -26,7 +27,6 @@ from fastattn.ops.attention_triton_scores import (
     probabilities,
     store_tile,
     tile_range,
-    visible_keys,
 )
 from fastattn.ops.philox_triton import dropout_keep
 
@@ -140,10 +140,9 @@ def attention_dq_kernel(
         first_row, last_row, seqlen_k, diagonal, window_left, window_right, is_full, LEFT, RIGHT, BLOCK_K
     )
     if KEY_MASK:
-        visible_begin, visible_end = visible_keys(mask_ptr, stride_mask_k, begin, end, MASK, BLOCK_K)
-        begin, end = tl.maximum(begin, visible_begin), tl.minimum(end, visible_end)
-        full_begin = tl.maximum(full_begin, begin)
-        full_end = tl.maximum(tl.minimum(full_end, tl.cdiv(end, BLOCK_K) * BLOCK_K), full_begin)
+        begin, full_begin, full_end, end = clip_to_visible_keys(
+            mask_ptr, stride_mask_k, begin, full_begin, full_end, end, MASK, BLOCK_K
+        )
 
     for part in tl.static_range(0 if LEFT else 1, 3):
         if part == 0:

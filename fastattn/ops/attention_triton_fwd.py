@@ -17,6 +17,7 @@ import triton.language as tl
 from fastattn.ops.attention_triton_scores import (
     MASK_NONE,
     cap_scores,
+    clip_to_visible_keys,
     exponentials,
     load_lse,
     load_tile,
@@ -24,7 +25,6 @@ from fastattn.ops.attention_triton_scores import (
     probabilities,
     store_tile,
     tile_range,
-    visible_keys,
 )
 from fastattn.ops.philox_triton import dropout_keep
 
@@ -113,10 +113,9 @@ def attention_fwd_kernel(
         first_row, last_row, seqlen_k, diagonal, window_left, window_right, is_full, LEFT, RIGHT, BLOCK_K
     )
     if KEY_MASK:
-        visible_begin, visible_end = visible_keys(mask_ptr, stride_mask_k, begin, end, MASK, BLOCK_K)
-        begin, end = tl.maximum(begin, visible_begin), tl.minimum(end, visible_end)
-        full_begin = tl.maximum(full_begin, begin)
-        full_end = tl.maximum(tl.minimum(full_end, tl.cdiv(end, BLOCK_K) * BLOCK_K), full_begin)
+        begin, full_begin, full_end, end = clip_to_visible_keys(
+            mask_ptr, stride_mask_k, begin, full_begin, full_end, end, MASK, BLOCK_K
+        )
 
     # Tiles cut by the window's left edge, tiles seen in full, tiles cut by the right edge, the diagonal or the end.
     for part in tl.static_range(0 if LEFT else 1, 3):

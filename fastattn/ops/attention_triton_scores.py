@@ -75,6 +75,17 @@ def visible_keys(mask_ptr, stride_mask_k, begin, end, MASK: tl.constexpr, BLOCK:
     return visible_begin // BLOCK * BLOCK, visible_end
 
 
+@triton.jit
+def clip_to_visible_keys(mask_ptr, stride_mask_k, begin, full_begin, full_end, end, MASK: tl.constexpr,
+                         BLOCK: tl.constexpr):  # fmt: skip
+    """What ``tile_range`` gave, without the tiles at both ends in which a mask of one row leaves no key visible."""
+    visible_begin, visible_end = visible_keys(mask_ptr, stride_mask_k, begin, end, MASK, BLOCK)
+    begin, end = tl.maximum(begin, visible_begin), tl.minimum(end, visible_end)
+    full_begin = tl.maximum(full_begin, begin)
+    full_end = tl.maximum(tl.minimum(full_end, tl.cdiv(end, BLOCK) * BLOCK), full_begin)
+    return begin, full_begin, full_end, end
+
+
 # --- Tiles of the operands -------------------------------------------------------------------------------------------
 
 

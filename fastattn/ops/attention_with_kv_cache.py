@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.dispatch import Kernel, never_refuses, select
+from fastattn.dispatch import select
 from fastattn.ops import attention_checks as checks
-from fastattn.ops.attention import AttentionCall, run_eager
-from fastattn.ops.attention_compiled import refuses_cpu, refuses_cuda, run
-from fastattn.ops.attention_triton import refuses_triton, run_triton
+from fastattn.ops.attention import AttentionCall, kernels_around
 from fastattn.ops.varlen_attention import with_diagonals
 
 
@@ -327,25 +325,4 @@ def _append(cache: Tensor, rows: Tensor, lengths: int | Tensor, table: Tensor | 
         cache.index_put_((table.gather(1, token // cache.shape[1]), token % cache.shape[1]), rows)
 
 
-def _run_triton(call: KvCacheCall) -> tuple[Tensor, Tensor]:
-    return _step(call, run_triton)
-
-
-def _run_compiled(call: KvCacheCall) -> tuple[Tensor, Tensor]:
-    return _step(call, run)
-
-
-def _run_eager(call: KvCacheCall) -> tuple[Tensor, Tensor]:
-    return _step(call, run_eager)
-
-
-_CUDA, _EMULATED = dispatch.cuda_kernels(refuses_cuda, _run_compiled)
-dispatch.register(
-    "attention_with_kv_cache",
-    _CUDA,
-    Kernel("triton", refuses_triton, _run_triton),
-    Kernel("cpu", refuses_cpu, _run_compiled),
-    Kernel("eager", never_refuses, _run_eager),
-    _EMULATED,
-    prepare=_prepare,
-)
+dispatch.register("attention_with_kv_cache", *kernels_around(_step), prepare=_prepare)

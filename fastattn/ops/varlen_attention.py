@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.dispatch import Kernel, never_refuses, select
+from fastattn.dispatch import select
 from fastattn.ops import attention_checks as checks
-from fastattn.ops.attention import AttentionCall, run_eager
-from fastattn.ops.attention_compiled import refuses_cpu, refuses_cuda, run
-from fastattn.ops.attention_triton import refuses_triton, run_triton
+from fastattn.ops.attention import AttentionCall, kernels_around
 from fastattn.ops.philox import draw_rng_state
 
 
@@ -254,25 +252,4 @@ def with_diagonals(call: AttentionCall, visible: Tensor, diagonal: Tensor) -> At
     return call._replace(attn_mask=mask, alibi_slopes=None, is_causal=False, window_left=-1, window_right=-1)
 
 
-def _run_triton(call: VarlenCall) -> tuple[Tensor, Tensor]:
-    return _run_padded(call, run_triton)
-
-
-def _run_compiled(call: VarlenCall) -> tuple[Tensor, Tensor]:
-    return _run_padded(call, run)
-
-
-def _run_eager(call: VarlenCall) -> tuple[Tensor, Tensor]:
-    return _run_padded(call, run_eager)
-
-
-_CUDA, _EMULATED = dispatch.cuda_kernels(refuses_cuda, _run_compiled)
-dispatch.register(
-    "varlen_attention",
-    _CUDA,
-    Kernel("triton", refuses_triton, _run_triton),
-    Kernel("cpu", refuses_cpu, _run_compiled),
-    Kernel("eager", never_refuses, _run_eager),
-    _EMULATED,
-    prepare=_prepare,
-)
+dispatch.register("varlen_attention", *kernels_around(_run_padded), prepare=_prepare)
