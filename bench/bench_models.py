@@ -38,6 +38,11 @@ def cases() -> Iterator[Case]:
     yield from bench_generation.cases()
 
 
+def accelerated(model: nn.Module, int8: bool = False) -> nn.Module:
+    """A swapped copy."""
+    return fastattn.accelerate(copy.deepcopy(model), int8=int8, verbose=False)
+
+
 # --- nn.MultiheadAttention -------------------------------------------------------------------------------------------
 
 
@@ -46,7 +51,7 @@ def multi_head_attention(batch: int, seqlen: int, padded: bool) -> Case:
 
     def build() -> Subject:
         theirs = make_attention().eval().requires_grad_(False)
-        ours = fastattn.accelerate(copy.deepcopy(theirs))
+        ours = accelerated(theirs)
         x = make_input(batch, seqlen)
         kept = padding(batch, seqlen) if padded else torch.ones(batch, seqlen, dtype=torch.bool)
         ignored = ~kept if padded else None
@@ -76,7 +81,7 @@ def multi_head_attention_training(seqlen: int) -> Case:
 
     def build() -> Subject:
         theirs = make_attention().train()
-        ours = fastattn.accelerate(copy.deepcopy(theirs))
+        ours = accelerated(theirs)
         exact = copy.deepcopy(theirs).double()
         x, dout = make_input(1, seqlen), make_input(1, seqlen, seed=2)
 
@@ -140,7 +145,7 @@ def encoder_layer(seqlen: int, int8: bool) -> Case:
         torch.manual_seed(0)
         theirs = nn.TransformerEncoderLayer(EMBED_DIM, HEADS, FEED_FORWARD, activation="gelu", batch_first=True)
         theirs = theirs.eval().requires_grad_(False)
-        ours = fastattn.accelerate(copy.deepcopy(theirs), int8=int8)
+        ours = accelerated(theirs, int8)
         x = make_input(1, seqlen)
         exact = copy.deepcopy(theirs).double()
         if int8:
@@ -195,7 +200,7 @@ def minilm(batch: int, int8: bool) -> Case:
 
     def build() -> Subject:
         theirs = pretrained()
-        ours = fastattn.accelerate(copy.deepcopy(theirs), int8=int8)
+        ours = accelerated(theirs, int8)
         exact = copy.deepcopy(theirs).double()
         peers = {"nn encoder": partial(theirs, *given), "SDPA": partial(sdpa_form, theirs, *given)}
         if int8:

@@ -7,6 +7,7 @@ training flag, dtype, device and every reference to it stay, the root's too. (``
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -32,8 +33,9 @@ def accelerate(
     layer_norm: bool = True,
     int8: bool = False,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    verbose: bool | None = None,
 ) -> nn.Module:
-    """Swaps modules of ``torch.nn`` and norms of other libraries for fastattn's, in place.
+    """Swaps modules of ``torch.nn`` and norms of other libraries for fastattn's, in place, and prints what it swapped.
 
     ``print(model)`` shows the swapped modules, ``accelerate_report(model)`` what was swapped and what was left and why.
     Left alone are subclasses of torch's modules, whose ``forward`` may differ, and modules whose ``forward`` was
@@ -51,6 +53,7 @@ def accelerate(
             the float weights. Without ``filter_fn`` the output head (a layer called lm_head, returned by the model's
             ``get_output_embeddings`` or tied to an embedding) and layers with fewer than 16 inputs or outputs are left.
         filter_fn: ``filter_fn(module, name)`` is asked about each module that fits; True = swap.
+        verbose: what is printed: a line that counts what is swapped and left; True = the whole report, False = nothing.
     Returns: ``model``.
     """
     if not isinstance(model, nn.Module):
@@ -70,6 +73,9 @@ def accelerate(
     for module in model.modules():
         _avoid_fast_path(module)
     model.__dict__[_LEFT] = left
+    if verbose is not False:
+        report = accelerate_report(model)
+        print(f"fastattn.accelerate: {report if verbose else report.summary()}")
     return model
 
 
@@ -94,10 +100,17 @@ def restore(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class AccelerateReport:
-    """What ``accelerate`` made of a model; ``str`` is a table of it."""
+    """What ``accelerate`` made of a model; ``str`` is a list of it, ``summary`` one line."""
 
     swapped: dict[str, tuple[str, str]]  # name of the module -> class before, class now
     left: dict[str, tuple[str, str]]  # name of the module -> class, reason
+
+    def summary(self) -> str:
+        """How many modules of each class were swapped, and how many were left."""
+        kinds = Counter(now for _, now in self.swapped.values())
+        swapped = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "nothing"
+        left = f"; left {len(self.left)}, accelerate_report(model) says why" if self.left else ""
+        return f"swapped {swapped}{left}"
 
     def __str__(self) -> str:
         lines = [f"swapped {len(self.swapped)} modules, left {len(self.left)}"]

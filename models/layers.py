@@ -46,14 +46,14 @@ def set_backend(model: nn.Module, backend: str = "auto", *, int8: bool = False) 
     if reason is not None:
         raise NotImplementedError(f"backend {backend!r} cannot run here: {reason}.")
     if backend != "eager" or int8:
-        fastattn.accelerate(model, int8=False)
+        fastattn.accelerate(model, int8=False, verbose=False)
     for module in model.modules():
         if hasattr(module, "backend"):
             module.backend = backend
         if int8 and isinstance(module, FeedForward):
             module.fuse_activation()
     if int8:
-        fastattn.accelerate(model, int8=True, filter_fn=lambda module, name: True)
+        fastattn.accelerate(model, int8=True, filter_fn=lambda module, name: True, verbose=False)
         for module in model.modules():
             if isinstance(module, fastattn.Int8Linear):
                 module.backend = backend

@@ -210,6 +210,20 @@ def test_report_names_what_was_swapped_and_what_was_left_and_why():
     assert not fastattn.accelerate_report(model).swapped and not fastattn.accelerate_report(model).left
 
 
+def test_what_was_swapped_is_printed(capsys):
+    """A line by default, all of it with verbose=True, nothing with verbose=False; the repr shows it too."""
+    summary = "fastattn.accelerate: swapped 5 ForeignNorm, 14 Int8Linear; left 3, accelerate_report(model) says why\n"
+    model = make_model("llama", "eager")
+    for verbose in (None, False, True):
+        fastattn.accelerate(model, int8=True, verbose=verbose)
+        report = str(fastattn.accelerate_report(model))
+        assert capsys.readouterr().out == {None: summary, False: "", True: f"fastattn.accelerate: {report}\n"}[verbose]
+    assert repr(model).count("ForeignNorm(RMS norm of 32") == 3 and repr(model).count("Int8Linear(in_features=") == 7
+    assert "model.layers.1.self_attn: LlamaAttention left: call fastattn.integrations" in report
+    fastattn.accelerate(nn.Sequential(nn.ReLU()))
+    assert capsys.readouterr().out == "fastattn.accelerate: swapped nothing\n"
+
+
 def test_report_of_what_filter_fn_refused_and_of_attention_that_is_ours():
     fastattn.integrations.transformers.register()
     model = fastattn.accelerate(make_model("llama", "fastattn"), filter_fn=lambda module, name: "layers.0" in name)
