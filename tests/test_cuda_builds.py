@@ -61,7 +61,7 @@ RESERVED = {
     r"\basm\b": ("common/ptx.cuh", "common/ptx_sm90.cuh", "common/ptx_wgmma.cuh"),
     r"<<<": (),
     r"__shared__": ("common/cuda.cuh",),
-    r"__CUDA_ARCH__": (),
+    r"__CUDA_ARCH__": ("common/cuda.cuh",),
     r"#include [<\"](cuda|cooperative|mma\.h|cute|cutlass)": ("common/cuda.cuh", "common/tensor_map.cuh"),
 }
 

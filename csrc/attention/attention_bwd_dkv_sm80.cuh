@@ -170,8 +170,7 @@ FASTATTN_DEVICE void take_score_gradients(typename Traits::Scores& dp, const Sco
 // ---- the kernel
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads)
-    attention_bwd_dkv_kernel(const __grid_constant__ AttentionBwdArgs args) {
+FASTATTN_DEVICE void attention_bwd_dkv_block(const AttentionBwdArgs& args) {
   using Element = typename Traits::Element;
   using TileK = typename Traits::TileK;
   using TileQ = typename Traits::TileQ;
@@ -270,6 +269,17 @@ __global__ void __launch_bounds__(Traits::kThreads)
       keys - pair_key, makes_dk ? args.head_dim : args.head_dim_v, makes_dk ? args.dk_is_aligned : args.dv_is_aligned};
   store_accumulators(gradient, makes_dk ? args.scale : scores.dropout_scale, makes_dk ? k_tile : v_tile,
                      smem + (makes_dk ? 0 : TileK::kBytes), pair_key, output);
+}
+
+// For cards below compute capability kBelow.
+template <typename Traits, int kBelow>
+__global__ void __launch_bounds__(Traits::kThreads)
+    attention_bwd_dkv_kernel(const __grid_constant__ AttentionBwdArgs args) {
+  if constexpr (kCompiledFor < kBelow) {
+    attention_bwd_dkv_block<Traits>(args);
+  } else {
+    never_launched();
+  }
 }
 
 }  // namespace fastattn

@@ -63,8 +63,7 @@ FASTATTN_DEVICE void add_key_parts(typename Traits::Gradient& dq, uint8_t* smem,
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads)
-    attention_bwd_dq_kernel(const __grid_constant__ AttentionBwdArgs args) {
+FASTATTN_DEVICE void attention_bwd_dq_block(const AttentionBwdArgs& args) {
   using Element = typename Traits::Element;
   using TileQ = typename Traits::TileQ;
   using TileK = typename Traits::TileK;
@@ -164,6 +163,17 @@ __global__ void __launch_bounds__(Traits::kThreads)
         head_gmem<Element>(args.dq, batch, head) + (first_query + warp_row) * args.dq.stride_row, args.dq.stride_row,
         scores.seqlen_q - first_query - warp_row, args.head_dim, args.dq_is_aligned};
     store_accumulators(dq, args.scale, q_tile, smem, warp_row, output);
+  }
+}
+
+// For cards below compute capability kBelow.
+template <typename Traits, int kBelow>
+__global__ void __launch_bounds__(Traits::kThreads)
+    attention_bwd_dq_kernel(const __grid_constant__ AttentionBwdArgs args) {
+  if constexpr (kCompiledFor < kBelow) {
+    attention_bwd_dq_block<Traits>(args);
+  } else {
+    never_launched();
   }
 }
 

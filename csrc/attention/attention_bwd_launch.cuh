@@ -13,44 +13,53 @@ namespace fastattn {
 struct BwdDkvTile {
   int head_dim;
   ScoreKind kind;
+  int below;  // for compute capabilities below this, and left out of code for others, whose shared memory is too small
   int row_tiles, pairs, block_q;
 
+  constexpr bool is_for(int compute_capability) const { return compute_capability < below; }
   constexpr int block_k() const { return 16 * row_tiles * pairs; }
 };
 
 // A thread has 255 registers, of which the gradient takes row_tiles * head_dim / 2 and the scores row_tiles * block_q
 // / 4.
+// clang-format off
 constexpr BwdDkvTile kBwdDkvTiles[] = {
-    {64, ScoreKind::kPlain, 2, 4, 64},       // 128 keys x 64 queries,  97 KiB, for every card
-    {64, ScoreKind::kEverything, 2, 4, 32},  // 128 x 32
-    {128, ScoreKind::kPlain, 2, 4, 64},      // 128 x 64, 161 KiB, for 8.0 and 9.0
-    {128, ScoreKind::kPlain, 2, 3, 32},      //  96 x 32,  93 KiB
-    {128, ScoreKind::kEverything, 2, 3, 32}, {256, ScoreKind::kPlain, 1, 4, 32},  //  64 x 32, 137 KiB
-    {256, ScoreKind::kPlain, 1, 3, 16},                                           //  48 x 16,  83 KiB
-    {256, ScoreKind::kEverything, 1, 3, 16},
+    {64, ScoreKind::kPlain, kAnyCapability, 2, 4, 64},       // 128 keys x 64 queries, 97 KiB
+    {64, ScoreKind::kEverything, kAnyCapability, 2, 4, 32},  // 128 x 32
+    {128, ScoreKind::kPlain, 120, 2, 4, 64},                 // 128 x 64, 161 KiB, for 8.0 and 9.0
+    {128, ScoreKind::kPlain, kAnyCapability, 2, 3, 32},      // 96 x 32, 93 KiB
+    {128, ScoreKind::kEverything, kAnyCapability, 2, 3, 32},
+    {256, ScoreKind::kPlain, 120, 1, 4, 32},                 // 64 x 32, 137 KiB
+    {256, ScoreKind::kPlain, kAnyCapability, 1, 3, 16},      // 48 x 16, 83 KiB
+    {256, ScoreKind::kEverything, kAnyCapability, 1, 3, 16},
 };
+// clang-format on
 constexpr int kBwdDkvTileCount = static_cast<int>(sizeof(kBwdDkvTiles) / sizeof(kBwdDkvTiles[0]));
 
 // Of attention_bwd_dq_kernel.
 struct BwdDqTile {
   int head_dim;
   ScoreKind kind;
+  int below;
   int row_tiles, row_warps, key_parts, block_k;
 
+  constexpr bool is_for(int compute_capability) const { return compute_capability < below; }
   constexpr int block_q() const { return 16 * row_tiles * row_warps; }
 };
 
 // The gradient takes row_tiles * head_dim / 2 registers, the scores and dP row_tiles * block_k / key_parts.
+// clang-format off
 constexpr BwdDqTile kBwdDqTiles[] = {
-    {64, ScoreKind::kPlain, 2, 4, 1, 64},        // 128 queries x 64 keys, 64 KiB: two blocks a multiprocessor of 8.0
-    {64, ScoreKind::kEverything, 2, 4, 1, 32},   // 128 x 32, 48 KiB
-    {128, ScoreKind::kPlain, 2, 4, 2, 64},       // 128 x 64, 128 KiB
-    {128, ScoreKind::kPlain, 2, 4, 2, 32},       // 128 x 32, 96 KiB
-    {128, ScoreKind::kEverything, 1, 4, 2, 64},  //  64 x 64, 96 KiB
-    {256, ScoreKind::kPlain, 1, 4, 2, 32},       //  64 x 32, 128 KiB
-    {256, ScoreKind::kPlain, 1, 4, 1, 16},       //  64 x 16, 96 KiB
-    {256, ScoreKind::kEverything, 1, 4, 1, 16},
+    {64, ScoreKind::kPlain, kAnyCapability, 2, 4, 1, 64},        // 128 queries x 64 keys, 64 KiB: two blocks on 8.0
+    {64, ScoreKind::kEverything, kAnyCapability, 2, 4, 1, 32},   // 128 x 32, 48 KiB
+    {128, ScoreKind::kPlain, 120, 2, 4, 2, 64},                  // 128 x 64, 128 KiB
+    {128, ScoreKind::kPlain, kAnyCapability, 2, 4, 2, 32},       // 128 x 32, 96 KiB
+    {128, ScoreKind::kEverything, kAnyCapability, 1, 4, 2, 64},  // 64 x 64, 96 KiB
+    {256, ScoreKind::kPlain, 120, 1, 4, 2, 32},                  // 64 x 32, 128 KiB
+    {256, ScoreKind::kPlain, kAnyCapability, 1, 4, 1, 16},       // 64 x 16, 96 KiB
+    {256, ScoreKind::kEverything, kAnyCapability, 1, 4, 1, 16},
 };
+// clang-format on
 constexpr int kBwdDqTileCount = static_cast<int>(sizeof(kBwdDqTiles) / sizeof(kBwdDqTiles[0]));
 
 template <typename Element, int kTile>
@@ -89,8 +98,8 @@ const char* launch_bwd_dkv_tile(int tile, const AttentionBwdArgs& args, dim3 gri
     if constexpr (kBwdDkvTiles[kTile].head_dim == kHeadDim) {
       using Traits = BwdDkvTraitsOf<Element, kTile>;
       if (tile == kTile) {
-        return launch_kernel(attention_bwd_dkv_kernel<Traits>, grid, Traits::kThreads, Traits::kSmemBytes, stream,
-                             args);
+        return launch_kernel(attention_bwd_dkv_kernel<Traits, kBwdDkvTiles[kTile].below>, grid, Traits::kThreads,
+                             Traits::kSmemBytes, stream, args);
       }
     }
     return launch_bwd_dkv_tile<Element, kHeadDim, kTile + 1>(tile, args, grid, stream);
@@ -106,7 +115,8 @@ const char* launch_bwd_dq_tile(int tile, const AttentionBwdArgs& args, dim3 grid
     if constexpr (kBwdDqTiles[kTile].head_dim == kHeadDim) {
       using Traits = BwdDqTraitsOf<Element, kTile>;
       if (tile == kTile) {
-        return launch_kernel(attention_bwd_dq_kernel<Traits>, grid, Traits::kThreads, Traits::kSmemBytes, stream, args);
+        return launch_kernel(attention_bwd_dq_kernel<Traits, kBwdDqTiles[kTile].below>, grid, Traits::kThreads,
+                             Traits::kSmemBytes, stream, args);
       }
     }
     return launch_bwd_dq_tile<Element, kHeadDim, kTile + 1>(tile, args, grid, stream);

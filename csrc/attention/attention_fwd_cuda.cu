@@ -55,7 +55,7 @@ int choose_tile(const AttentionParams& p, const DeviceLaunch& launch) {
   for (int i = 0; i < kFwdTileCount; ++i) {
     const FwdTile& tile = kFwdTiles[i];
     if (tile.head_dim < head_dim || tile.kind < kind || (needs_small && tile.kind == ScoreKind::kPlain)) continue;
-    if (launch.compute_capability >= tile.below) continue;
+    if (!tile.is_for(launch.compute_capability)) continue;
     if (tile.large_smem && launch.shared_bytes_per_block < kLargeSmem) continue;
     if (static_cast<size_t>(tile.smem_bytes()) > launch.shared_bytes_per_block) continue;
     return i;

@@ -11,18 +11,18 @@ namespace fastattn {
 struct FwdTile {
   int head_dim;
   ScoreKind kind;
-  // For compute capabilities below this (newer code generators spill the largest tiles' registers), ...
+  // For compute capabilities below this, and left out of code for others: newer code generators spill the largest
+  // tiles' registers, and 12.0 has no room for what needs ...
   int below;
-  // ... and for cards with 160 KiB of shared memory a multiprocessor (8.0, 8.7, 9.0, 10.x), or all.
+  // ... 160 KiB of shared memory a multiprocessor (8.0, 8.7, 9.0, 10.x), where this is true.
   bool large_smem;
   int row_tiles, warps, block_k;
 
+  constexpr bool is_for(int compute_capability) const { return compute_capability < below; }
   constexpr int block_q() const { return 16 * row_tiles * warps; }
   // 128 bytes a row and panel of 64 columns.
   constexpr int smem_bytes() const { return (block_q() + 2 * block_k) * ((head_dim + 63) / 64) * 128; }
 };
-
-constexpr int kAnyCapability = 1 << 30;
 
 // The first tile that fits is taken. Two row tiles a warp halve the reads of shared memory for each product, and two
 // blocks a multiprocessor hide each other's barriers and softmax; so a thread may have 255 registers, of which scores
@@ -40,8 +40,8 @@ constexpr FwdTile kFwdTiles[] = {
     {128, ScoreKind::kPlain, kAnyCapability, false, 2, 4, 32}, // 128 x 32, 48 KiB
     {128, ScoreKind::kMask, kAnyCapability, false, 1, 4, 64},  // 64 x 64, 48 KiB
     {128, ScoreKind::kEverything, kAnyCapability, false, 1, 4, 64},
-    {192, ScoreKind::kPlain, kAnyCapability, true, 1, 8, 64},  // 128 x 64, 96 KiB
-    {256, ScoreKind::kPlain, kAnyCapability, true, 1, 8, 64},  // 128 x 64, 128 KiB
+    {192, ScoreKind::kPlain, 120, true, 1, 8, 64},  // 128 x 64, 96 KiB
+    {256, ScoreKind::kPlain, 120, true, 1, 8, 64},  // 128 x 64, 128 KiB
     {256, ScoreKind::kMask, kAnyCapability, false, 1, 4, 64},  // 64 x 64, 96 KiB
     {256, ScoreKind::kEverything, kAnyCapability, false, 1, 4, 64},
 };
@@ -62,7 +62,8 @@ const char* launch_fwd_tile(int tile, const AttentionFwdArgs& args, dim3 grid, c
       using Traits = FwdTraitsOf<Element, kTile>;
       static_assert(Traits::kSmemBytes == kFwdTiles[kTile].smem_bytes());
       if (tile == kTile) {
-        return launch_kernel(attention_fwd_kernel<Traits>, grid, Traits::kThreads, Traits::kSmemBytes, stream, args);
+        return launch_kernel(attention_fwd_kernel<Traits, kFwdTiles[kTile].below>, grid, Traits::kThreads,
+                             Traits::kSmemBytes, stream, args);
       }
     }
     return launch_fwd_tile<Element, kHeadDim, kTile + 1>(tile, args, grid, stream);

@@ -238,8 +238,7 @@ FASTATTN_DEVICE void finish_rows(float (&o)[kRowTiles][kColTiles][4], const Onli
 // ---- the kernel
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads)
-    attention_fwd_kernel(const __grid_constant__ AttentionFwdArgs args) {
+FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args) {
   using Element = typename Traits::Element;
   constexpr int kRowTiles = Traits::kRowTiles, kBlockK = Traits::kBlockK, kBlockQ = Traits::kBlockQ;
   constexpr bool kPlain = Traits::kKind == ScoreKind::kPlain, kEverything = Traits::kKind == ScoreKind::kEverything;
@@ -343,6 +342,17 @@ __global__ void __launch_bounds__(Traits::kThreads)
 
   finish_rows(o, softmax, args, work, lane_rows, first_row + rows, lane);
   if (args.splits == 1) store_out<Traits>(o, q_tile, smem, args, work.batch, tile_rows, warp_row, rows);
+}
+
+// For cards below compute capability kBelow.
+template <typename Traits, int kBelow>
+__global__ void __launch_bounds__(Traits::kThreads)
+    attention_fwd_kernel(const __grid_constant__ AttentionFwdArgs args) {
+  if constexpr (kCompiledFor < kBelow) {
+    attention_fwd_block<Traits>(args);
+  } else {
+    never_launched();
+  }
 }
 
 }  // namespace fastattn

@@ -35,6 +35,25 @@ using bfloat16_t = __nv_bfloat16;
 template <typename T>
 using TypeIs = T;  // lets a macro take an array type
 
+// The compute capability, as in DeviceLaunch, that nvcc compiles a kernel's code for; 0 on the host and in the
+// emulator, which plays every card. A card runs code for its own compute capability or an older one, never for a newer
+// one.
+#if defined(__CUDA_ARCH__)
+constexpr int kCompiledFor = __CUDA_ARCH__ / 10;
+#else
+constexpr int kCompiledFor = 0;
+#endif
+
+constexpr int kAnyCapability = 1000;
+
+// Stands in for the body of a kernel that only cards below compute capability kBelow launch, in code for
+// kCompiledFor >= kBelow, where it would spill registers: a card that runs such code is not below kBelow.
+FASTATTN_DEVICE void never_launched() {
+#if !defined(FASTATTN_EMULATED)
+  __trap();
+#endif
+}
+
 }  // namespace fastattn
 
 // FASTATTN_SHARED(name, float[8]) declares a static shared array in a kernel or device function.
