@@ -58,7 +58,7 @@ def test_the_report_reads_what_ptxas_says():
 
 # What must go through a wrapper, so that it runs emulated. -> the files that may have it
 RESERVED = {
-    r"\basm\b": ("common/ptx.cuh", "common/ptx_sm90.cuh", "common/ptx_wgmma.cuh"),
+    r"\basm\b": ("common/ptx.cuh", "common/ptx_sm90.cuh", "common/ptx_cluster.cuh", "common/ptx_wgmma.cuh"),
     r"<<<": (),
     r"__shared__": ("common/cuda.cuh",),
     r"__CUDA_ARCH__": ("common/cuda.cuh",),

@@ -6,6 +6,8 @@ kernels pass in every combination of schedule and asynchrony, so that a report m
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from emulated import AsyncMode, KernelError, Mode, Schedule, emulated_library, host_compiler
@@ -40,6 +42,30 @@ MATMUL_BUGS = {
     "no_store_wait": "the thread exits while this store still reads shared memory",
     "stage_overrun": "",
 }
+CLUSTER_BUGS = ("none", "no_start_barrier", "no_barrier_before_load", "no_barrier_before_reuse",
+                "no_barrier_before_exit", "one_warp_at_the_barrier", "no_init_fence", "no_wait", "one_slot",
+                "one_buffer", "too_few_bytes", "too_many_bytes", "own_barrier", "past_the_end", "no_such_rank",
+                "unmapped_address")  # fmt: skip
+CLUSTER_LOADS_BUGS = {
+    "no_start_barrier": "may not have started: no barrier.cluster has completed",
+    "no_barrier_before_load": None,
+    "no_barrier_before_reuse": None,
+    "no_barrier_before_exit": "block \\d of the cluster has exited",
+    "one_warp_at_the_barrier": "deadlock(.|\n)*thread 0-31 in barrier.cluster.wait|has exited",
+}
+CLUSTER_STORES_BUGS = {
+    "no_start_barrier": "may not have started: no barrier.cluster has completed",
+    "no_init_fence": "not visible to the cluster: fence.mbarrier_init is missing",
+    "no_wait": "",
+    "one_slot": None,
+    "one_buffer": "",
+    "too_few_bytes": "",
+    "too_many_bytes": "deadlock(.|\n)*0 arrivals and 4 bytes",
+    "own_barrier": "the destination and the mbarrier belong to different blocks",
+    "past_the_end": "4 bytes at offset \\d+ of dynamic shared memory, which has 0 bytes",
+    "no_such_rank": "rank 4 in a cluster of 4 blocks",
+    "unmapped_address": "",
+}
 
 
 def attention_error(mode: Mode, bug: str = "none") -> float:
@@ -72,11 +98,22 @@ def matmul_error(mode: Mode, bug: str = "none") -> float:
     return ((c.double() - a.double() @ b.double().T) / k**0.5).abs().max().item()
 
 
+def cluster_error(how: str, mode: Mode, bug: str = "none") -> float:
+    library = emulated_library()
+    library.configure(mode)
+    x = torch.randn(6, 512) + 10 * torch.arange(6)[:, None]
+    out = torch.full_like(x, torch.nan)
+    library.call(f"bugs_cluster_{how}", x, out, 6, 512, CLUSTER_BUGS.index(bug))
+    return (out - (x - x.mean(1, keepdim=True))).abs().max().item()
+
+
 TOLERANCE = 0.02
 KERNELS = {
     "attention": (attention_error, ATTENTION_BUGS),
     "layer_norm": (layer_norm_error, LAYER_NORM_BUGS),
     "matmul": (matmul_error, MATMUL_BUGS),
+    "cluster_loads": (partial(cluster_error, "loads"), CLUSTER_LOADS_BUGS),
+    "cluster_stores": (partial(cluster_error, "stores"), CLUSTER_STORES_BUGS),
 }
 
 

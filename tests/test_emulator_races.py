@@ -25,6 +25,9 @@ RACES = [
     ("attention", "no_barrier_for_v"),
     ("matmul", "no_full_wait"),
     ("matmul", "no_barrier_before_store"),
+    ("cluster_loads", "no_barrier_before_load"),
+    ("cluster_loads", "no_barrier_before_reuse"),
+    ("cluster_stores", "no_wait"),
 ]
 CLEAN = [(kernel, "none") for kernel in KERNELS]
 # The mildest run and a harsh one: a race must show in both, a right kernel in neither.

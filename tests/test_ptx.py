@@ -26,7 +26,7 @@ def _why_no_device(capability: tuple[int, int]) -> str | None:
     return None
 
 
-def _library(where: object, source: str, capability: tuple[int, int]) -> KernelLibrary:
+def library_for(where: object, source: str, capability: tuple[int, int]) -> KernelLibrary:
     if where == "cuda":
         reason = _why_no_device(capability)
         if reason:
@@ -41,12 +41,12 @@ def _library(where: object, source: str, capability: tuple[int, int]) -> KernelL
 
 @pytest.fixture(params=WHERE, ids=str)
 def sm80(request: pytest.FixtureRequest) -> KernelLibrary:
-    return _library(request.param, "ptx_sm80.cu", (8, 0))
+    return library_for(request.param, "ptx_sm80.cu", (8, 0))
 
 
 @pytest.fixture(params=WHERE, ids=str)
 def sm90(request: pytest.FixtureRequest) -> KernelLibrary:
-    return _library(request.param, "ptx_sm90.cu", (9, 0))
+    return library_for(request.param, "ptx_sm90.cu", (9, 0))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the wrappers run emulated only")

@@ -9,13 +9,15 @@
 
 namespace fastattn {
 
-// launch_kernel(kernel<Traits>, grid, block, dynamic_smem_bytes, stream, arguments...). Never synchronises: on a device
-// the result covers the launch, in the emulator also the run.
+// launch_clusters(kernel<Traits>, grid, cluster, block, dynamic_smem_bytes, stream, arguments...) starts clusters of up
+// to 8 blocks (compute capability 9.0; ptx_cluster.cuh), which divide the grid. It is the only way to a cluster:
+// kernels have no __cluster_dims__. Never synchronises: on a device the result covers the launch, in the emulator also
+// the run.
 template <typename... Parameters, typename... Arguments>
-const char* launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream,
-                          Arguments&&... arguments) {
+const char* launch_clusters(void (*kernel)(Parameters...), dim3 grid, dim3 cluster, dim3 block, size_t smem_bytes,
+                            [[maybe_unused]] cudaStream_t stream, Arguments&&... arguments) {
 #if defined(FASTATTN_EMULATED)
-  return emu::launch(kernel, grid, block, smem_bytes, stream, arguments...);
+  return emu::launch(kernel, grid, cluster, block, smem_bytes, arguments...);
 #else
   constexpr size_t kSmemWithoutOptIn = 48 * 1024;
   if (smem_bytes > kSmemWithoutOptIn) {
@@ -29,9 +31,21 @@ const char* launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
   config.blockDim = block;
   config.dynamicSmemBytes = smem_bytes;
   config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster.x, cluster.y, cluster.z};
+  config.attrs = &attribute;
+  config.numAttrs = cluster.x * cluster.y * cluster.z > 1 ? 1 : 0;  // cards without clusters take no such attribute
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 #endif
+}
+
+// launch_kernel(kernel<Traits>, grid, block, dynamic_smem_bytes, stream, arguments...): without clusters.
+template <typename... Parameters, typename... Arguments>
+const char* launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream,
+                          Arguments&&... arguments) {
+  return launch_clusters(kernel, grid, dim3(1), block, smem_bytes, stream, arguments...);
 }
 
 }  // namespace fastattn

@@ -1,4 +1,5 @@
-// The life of a block, and of a grid: every thread becomes a fiber, blocks run one after another on each OS thread.
+// The life of a block, a cluster and a grid: every thread becomes a fiber, clusters run one after another on each OS
+// thread, the blocks of one together.
 #include <atomic>
 #include <mutex>
 #include <thread>
@@ -18,13 +19,23 @@ const char* keep_error(std::string text) {
   return kept.empty() ? nullptr : kept.c_str();
 }
 
+// What is still in flight when the last thread of a block exits would write to memory that is no longer its own.
+static void end_block(const Block& block) {
+  Cluster& cluster = *block.cluster;
+  for (const AsyncOperation& operation : cluster.operations) {
+    if (operation.block != &block || !cluster.error.empty()) continue;
+    cluster.error = block_text(block) + ": the block ended before " + site_text(operation.site) + " had completed";
+  }
+}
+
 // The entry function of every fiber. Never returns: the last thing it does is to continue another one.
 static void run_thread() {
   Thread& self = current_thread();
   Block& block = *self.block;
-  enter_fiber(block.os_thread);
-  tsan_acquire(&block);
-  block.body();
+  Cluster& cluster = *block.cluster;
+  enter_fiber(cluster.os_thread);
+  tsan_acquire(&cluster);
+  cluster.body();
   {
     const IgnoreScope hidden;
     take_proxy_fence(self);
@@ -32,53 +43,66 @@ static void run_thread() {
     check_stores_read(self);
     check_wgmmas_done(self);
   }
-  tsan_release(&block);
+  tsan_release(&cluster);
   self.done = true;
-  --block.alive;
-  Thread* next = block.alive > 0 ? pick_next(block) : nullptr;  // what is still in flight after the last is an error
+  leave_cluster_barrier(self);
+  if (--block.alive == 0) end_block(block);
+  const bool goes_on = cluster.alive > 0 && cluster.error.empty();
+  Thread* next = goes_on ? pick_next(cluster) : nullptr;
   if (next == nullptr) {
-    if (block.alive > 0) report_deadlock(block);
+    if (goes_on) report_deadlock(cluster);
     leave_to_os_thread(self);
   }
   switch_to(&self, *next);
   __builtin_unreachable();
 }
 
-// Everything a worker reuses from block to block.
-class BlockRunner {
+// A block, and everything it reuses from one of its lives to the next.
+class BlockState {
  public:
-  BlockRunner(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& body)
+  BlockState(Cluster& cluster, uint32_t rank, dim3 grid, dim3 block, size_t dynamic_shared_bytes)
       : shared_(kStaticSharedBytes + dynamic_shared_bytes), async_view_(kStaticSharedBytes + dynamic_shared_bytes) {
+    block_.cluster = &cluster;
+    block_.rank = rank;
     block_.grid_dim = grid;
     block_.block_dim = block;
     block_.shared = shared_.data();
     block_.async_view = async_view_.data();
     block_.shared_bytes = kStaticSharedBytes + dynamic_shared_bytes;
-    block_.body = body;
+    cluster.blocks.push_back(&block_);
     make_threads(static_cast<int>(block.x * block.y * block.z));
   }
 
-  ~BlockRunner() {
+  ~BlockState() {
     for (Thread& thread : block_.threads) release_fiber(thread.fiber, !thread.done);
   }
+  BlockState(const BlockState&) = delete;
+  BlockState& operator=(const BlockState&) = delete;
 
-  std::string run(uint3 index, uint64_t seed) {
+  void reset(uint3 index) {
     block_.index = index;
-    block_.random.state = seed;
-    reset();
-    adopt_os_thread(block_.os_thread);
-    tsan_release(&block_);
-    switch_to(nullptr, *pick_next(block_));
-    tsan_acquire(&block_);
-    current_view = nullptr;
-    if (block_.error.empty()) {
-      check_end();
-      for (auto& write : block_.unfinished_stores) write();
-    }
-    return block_.error;
+    prepare_shared(block_, shared_.bytes());
+    block_.alive = static_cast<int>(block_.threads.size());
+    block_.ready_warps = 0;
+    block_.last_warp = 0;
+    if (block_.cluster->blocks.size() > 1) block_.priority = block_.cluster->random.next();
+    for (Barrier& barrier : block_.barriers) barrier = {};
+    block_.mbarriers.clear();
+    block_.unfinished_stores.clear();
+    for (Warp& warp : block_.warps) reset_warp(warp);
+    for (Thread& thread : block_.threads) reset_thread(thread);
   }
 
-  uint64_t switches() const { return block_.switches; }
+  // Empty, or what is wrong with the block that has ended.
+  std::string end_problem() {
+    std::string problem = red_zone_damage(block_, shared_.bytes());
+    if (problem.empty()) problem = wgmma_disagreement(block_);
+    return problem.empty() ? "" : block_text(block_) + ": " + problem;
+  }
+
+  void finish_stores() {
+    for (auto& write : block_.unfinished_stores) write();
+  }
 
  private:
   void make_threads(int count) {
@@ -104,48 +128,29 @@ class BlockRunner {
     }
   }
 
-  void reset() {
-    prepare_shared(block_, shared_.bytes());
-    block_.alive = static_cast<int>(block_.threads.size());
-    block_.ready_warps = 0;
-    block_.last_warp = 0;
-    for (Barrier& barrier : block_.barriers) barrier = {};
-    block_.mbarriers.clear();
-    block_.operations.clear();
-    block_.unfinished_stores.clear();
-    block_.error.clear();
-    block_.in_operation = false;
-    for (Warp& warp : block_.warps) reset_warp(warp);
-    for (Thread& thread : block_.threads) {
-      thread.block_index = block_.index;
-      thread.done = false;
-      thread.wants_proxy_fence = false;
-      thread.copies.clear();
-      thread.copy_group = 0;
-      thread.stores.clear();
-      thread.store_group = 0;
-      prepare_fiber(thread.fiber, stacks_[thread.rank]->data(), kStackBytes, run_thread);
-      make_ready(thread);
-    }
-  }
-
   void reset_warp(Warp& warp) {
     warp.ready_lanes = 0;
-    warp.priority = block_.random.next();
+    warp.priority = block_.cluster->random.next();
     for (Rendezvous& meeting : warp.rendezvous) meeting = {};
     warp.wgmmas.clear();
     warp.wgmma_group = 0;
     warp.wgmma_fenced = false;
     warp.wgmma_history.clear();
+    warp.cluster_arrival = {};
   }
 
-  void check_end() {
-    std::string problem = red_zone_damage(block_, shared_.bytes());
-    if (problem.empty()) problem = wgmma_disagreement(block_);
-    if (problem.empty() && !block_.operations.empty()) {
-      problem = "the block ended before " + site_text(block_.operations[0].site) + " had completed";
-    }
-    if (!problem.empty()) block_.error = block_text(block_) + ": " + problem;
+  void reset_thread(Thread& thread) {
+    thread.block_index = block_.index;
+    thread.done = false;
+    thread.wants_proxy_fence = false;
+    thread.cluster_barrier = ClusterBarrierStep::kNeither;
+    thread.waits_for_cluster = false;
+    thread.copies.clear();
+    thread.copy_group = 0;
+    thread.stores.clear();
+    thread.store_group = 0;
+    prepare_fiber(thread.fiber, stacks_[thread.rank]->data(), kStackBytes, run_thread);
+    make_ready(thread);
   }
 
   GuardedMemory shared_, async_view_;
@@ -153,7 +158,71 @@ class BlockRunner {
   Block block_;
 };
 
-static std::string launch_problem(dim3 grid, dim3 block, size_t dynamic_shared_bytes) {
+// How a grid is cut into clusters. Ranks in a cluster, and clusters, are numbered with x fastest.
+struct ClusteredGrid {
+  dim3 grid, cluster;
+
+  unsigned blocks() const { return cluster.x * cluster.y * cluster.z; }
+  uint64_t clusters() const { return uint64_t{grid.x} * grid.y * grid.z / blocks(); }
+  uint3 block_index(uint64_t i, unsigned rank) const {
+    const unsigned along_x = grid.x / cluster.x, along_y = grid.y / cluster.y;
+    return {static_cast<unsigned>(i % along_x) * cluster.x + rank % cluster.x,
+            static_cast<unsigned>(i / along_x % along_y) * cluster.y + rank / cluster.x % cluster.y,
+            static_cast<unsigned>(i / along_x / along_y) * cluster.z + rank / cluster.x / cluster.y};
+  }
+};
+
+// One OS thread's blocks, a cluster after the other.
+class ClusterRunner {
+ public:
+  ClusterRunner(const ClusteredGrid& grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& body)
+      : grid_(grid) {
+    cluster_.body = body;
+    for (unsigned rank = 0; rank < grid.blocks(); ++rank) {
+      states_.push_back(std::make_unique<BlockState>(cluster_, rank, grid.grid, block, dynamic_shared_bytes));
+    }
+    threads_ = static_cast<int>(block.x * block.y * block.z * grid.blocks());
+  }
+
+  std::string run(uint64_t index, uint64_t seed) {
+    reset(index, seed);
+    adopt_os_thread(cluster_.os_thread);
+    tsan_release(&cluster_);
+    switch_to(nullptr, *pick_next(cluster_));
+    tsan_acquire(&cluster_);
+    current_view = nullptr;
+    for (auto& state : states_) {
+      if (cluster_.error.empty()) cluster_.error = state->end_problem();
+    }
+    if (cluster_.error.empty()) {
+      for (auto& state : states_) state->finish_stores();
+    }
+    return cluster_.error;
+  }
+
+  uint64_t switches() const { return cluster_.switches; }
+
+ private:
+  void reset(uint64_t index, uint64_t seed) {
+    cluster_.random.state = seed;
+    cluster_.ready_blocks = 0;
+    cluster_.last_block = 0;
+    cluster_.alive = threads_;
+    cluster_.arrived = 0;
+    cluster_.barrier_phase = 0;
+    cluster_.operations.clear();
+    cluster_.error.clear();
+    cluster_.operating = nullptr;
+    for (unsigned rank = 0; rank < grid_.blocks(); ++rank) states_[rank]->reset(grid_.block_index(index, rank));
+  }
+
+  ClusteredGrid grid_;
+  int threads_ = 0;
+  Cluster cluster_;
+  std::vector<std::unique_ptr<BlockState>> states_;
+};
+
+static std::string launch_problem(dim3 grid, dim3 cluster, dim3 block, size_t dynamic_shared_bytes) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads < 1 || threads > kMaxWarps * kWarpSize) {
     return "launch: a block has 1 to 1024 threads, not " + std::to_string(threads);
@@ -166,24 +235,31 @@ static std::string launch_problem(dim3 grid, dim3 block, size_t dynamic_shared_b
     return "launch: " + std::to_string(dynamic_shared_bytes) + " bytes of dynamic shared memory; the limit is " +
            std::to_string(kMaxSharedBytes);
   }
+  const uint64_t blocks = uint64_t{cluster.x} * cluster.y * cluster.z;
+  if (blocks < 1 || blocks > kMaxClusterBlocks) {
+    return "launch: a cluster has 1 to " + std::to_string(kMaxClusterBlocks) + " blocks, not " + std::to_string(blocks);
+  }
+  if (grid.x % cluster.x != 0 || grid.y % cluster.y != 0 || grid.z % cluster.z != 0) {
+    return "launch: the grid is not a whole number of clusters";
+  }
   return "";
 }
 
-std::string run_grid(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& body) {
-  std::string problem = launch_problem(grid, block, dynamic_shared_bytes);
+std::string run_grid(dim3 grid, dim3 cluster, dim3 block, size_t dynamic_shared_bytes,
+                     const std::function<void()>& body) {
+  std::string problem = launch_problem(grid, cluster, block, dynamic_shared_bytes);
   if (!problem.empty()) return problem;
-  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  std::atomic<uint64_t> next_block{0}, switches{0};
+  const ClusteredGrid clustered{grid, cluster};
+  const uint64_t clusters = clustered.clusters();
+  std::atomic<uint64_t> next_cluster{0}, switches{0};
   std::mutex mutex;
   std::atomic<bool> failed{false};
 
   const auto work = [&] {
-    BlockRunner runner(grid, block, dynamic_shared_bytes, body);
-    for (uint64_t i; !failed && (i = next_block++) < blocks;) {
-      const uint3 index = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
-                           static_cast<unsigned>(i / grid.x / grid.y)};
+    ClusterRunner runner(clustered, block, dynamic_shared_bytes, body);
+    for (uint64_t i; !failed && (i = next_cluster++) < clusters;) {
       const uint64_t seed = (config().seed + 1) * 0x9E3779B97F4A7C15ull + i * 0xD1B54A32D192ED03ull;
-      std::string error = runner.run(index, seed | 1);
+      std::string error = runner.run(i, seed | 1);
       if (error.empty()) continue;
       const std::lock_guard lock(mutex);
       if (problem.empty()) problem = std::move(error);
@@ -191,7 +267,7 @@ std::string run_grid(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const s
     }
     switches += runner.switches();
   };
-  const uint64_t workers = std::min<uint64_t>(static_cast<uint64_t>(std::max(config().os_threads, 1)), blocks);
+  const uint64_t workers = std::min<uint64_t>(static_cast<uint64_t>(std::max(config().os_threads, 1)), clusters);
   if (workers == 1) {
     work();
   } else {

@@ -62,12 +62,13 @@ void cp_async_mbarrier_arrive_noinc(uint32_t barrier, Site site) {
   tsan_release(&find_mbarrier(barrier, site));
   auto copies = std::make_shared<std::vector<CopyAsync>>(std::move(self.copies));
   self.copies.clear();
-  const auto complete = [copies, barrier, site] {
+  Block& block = *self.block;
+  const auto complete = [copies, &block, barrier, site] {
     for (CopyAsync& copy : *copies) deliver(copy);
-    arrive_without_yield(find_mbarrier(barrier, site), 1, 0, site);
+    arrive_without_yield(find_mbarrier(block, barrier, site), 1, 0, site);
   };
   if (completes_late()) {
-    self.block->operations.push_back({complete, site});
+    start_operation(block, site, complete);
   } else {
     complete();
   }

@@ -36,6 +36,17 @@ void fence_mbarrier_init();
 void mbarrier_arrive(uint32_t barrier, int arrivals, int64_t transaction_bytes, Site site);
 void mbarrier_wait_parity(uint32_t barrier, int parity, Site site);
 
+// ---- cluster.cpp. Addresses in shared::cluster: the block's own, or those of map_shared_rank.
+uint32_t cluster_rank();
+uint32_t cluster_blocks();
+void cluster_arrive(bool releases, Site site);
+void cluster_wait(Site site);
+uint32_t map_shared_rank(uint32_t address, uint32_t rank, Site site);
+void load_cluster(void* destination, uint32_t address, size_t bytes, Site site);
+void store_cluster(uint32_t address, const void* source, size_t bytes, Site site);
+void store_async(uint32_t address, const void* source, size_t bytes, uint32_t barrier, Site site);
+void mbarrier_arrive_cluster(uint32_t barrier, Site site);
+
 // ---- tma.cpp. Coordinates: innermost dimension first, as many as the map has dimensions.
 void fence_proxy_async();
 void tma_load(uint32_t destination, const TensorMap& map, uint32_t barrier, const int32_t* coordinates, int rank,

@@ -1,4 +1,4 @@
-// Starting an emulated kernel. Kernels use FASTATTN_LAUNCH of common/launch.cuh, which comes here or to <<<>>>.
+// Starting an emulated kernel. Kernels use launch_kernel of common/launch.cuh.
 #pragma once
 
 #include <functional>
@@ -11,18 +11,19 @@
 namespace fastattn::emu {
 
 // Runs `body` once for each thread of the grid; empty if all went well, else what went wrong in which block.
-std::string run_grid(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& body);
+std::string run_grid(dim3 grid, dim3 cluster, dim3 block, size_t dynamic_shared_bytes,
+                     const std::function<void()>& body);
 
 // Keeps the text alive until this OS thread's next launch. Null for an empty one.
 const char* keep_error(std::string text);
 
 // The arguments are converted once and passed by value to every thread, as on the device.
 template <typename... Parameters, typename... Arguments>
-const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_shared_bytes, cudaStream_t,
+const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 cluster, dim3 block, size_t dynamic_shared_bytes,
                    Arguments&&... arguments) {
   const std::tuple<Parameters...> parameters{static_cast<Parameters>(arguments)...};
   return keep_error(
-      run_grid(grid, block, dynamic_shared_bytes, [kernel, &parameters] { std::apply(kernel, parameters); }));
+      run_grid(grid, cluster, block, dynamic_shared_bytes, [kernel, &parameters] { std::apply(kernel, parameters); }));
 }
 
 // Once any range is declared, asynchronous copies must stay within the declared ranges (tests declare their tensors).

@@ -11,8 +11,8 @@ constexpr int64_t kMaxTransactionBytes = (1 << 20) - 1;
 
 static uint64_t tag_of(uint32_t address) { return 0xBA221E4000000000ull | address; }
 
-static uint64_t* tag_in_memory(uint32_t address, const Site& site) {
-  return reinterpret_cast<uint64_t*>(shared_pointer(address, sizeof(uint64_t), sizeof(uint64_t), site));
+static uint64_t* tag_in_memory(Block& block, uint32_t address, const Site& site) {
+  return reinterpret_cast<uint64_t*>(shared_pointer(block, address, sizeof(uint64_t), sizeof(uint64_t), site));
 }
 
 static MBarrier* lookup(Block& block, uint32_t address) {
@@ -22,18 +22,22 @@ static MBarrier* lookup(Block& block, uint32_t address) {
   return nullptr;
 }
 
-MBarrier& find_mbarrier(uint32_t address, const Site& site) {
-  const uint64_t tag = *tag_in_memory(address, site);
-  MBarrier* barrier = lookup(*current_thread().block, address);
+MBarrier& find_mbarrier(Block& block, uint32_t address, const Site& site) {
+  const uint64_t tag = *tag_in_memory(block, address, site);
+  MBarrier* barrier = lookup(block, address);
   if (barrier == nullptr) fail(site, "the mbarrier at shared address %u is used before mbarrier.init", address);
   if (tag != tag_of(address)) fail(site, "the mbarrier at shared address %u was overwritten", address);
   return *barrier;
 }
 
+MBarrier& find_mbarrier(uint32_t address, const Site& site) {
+  return find_mbarrier(*current_thread().block, address, site);
+}
+
 void mbarrier_init(uint32_t address, int count, Site site) {
   const IgnoreScope hidden;
   Block& block = *current_thread().block;
-  uint64_t* tag = tag_in_memory(address, site);
+  uint64_t* tag = tag_in_memory(block, address, site);
   if (count < 1 || count >= 1 << 20) fail(site, "a count of %d", count);
   if (lookup(block, address) != nullptr) fail(site, "the mbarrier is initialised already; mbarrier.inval comes first");
   *tag = tag_of(address);
@@ -49,11 +53,11 @@ void mbarrier_inval(uint32_t address, Site site) {
   Block& block = *current_thread().block;
   MBarrier& barrier = find_mbarrier(address, site);
   if (!barrier.waiting.empty()) fail(site, "threads wait at this mbarrier");
-  *tag_in_memory(address, site) = ~uint64_t{0};
+  *tag_in_memory(block, address, site) = ~uint64_t{0};
   std::erase_if(block.mbarriers, [&](const auto& other) { return other.get() == &barrier; });
 }
 
-// Until then the asynchronous proxy does not know the barriers that this block initialised.
+// Until then neither the asynchronous proxy nor other blocks know the barriers that this block initialised.
 void fence_mbarrier_init() {
   for (auto& barrier : current_thread().block->mbarriers) barrier->visible_to_async_proxy = true;
 }

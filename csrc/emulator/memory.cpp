@@ -35,8 +35,8 @@ GuardedMemory::~GuardedMemory() {
 
 // ---- shared memory
 
-uint8_t* shared_pointer(uint32_t address, size_t bytes, size_t alignment, const Site& site) {
-  const Block& block = *current_thread().block;
+uint8_t* shared_pointer(const Block& block, uint32_t address, size_t bytes, size_t alignment, const Site& site) {
+  if (address >= kClusterWindow) fail(site, "an address of mapa, which only shared::cluster instructions take");
   const int64_t offset = int64_t{address} - kSharedBase;
   if (offset < 0 || static_cast<size_t>(offset) + bytes > block.shared_bytes) {
     const int64_t dynamic = offset - static_cast<int64_t>(kStaticSharedBytes);
@@ -47,6 +47,10 @@ uint8_t* shared_pointer(uint32_t address, size_t bytes, size_t alignment, const 
     fail(site, "shared address %u is not %zu-byte aligned", address, alignment);
   }
   return block.shared + offset;
+}
+
+uint8_t* shared_pointer(uint32_t address, size_t bytes, size_t alignment, const Site& site) {
+  return shared_pointer(*current_thread().block, address, bytes, alignment, site);
 }
 
 uint32_t shared_address(const void* pointer, Site site) {
@@ -63,6 +67,17 @@ void poison(Block& block, uint32_t address, size_t bytes, bool async_view_too) {
 
 // Static shared memory lies below the dynamic part, each array followed by a red zone that is checked at the block's
 // end.
+static void add_static_slot(Block& block, const void* key, size_t start, size_t bytes) {
+  uint8_t* const memory = block.shared + start;
+  block.static_slots.push_back({key, memory, bytes});
+  asan_unpoison(memory, bytes + kRedZoneBytes);
+  std::memset(memory + bytes, kRedZoneByte, kRedZoneBytes);
+  asan_poison(memory + bytes, kRedZoneBytes);
+  block.static_bytes = start + bytes + kRedZoneBytes;
+  block.red_zones.push_back(memory + bytes);
+}
+
+// Arrays lie in the order in which they are met first, at the same place in all blocks of a cluster.
 void* static_shared(const void* key, size_t bytes, size_t alignment, Site site) {
   const IgnoreScope hidden;
   Block& block = *current_thread().block;
@@ -73,13 +88,7 @@ void* static_shared(const void* key, size_t bytes, size_t alignment, Site site) 
   if (start + bytes + kRedZoneBytes > kStaticSharedBytes) {
     fail(site, "static shared memory exceeds the emulator's %zu bytes; use dynamic shared memory", kStaticSharedBytes);
   }
-  block.static_slots.push_back({key, block.shared + start, bytes});
-  asan_unpoison(block.shared + start, bytes + kRedZoneBytes);
-  block.static_bytes = start + bytes;
-  std::memset(block.shared + block.static_bytes, kRedZoneByte, kRedZoneBytes);
-  asan_poison(block.shared + block.static_bytes, kRedZoneBytes);
-  block.static_bytes += kRedZoneBytes;
-  block.red_zones.push_back(block.shared + start + bytes);
+  for (Block* each : block.cluster->blocks) add_static_slot(*each, key, start, bytes);
   return block.shared + start;
 }
 

@@ -1,7 +1,7 @@
 // The state of one emulated block, and what instructions are built from. Kernels do not include this: they see cuda.h.
 //
-// An OS thread runs one block at a time. Each thread of the block is a fiber that runs until an instruction has to
-// wait; that instruction then picks the next ready fiber and switches to it directly.
+// An OS thread runs one cluster of blocks at a time; without clusters that is one block. Each thread is a fiber that
+// runs until an instruction has to wait; that instruction then picks the next ready fiber and switches to it directly.
 #pragma once
 
 #include <cstdarg>
@@ -19,6 +19,7 @@
 namespace fastattn::emu {
 
 struct Block;
+struct Cluster;
 struct Warp;
 
 // xorshift64*: small, and the same on every machine.
@@ -52,6 +53,9 @@ struct BulkStore {
   Site site;
 };
 
+// Where a thread stands between barrier.cluster.arrive and barrier.cluster.wait.
+enum class ClusterBarrierStep : int { kNeither, kArrived, kCompleted };
+
 struct Thread : ThreadView {
   Fiber fiber;
   int rank = 0;  // in the block
@@ -61,6 +65,8 @@ struct Thread : ThreadView {
   bool done = false;
   Site waiting_at;  // op is null while the thread is ready or running
   bool wants_proxy_fence = false;
+  ClusterBarrierStep cluster_barrier = ClusterBarrierStep::kNeither;
+  bool waits_for_cluster = false;
   std::vector<CopyAsync> copies;
   int copy_group = 0;
   std::vector<BulkStore> stores;
@@ -91,6 +97,7 @@ struct Warp {
   int wgmma_group = 0;
   bool wgmma_fenced = false;
   std::vector<uint64_t> wgmma_history;  // one hash an instruction: the four warps of a warpgroup must agree
+  Site cluster_arrival;                 // in the current phase of the cluster's barrier
 };
 
 struct Barrier {
@@ -108,7 +115,7 @@ struct MBarrier {
   int expected = 0;
   int pending = 0;
   int64_t transaction_bytes = 0;
-  bool visible_to_async_proxy = false;
+  bool visible_to_async_proxy = false;  // and to the other blocks of the cluster
   std::vector<Thread*> waiting;
   Site initialised_at;
 };
@@ -117,6 +124,7 @@ struct MBarrier {
 struct AsyncOperation {
   std::function<void()> complete;
   Site site;
+  Block* block;  // whose memory it writes
 };
 
 struct StaticSlot {
@@ -126,6 +134,8 @@ struct StaticSlot {
 };
 
 struct Block {
+  Cluster* cluster = nullptr;
+  uint32_t rank = 0;  // in the cluster
   uint3 index{};
   dim3 grid_dim, block_dim;
   std::vector<Thread> threads;
@@ -133,6 +143,7 @@ struct Block {
   int alive = 0;
   uint32_t ready_warps = 0;
   int last_warp = 0;
+  uint64_t priority = 0;
 
   // Shared memory as threads see it, and as the asynchronous proxy (TMA, wgmma) sees it. An ordinary store reaches the
   // second only through fence.proxy.async; TMA writes both.
@@ -145,14 +156,25 @@ struct Block {
 
   Barrier barriers[16];
   std::vector<std::unique_ptr<MBarrier>> mbarriers;
-  std::vector<AsyncOperation> operations;
   std::vector<std::function<void()>> unfinished_stores;  // read from shared memory, not yet written to global memory
+};
 
+// Blocks that live at once and reach each other's shared memory, and what their common OS thread needs to run them.
+struct Cluster {
+  std::vector<Block*> blocks;  // by rank
+  uint32_t ready_blocks = 0;
+  uint32_t last_block = 0;
+
+  // barrier.cluster: complete when every thread that has not exited has arrived.
+  int alive = 0, arrived = 0;
+  uint32_t barrier_phase = 0;
+
+  std::vector<AsyncOperation> operations;
   Random random;
   Fiber os_thread;
   std::function<void()> body;
   std::string error;
-  bool in_operation = false;  // the scheduler is completing an asynchronous operation: errors belong to no thread
+  Block* operating = nullptr;  // the scheduler completes an operation of this block: errors belong to no thread
   uint64_t switches = 0;
 };
 
@@ -165,15 +187,15 @@ std::string block_text(const Block& block);
 
 // ---- scheduler.cpp
 void make_ready(Thread& thread);
-void wait_here(const Site& site);    // until some other thread or operation calls make_ready
-void yield(const Site& site);        // to any ready thread, this one included
-void maybe_yield(const Site& site);  // now and then, in the random schedules
-Thread* pick_next(Block& block);     // null if nothing can ever run again
+void wait_here(const Site& site);     // until some other thread or operation calls make_ready
+void yield(const Site& site);         // to any ready thread, this one included
+void maybe_yield(const Site& site);   // now and then, in the random schedules
+Thread* pick_next(Cluster& cluster);  // null if nothing can ever run again
 void switch_to(Thread* from, Thread& to);
 [[noreturn]] void leave_to_os_thread(Thread& from);
-void report_deadlock(Block& block);
-void run_operation(Block& block, size_t index);
+void report_deadlock(Cluster& cluster);
 bool completes_late();  // draws whether the next asynchronous operation is delivered late
+void start_operation(Block& block, const Site& site, std::function<void()> complete);  // completes by itself, later
 
 // ---- memory.cpp
 // NaN in fp32, fp16 and bf16, -1 in integers: what shared memory holds at first, and while a copy into it is in flight.
@@ -182,7 +204,8 @@ constexpr uint8_t kRedZoneByte = 0xC5;
 constexpr size_t kRedZoneBytes = 64;
 void prepare_shared(Block& block, size_t mapped_bytes);
 std::string red_zone_damage(Block& block, size_t mapped_bytes);
-uint8_t* shared_pointer(uint32_t address, size_t bytes, size_t alignment, const Site& site);  // checked
+uint8_t* shared_pointer(const Block& block, uint32_t address, size_t bytes, size_t alignment, const Site& site);
+uint8_t* shared_pointer(uint32_t address, size_t bytes, size_t alignment, const Site& site);  // of the running thread
 void check_global(const void* pointer, size_t bytes, const Site& site, const char* access);
 void poison(Block& block, uint32_t address, size_t bytes, bool async_view_too);
 
@@ -204,9 +227,13 @@ void collective(uint32_t mask, const Site& site, Argument& argument, Execute&& e
 }
 
 // ---- mbarrier.cpp
+MBarrier& find_mbarrier(Block& block, uint32_t address, const Site& site);
 MBarrier& find_mbarrier(uint32_t address, const Site& site);
 void arrive_without_yield(MBarrier& barrier, int arrivals, int64_t transaction_bytes, const Site& site);
 void complete_transaction(MBarrier& barrier, int64_t bytes, const Site& site);
+
+// ---- cluster.cpp
+void leave_cluster_barrier(Thread& thread);  // an exiting thread no longer counts
 
 // ---- the asynchronous proxy's view
 

@@ -1,4 +1,4 @@
-// Which thread of a block runs next, and what happens when none can.
+// Which thread of a block or cluster runs next, and what happens when none can.
 #include <cstdio>
 
 #include "emulator/runtime.h"
@@ -73,17 +73,20 @@ void fail(const Site& site, const char* format, ...) {
   std::vsnprintf(message, sizeof message, format, arguments);
   va_end(arguments);
   Thread& thread = current_thread();
-  Block& block = *thread.block;
-  block.error = block_text(block);
-  if (!block.in_operation) block.error += " thread " + std::to_string(thread.rank);
-  block.error += ", " + site_text(site) + ": " + message;
+  Cluster& cluster = *thread.block->cluster;
+  const bool in_operation = cluster.operating != nullptr;
+  cluster.error = block_text(in_operation ? *cluster.operating : *thread.block);
+  if (!in_operation) cluster.error += " thread " + std::to_string(thread.rank);
+  cluster.error += ", " + site_text(site) + ": " + message;
   leave_to_os_thread(thread);
 }
 
 void make_ready(Thread& thread) {
   thread.waiting_at = {};
+  Block& block = *thread.block;
   thread.warp->ready_lanes |= 1u << thread.lane;
-  thread.block->ready_warps |= 1u << thread.warp->id;
+  block.ready_warps |= 1u << thread.warp->id;
+  block.cluster->ready_blocks |= 1u << block.rank;
 }
 
 bool completes_late() {
@@ -93,17 +96,22 @@ bool completes_late() {
     case AsyncMode::kLazy:
       return true;
     default:
-      return current_thread().block->random.below(2) == 0;
+      return current_thread().block->cluster->random.below(2) == 0;
   }
 }
 
-void run_operation(Block& block, size_t index) {
+void start_operation(Block& block, const Site& site, std::function<void()> complete) {
+  block.cluster->operations.push_back({std::move(complete), site, &block});
+}
+
+static void run_any_operation(Cluster& cluster) {
   const IgnoreScope hidden;
-  const AsyncOperation operation = std::move(block.operations[index]);
-  block.operations.erase(block.operations.begin() + static_cast<std::ptrdiff_t>(index));
-  block.in_operation = true;
+  const size_t index = cluster.random.below(static_cast<uint32_t>(cluster.operations.size()));
+  const AsyncOperation operation = std::move(cluster.operations[index]);
+  cluster.operations.erase(cluster.operations.begin() + static_cast<std::ptrdiff_t>(index));
+  cluster.operating = operation.block;
   operation.complete();
-  block.in_operation = false;
+  cluster.operating = nullptr;
 }
 
 // The position of the n-th set bit, counted from 0.
@@ -112,18 +120,42 @@ static int nth_set_bit(uint32_t mask, uint32_t n) {
   return std::countr_zero(mask);
 }
 
-static int pick_warp(Block& block) {
-  const uint32_t ready = block.ready_warps;
+// Under kPriority a whole block may race ahead of its cluster, as a warp may of its block.
+static Block& pick_block(Cluster& cluster) {
+  const uint32_t ready = cluster.ready_blocks;
+  if (cluster.blocks.size() == 1) return *cluster.blocks[0];
   switch (config().schedule) {
     case Schedule::kUniform:
-      return nth_set_bit(ready, block.random.below(static_cast<uint32_t>(std::popcount(ready))));
+      return *cluster.blocks[nth_set_bit(ready, cluster.random.below(static_cast<uint32_t>(std::popcount(ready))))];
+    case Schedule::kPriority: {
+      Block* best = cluster.blocks[std::countr_zero(ready)];
+      for (uint32_t rest = ready; rest != 0; rest &= rest - 1) {
+        Block* block = cluster.blocks[std::countr_zero(rest)];
+        if (block->priority > best->priority) best = block;
+      }
+      if (cluster.random.below(256) == 0) best->priority = cluster.random.next();
+      return *best;
+    }
+    default: {
+      const uint32_t not_before_last = ready & ~((1u << cluster.last_block) - 1);
+      return *cluster.blocks[std::countr_zero(not_before_last != 0 ? not_before_last : ready)];
+    }
+  }
+}
+
+static int pick_warp(Block& block) {
+  const uint32_t ready = block.ready_warps;
+  Random& random = block.cluster->random;
+  switch (config().schedule) {
+    case Schedule::kUniform:
+      return nth_set_bit(ready, random.below(static_cast<uint32_t>(std::popcount(ready))));
     case Schedule::kPriority: {
       int best = std::countr_zero(ready);
       for (uint32_t rest = ready; rest != 0; rest &= rest - 1) {
         const int warp = std::countr_zero(rest);
         if (block.warps[warp].priority > block.warps[best].priority) best = warp;
       }
-      if (block.random.below(64) == 0) block.warps[best].priority = block.random.next();
+      if (random.below(64) == 0) block.warps[best].priority = random.next();
       return best;
     }
     default: {
@@ -133,47 +165,50 @@ static int pick_warp(Block& block) {
   }
 }
 
-Thread* pick_next(Block& block) {
+Thread* pick_next(Cluster& cluster) {
+  Random& random = cluster.random;
   if (config().async_mode == AsyncMode::kRandom) {
-    while (!block.operations.empty() && block.random.below(8) == 0) {
-      run_operation(block, block.random.below(static_cast<uint32_t>(block.operations.size())));
-    }
+    while (!cluster.operations.empty() && random.below(8) == 0) run_any_operation(cluster);
   }
-  while (block.ready_warps == 0) {
-    if (block.operations.empty()) return nullptr;
-    run_operation(block, block.random.below(static_cast<uint32_t>(block.operations.size())));
+  while (cluster.ready_blocks == 0) {
+    if (cluster.operations.empty()) return nullptr;
+    run_any_operation(cluster);
   }
+  Block& block = pick_block(cluster);
   Warp& warp = block.warps[pick_warp(block)];
   const uint32_t lanes = warp.ready_lanes;
   const bool any_lane = config().schedule == Schedule::kUniform;
-  const int lane = any_lane ? nth_set_bit(lanes, block.random.below(static_cast<uint32_t>(std::popcount(lanes))))
+  const int lane = any_lane ? nth_set_bit(lanes, random.below(static_cast<uint32_t>(std::popcount(lanes))))
                             : std::countr_zero(lanes);
   warp.ready_lanes &= ~(1u << lane);
   if (warp.ready_lanes == 0) block.ready_warps &= ~(1u << warp.id);
+  if (block.ready_warps == 0) cluster.ready_blocks &= ~(1u << block.rank);
   block.last_warp = warp.id;
+  cluster.last_block = block.rank;
   return warp.thread[lane];
 }
 
 void switch_to(Thread* from, Thread& to) {
-  Block& block = *to.block;
-  ++block.switches;
+  Cluster& cluster = *to.block->cluster;
+  ++cluster.switches;
   current_view = &to;
-  switch_fiber(from != nullptr ? from->fiber : block.os_thread, to.fiber, from != nullptr && from->done);
+  switch_fiber(from != nullptr ? from->fiber : cluster.os_thread, to.fiber, from != nullptr && from->done);
 }
 
 void leave_to_os_thread(Thread& from) {
   close_ignore_scopes();
   from.done = true;
-  switch_fiber(from.fiber, from.block->os_thread, true);
+  switch_fiber(from.fiber, from.block->cluster->os_thread, true);
   __builtin_unreachable();
 }
 
 void wait_here(const Site& site) {
   Thread& self = current_thread();
   self.waiting_at = site;
-  Thread* next = pick_next(*self.block);
+  Cluster& cluster = *self.block->cluster;
+  Thread* next = pick_next(cluster);
   if (next == nullptr) {
-    report_deadlock(*self.block);
+    report_deadlock(cluster);
     leave_to_os_thread(self);
   }
   if (next != &self) switch_to(&self, *next);
@@ -186,13 +221,12 @@ void yield(const Site& site) {
 }
 
 void maybe_yield(const Site& site) {
-  if (config().schedule != Schedule::kInOrder && current_thread().block->random.below(4) == 0) yield(site);
+  if (config().schedule == Schedule::kInOrder) return;
+  if (current_thread().block->cluster->random.below(4) == 0) yield(site);
 }
 
 // One line for each group of neighbouring threads that wait at the same place.
-void report_deadlock(Block& block) {
-  std::string& text = block.error;
-  text = block_text(block) + ": deadlock. Waiting threads:";
+static void describe_waiting(const Block& block, std::string& text) {
   const auto same_place = [](const Thread& a, const Thread& b) {
     return !b.done && a.waiting_at.op == b.waiting_at.op && a.waiting_at.line == b.waiting_at.line &&
            a.waiting_at.file == b.waiting_at.file;
@@ -213,6 +247,15 @@ void report_deadlock(Block& block) {
     text += "\n  the mbarrier at shared offset " + std::to_string(barrier->address - kSharedBase) + " (" +
             site_text(barrier->initialised_at) + ") is in phase " + std::to_string(barrier->phase) + " and waits for " +
             std::to_string(barrier->pending) + " arrivals and " + std::to_string(barrier->transaction_bytes) + " bytes";
+  }
+}
+
+void report_deadlock(Cluster& cluster) {
+  for (const Block* block : cluster.blocks) {
+    if (block->alive == 0) continue;
+    cluster.error += cluster.error.empty() ? "" : "\n";
+    cluster.error += block_text(*block) + ": deadlock. Waiting threads:";
+    describe_waiting(*block, cluster.error);
   }
 }
 

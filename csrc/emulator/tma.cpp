@@ -119,13 +119,13 @@ static void start_load(uint32_t shared, uint32_t bytes, uint32_t barrier, const 
   take_proxy_fence(current_thread());
   tsan_write(block.shared + (shared - kSharedBase), bytes);
   tsan_release(&mbarrier);
-  const auto complete = [copy = std::move(copy), barrier, bytes, site] {
+  const auto complete = [copy = std::move(copy), &block, barrier, bytes, site] {
     copy();
-    complete_transaction(find_mbarrier(barrier, site), bytes, site);
+    complete_transaction(find_mbarrier(block, barrier, site), bytes, site);
   };
   if (completes_late()) {
     poison(block, shared, bytes, true);
-    block.operations.push_back({complete, site});
+    start_operation(block, site, complete);
   } else {
     complete();
   }
