@@ -74,7 +74,7 @@ def against_float32(run: Run) -> list[str]:
     """The INT8 models beside the strongest float32 form of PyTorch: what swapping the modules gains."""
     lines = []
     for row in run.rows:
-        floats = [peer for peer in row.peers if not peer.name.startswith("torch int8")]
+        floats = [peer for peer in row.peers if "int8" not in peer.name]
         if row.headline and row.op.startswith("MiniLM") and floats:
             peer = floats[0]
             lines.append(f"- {row.headline}, against stock float32 ({peer.name}): **{peer.ratios.median:.2f}×**")

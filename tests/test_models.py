@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from accuracy import assert_as_accurate_as_eager
 
 import fastattn
+from bench import peer_ctranslate2
 from models.bert import BertConfig, BertEncoder, convert_state_dict
 from models.minilm import SentenceEncoder, find_weights, mean_pool, tokenize
 
@@ -116,6 +117,22 @@ def test_int8_minilm_keeps_the_direction_of_every_sentence(minilm):
         alone = F.cosine_similarity(ours(*tokenize(SENTENCES[:1])), ours(*inputs)[:1])
     assert cosine.min() > 0.99 and cosine.max() < 1 - 1e-6, "INT8 is near float32, and is not float32"
     assert alone.item() > 1 - 1e-5, "each row has its scale: padding and neighbours change nothing"
+
+
+@needs_minilm
+def test_ctranslate2_peer_computes_the_same_sentences(minilm):
+    reason = peer_ctranslate2.why_missing()
+    if reason is not None:
+        pytest.skip(reason)
+    ids, mask = tokenize(SENTENCES)
+    theirs = peer_ctranslate2.minilm(ids, mask)()
+    cosine = F.cosine_similarity(theirs, minilm(ids, mask))
+    assert cosine.min() > 0.99 and cosine.max() < 1 - 1e-6, "INT8 is near float32, and is not float32"
+
+
+def test_a_missing_peer_is_named(monkeypatch):
+    monkeypatch.setattr(peer_ctranslate2.importlib.util, "find_spec", lambda name: None)
+    assert "ctranslate2 is not installed (pip install -r requirements-peers.txt)" in peer_ctranslate2.why_missing()
 
 
 def test_mean_pool_ignores_what_padding_holds():
