@@ -1,4 +1,5 @@
-"""What nvcc makes of each CUDA kernel, for every GPU generation: registers, spills, shared memory. Needs no GPU.
+"""What nvcc makes of each CUDA kernel, for every GPU generation: registers, spills, shared memory, occupancy. Needs
+no GPU.
 
 ``python tests/cuda_report.py [--arch 80 --arch 90a] [attention ...]``: words select sources by a part of their path.
 Fails if a kernel spills registers or nvcc warns. Compiles only what changed since the last run.
@@ -16,15 +17,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cuda_occupancy import LaunchSize, launch_sizes, resident_warps
 from emulated import BUILD, NVCC_FLAGS, ROOT, ninja
 from rich.console import Console
 from rich.table import Table
 
 ARCHITECTURES = ("80", "86", "89", "90a", "120")
-# Warps that a multiprocessor holds at most: CUDA C++ Programming Guide, "Compute Capabilities", technical
-# specifications.
-MAX_WARPS = {"80": 64, "86": 48, "89": 48, "90a": 64, "100": 64, "120": 48}
-REGISTERS = 65536
 REPORT = BUILD.parent / "cuda_report"
 
 
@@ -40,11 +38,10 @@ class KernelUse:
     stack_bytes: int
     shared_bytes: int  # static; what a launch asks for comes on top
 
-    @property
-    def warps(self) -> int:
-        """Warps on a multiprocessor, as far as registers decide: they are handed out to warps by 256."""
-        per_warp = -(-self.registers * 32 // 256) * 256
-        return min(REGISTERS // per_warp, MAX_WARPS.get(self.architecture, 48))
+    def is_left_out(self, name: str) -> bool:
+        """Whether this architecture never launches the kernel of this (demangled) name, and has no code for it."""
+        below = re.search(r"fastattn::Below<(\d+)>", name)
+        return below is not None and int(self.architecture.rstrip("a")) >= int(below[1])
 
 
 _FUNCTION = re.compile(
@@ -77,17 +74,19 @@ def architectures_of(source: Path, wanted: Iterable[str]) -> list[str]:
     return [each for each in wanted if each == "90a" or "sm90" not in source.name]
 
 
-def readable(names: Sequence[str]) -> list[str]:
-    """``fastattn::(...)::kernel<Traits<...> >(Params)`` -> ``kernel<Traits<...>>``."""
+def demangled(names: Sequence[str]) -> list[str]:
     if shutil.which("c++filt") is None:
         return list(names)
-    text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    short = []
-    for line in text.splitlines():
-        line = re.sub(r"\(anonymous namespace\)::|fastattn::|^void ", "", line)
-        line = re.sub(r"\((?:\w+::)?\w*Params.*$", "", line.replace("__nv_bfloat16", "bf16").replace("__half", "fp16"))
-        short.append(line.replace("> >", ">>").replace("> >", ">>"))
-    return short
+    return subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+
+def readable(name: str) -> str:
+    """``void fastattn::(...)::kernel<Traits<...> >(Params)`` -> ``kernel<Traits<...>>``."""
+    name = re.sub(r"\(anonymous namespace\)::|fastattn::|^void ", "", name)
+    name = re.sub(r"\(ScoreKind\)", "", name.replace("__nv_bfloat16", "bf16").replace("__half", "fp16"))
+    return re.sub(r"\([^()]*\)$", "", name).replace("> >", ">>").replace("> >", ">>")
 
 
 def compile_all(
@@ -111,25 +110,39 @@ def compile_all(
     return [(source, architecture, log.read_text()) for source, architecture, log in jobs]
 
 
-def table(uses: Sequence[KernelUse], wanted: Sequence[str]) -> Table:
-    """One row a kernel: registers and warps a multiprocessor for each architecture, then what should be nothing."""
-    view = Table(title="registers / warps a multiprocessor that they leave room for")
+def table(uses: Sequence[KernelUse], wanted: Sequence[str], sources: Sequence[Path]) -> Table:
+    """One row a kernel: for each architecture its registers and the warps that a multiprocessor holds, then shared
+    memory, and what should be nothing."""
+    view = Table(title="registers / warps a multiprocessor holds (0: too much shared memory); - where it is left out")
     for heading in ("source", "kernel"):
         view.add_column(heading, overflow="fold")
     for architecture in wanted:
         view.add_column(f"sm_{architecture}", justify="right")
-    for heading in ("shared", "stack", "spills"):
+    for heading in ("threads", "shared", "stack", "spills"):
         view.add_column(heading, justify="right")
     rows: dict[tuple[str, str], dict[str, KernelUse]] = {}
     for use in uses:
         rows.setdefault((use.source, use.name), {})[use.architecture] = use
-    names = readable([name for _, name in rows])
+    names = demangled([name for _, name in rows])
+    sizes: dict[str, LaunchSize] = {}
+    for folder in {path.parent for path in sources}:
+        here = [path for path in sources if path.parent == folder]
+        stems = {path.stem for path in here}
+        sizes |= launch_sizes([name for (source, _), name in zip(rows, names, strict=True) if source in stems], here)
     for ((source, _), by_architecture), name in zip(rows.items(), names, strict=True):
-        each = [by_architecture.get(architecture) for architecture in wanted]
-        found = [use for use in each if use is not None]
+        size, found = sizes[name], list(by_architecture.values())
+        shared_bytes = max(use.shared_bytes for use in found) + size.shared_bytes
+
+        def cell(use: KernelUse | None, name: str = name, threads: int = size.threads, shared: int = shared_bytes):
+            if use is None:
+                return ""
+            if use.is_left_out(name):
+                return "-"
+            return f"{use.registers} / {resident_warps(use.architecture, use.registers, threads, shared)}"
+
         spills = max(use.spill_bytes for use in found)
-        view.add_row(source, name, *("" if use is None else f"{use.registers} / {use.warps}" for use in each),
-                     str(max(use.shared_bytes for use in found)), str(max(use.stack_bytes for use in found)),
+        view.add_row(source, readable(name), *(cell(by_architecture.get(architecture)) for architecture in wanted),
+                     str(size.threads or "?"), str(shared_bytes), str(max(use.stack_bytes for use in found)),
                      str(spills), style="red" if spills else None)  # fmt: skip
     return view
 
@@ -150,7 +163,7 @@ def main() -> None:
     logs = compile_all(sources, wanted)
     uses = [use for source, architecture, log in logs for use in parse(log, source.stem, architecture)]
     width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "180"))
-    Console(width=width).print(table(uses, wanted))
+    Console(width=width).print(table(uses, wanted, sources))
     warnings = sorted({line for _, _, log in logs for line in complaints(log)})
     spilling = [use for use in uses if use.spill_bytes]
     print(f"{len(uses)} kernels, {len(spilling)} spill registers, {len(warnings)} warnings")

@@ -6,9 +6,10 @@ import re
 import shutil
 from pathlib import Path
 
+import cuda_occupancy
 import cuda_report
 import pytest
-from emulated import PTX_TESTS, ROOT
+from emulated import PTX_TESTS, ROOT, host_compiler
 
 KERNELS = sorted((ROOT / "csrc").rglob("*.cu"))
 SOURCES = [*KERNELS, *sorted(PTX_TESTS.glob("*.cu"))]
@@ -50,10 +51,65 @@ ptxas info    : Used 128 registers, 380 bytes cmem[0]
 
 def test_the_report_reads_what_ptxas_says():
     good, bad = cuda_report.parse(PTXAS, "kernel", "80")
-    assert (good.name, good.registers, good.spill_bytes, good.shared_bytes, good.warps) == ("_Z4goodv", 40, 0, 2048, 51)
-    assert (bad.registers, bad.spill_bytes, bad.stack_bytes, bad.shared_bytes, bad.warps) == (128, 12, 16, 0, 16)
+    assert (good.name, good.registers, good.spill_bytes, good.shared_bytes) == ("_Z4goodv", 40, 0, 2048)
+    assert (bad.registers, bad.spill_bytes, bad.stack_bytes, bad.shared_bytes) == (128, 12, 16, 0)
     assert not cuda_report.complaints(PTXAS)
     assert cuda_report.complaints("a.cu(3): warning #128-D: loop is not reachable")
+
+
+KIB = 1024
+# (architecture, registers, threads, shared bytes) -> warps
+OCCUPANCY = {
+    ("80", 40, 0, 0): 48,  # 12 warps of 1280 registers in each quarter of the register file
+    ("80", 255, 128, 48 * KIB): 8,  # registers: two blocks
+    ("80", 128, 128, 40 * KIB): 16,  # registers and shared memory: four blocks
+    ("86", 128, 128, 40 * KIB): 8,  # shared memory: two blocks of 41 KiB
+    ("86", 128, 128, 49 * KIB): 8,  # 100 KiB to the byte
+    ("86", 128, 128, 50 * KIB): 4,
+    ("90a", 168, 128, 24 * KIB): 12,
+    ("90a", 168, 384, 226 * KIB): 12,
+    ("120", 32, 32, 0): 24,  # no more blocks
+    ("120", 4, 256, 129 * KIB): 0,
+}
+
+
+@pytest.mark.parametrize("use", OCCUPANCY, ids=str)
+def test_occupancy(use):
+    assert cuda_occupancy.resident_warps(*use) == OCCUPANCY[use]
+
+
+FWD_KERNEL = (
+    "void fastattn::attention_fwd_kernel<fastattn::AttentionFwdTraits<__half, 128, 2, 4, 64, (fastattn::ScoreKind)0>, "
+    "fastattn::Below<90> >(fastattn::AttentionFwdArgs)"
+)
+
+
+def test_kernels_names_are_taken_apart():
+    traits = "fastattn::AttentionFwdTraits<__half, 128, 2, 4, 64, (fastattn::ScoreKind)0>"
+    assert cuda_occupancy.split_name(FWD_KERNEL) == ("attention_fwd_kernel", traits)
+    assert cuda_occupancy.split_name("void fastattn::reduce_splits_kernel<256>(float*)") == (
+        "reduce_splits_kernel", None)  # fmt: skip
+    assert cuda_occupancy.split_name("fastattn::int8_align_rows_kernel(signed char const*, long)") == (
+        "int8_align_rows_kernel", None)  # fmt: skip
+    assert cuda_report.readable(FWD_KERNEL) == "attention_fwd_kernel<AttentionFwdTraits<fp16, 128, 2, 4, 64, 0>, Below<90>>"
+
+
+def test_kernels_without_code_are_told_by_their_name():
+    on = {
+        arch: cuda_report.KernelUse("", "", arch, 4, 0, 0, 0).is_left_out(FWD_KERNEL) for arch in ("89", "90a", "120")
+    }
+    assert on == {"89": False, "90a": True, "120": True}
+
+
+@pytest.mark.skipif(host_compiler() is None, reason="no C++ compiler on PATH")
+def test_launch_sizes_are_those_of_the_traits():
+    """128 rows of q, 64 of k and of v, 256 bytes each; four warps."""
+    dmask = "void fastattn::attention_bwd_dmask_kernel<__half>(fastattn::DmaskArgs)"
+    folder = ROOT / "csrc" / "attention"
+    sizes = cuda_occupancy.launch_sizes([FWD_KERNEL, dmask], [folder / "attention_fwd_cuda.cu",
+                                                              folder / "attention_bwd_cuda.cu"])  # fmt: skip
+    assert sizes[FWD_KERNEL] == cuda_occupancy.LaunchSize(128, 64 * KIB)
+    assert sizes[dmask] == cuda_occupancy.LaunchSize(128, 48 * KIB)
 
 
 # What must go through a wrapper, so that it runs emulated. -> the files that may have it

@@ -119,26 +119,16 @@ const char* launch_rows(const AttentionBwdParams& p, const RowStatistics& rows, 
 
 template <typename Element>
 const char* launch_dkv(const BwdPlan& plan, const AttentionBwdArgs& args, unsigned blocks, cudaStream_t stream) {
-  switch (kBwdDkvTiles[plan.dkv_tile].head_dim) {
-    case 64:
-      return launch_bwd_dkv_tile<Element, 64>(plan.dkv_tile, args, blocks, stream);
-    case 128:
-      return launch_bwd_dkv_tile<Element, 128>(plan.dkv_tile, args, blocks, stream);
-    default:
-      return launch_bwd_dkv_tile<Element, 256>(plan.dkv_tile, args, blocks, stream);
-  }
+  return launch_choice<64, 128, 256>(kBwdDkvTiles[plan.dkv_tile].head_dim, [&](auto head_dim) {
+    return launch_bwd_dkv_tile<Element, head_dim()>(plan.dkv_tile, args, blocks, stream);
+  });
 }
 
 template <typename Element>
 const char* launch_dq(const BwdPlan& plan, const AttentionBwdArgs& args, unsigned blocks, cudaStream_t stream) {
-  switch (kBwdDqTiles[plan.dq_tile].head_dim) {
-    case 64:
-      return launch_bwd_dq_tile<Element, 64>(plan.dq_tile, args, blocks, stream);
-    case 128:
-      return launch_bwd_dq_tile<Element, 128>(plan.dq_tile, args, blocks, stream);
-    default:
-      return launch_bwd_dq_tile<Element, 256>(plan.dq_tile, args, blocks, stream);
-  }
+  return launch_choice<64, 128, 256>(kBwdDqTiles[plan.dq_tile].head_dim, [&](auto head_dim) {
+    return launch_bwd_dq_tile<Element, head_dim()>(plan.dq_tile, args, blocks, stream);
+  });
 }
 
 template <typename Element>

@@ -267,15 +267,14 @@ FASTATTN_DEVICE void attention_bwd_dkv_block(const AttentionBwdArgs& args) {
   const TileOutput<Element> output = {
       head_gmem<Element>(tensor, batch, head_kv) + (first_key + pair_key) * tensor.stride_row, tensor.stride_row,
       keys - pair_key, makes_dk ? args.head_dim : args.head_dim_v, makes_dk ? args.dk_is_aligned : args.dv_is_aligned};
-  store_accumulators(gradient, makes_dk ? args.scale : scores.dropout_scale, makes_dk ? k_tile : v_tile,
-                     smem + (makes_dk ? 0 : TileK::kBytes), pair_key, output);
+  store_accumulators<Element>(gradient, makes_dk ? args.scale : scores.dropout_scale, makes_dk ? k_tile : v_tile,
+                              smem + (makes_dk ? 0 : TileK::kBytes), pair_key, output);
 }
 
-// For cards below compute capability kBelow.
-template <typename Traits, int kBelow>
+template <typename Traits, typename Cards>
 __global__ void __launch_bounds__(Traits::kThreads)
     attention_bwd_dkv_kernel(const __grid_constant__ AttentionBwdArgs args) {
-  if constexpr (kCompiledFor < kBelow) {
+  if constexpr (Cards::kHasCode) {
     attention_bwd_dkv_block<Traits>(args);
   } else {
     never_launched();

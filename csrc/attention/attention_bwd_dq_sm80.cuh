@@ -162,15 +162,14 @@ FASTATTN_DEVICE void attention_bwd_dq_block(const AttentionBwdArgs& args) {
     const TileOutput<Element> output = {
         head_gmem<Element>(args.dq, batch, head) + (first_query + warp_row) * args.dq.stride_row, args.dq.stride_row,
         scores.seqlen_q - first_query - warp_row, args.head_dim, args.dq_is_aligned};
-    store_accumulators(dq, args.scale, q_tile, smem, warp_row, output);
+    store_accumulators<Element>(dq, args.scale, q_tile, smem, warp_row, output);
   }
 }
 
-// For cards below compute capability kBelow.
-template <typename Traits, int kBelow>
+template <typename Traits, typename Cards>
 __global__ void __launch_bounds__(Traits::kThreads)
     attention_bwd_dq_kernel(const __grid_constant__ AttentionBwdArgs args) {
-  if constexpr (kCompiledFor < kBelow) {
+  if constexpr (Cards::kHasCode) {
     attention_bwd_dq_block<Traits>(args);
   } else {
     never_launched();

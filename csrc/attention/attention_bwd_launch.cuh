@@ -98,7 +98,7 @@ const char* launch_bwd_dkv_tile(int tile, const AttentionBwdArgs& args, dim3 gri
     if constexpr (kBwdDkvTiles[kTile].head_dim == kHeadDim) {
       using Traits = BwdDkvTraitsOf<Element, kTile>;
       if (tile == kTile) {
-        return launch_kernel(attention_bwd_dkv_kernel<Traits, kBwdDkvTiles[kTile].below>, grid, Traits::kThreads,
+        return launch_kernel(attention_bwd_dkv_kernel<Traits, Below<kBwdDkvTiles[kTile].below>>, grid, Traits::kThreads,
                              Traits::kSmemBytes, stream, args);
       }
     }
@@ -115,7 +115,7 @@ const char* launch_bwd_dq_tile(int tile, const AttentionBwdArgs& args, dim3 grid
     if constexpr (kBwdDqTiles[kTile].head_dim == kHeadDim) {
       using Traits = BwdDqTraitsOf<Element, kTile>;
       if (tile == kTile) {
-        return launch_kernel(attention_bwd_dq_kernel<Traits, kBwdDqTiles[kTile].below>, grid, Traits::kThreads,
+        return launch_kernel(attention_bwd_dq_kernel<Traits, Below<kBwdDqTiles[kTile].below>>, grid, Traits::kThreads,
                              Traits::kSmemBytes, stream, args);
       }
     }

@@ -124,23 +124,9 @@ int heads_per_section(const AttentionParams& p, const FwdPlan& plan) {
 template <typename Element>
 const char* launch_fwd(const FwdPlan& plan, const AttentionFwdArgs& args, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.splits));
-  const auto launch_tile = [&] {
-    switch (kFwdTiles[plan.tile].head_dim) {
-      case 32:
-        return launch_fwd_tile<Element, 32>(plan.tile, args, grid, stream);
-      case 64:
-        return launch_fwd_tile<Element, 64>(plan.tile, args, grid, stream);
-      case 96:
-        return launch_fwd_tile<Element, 96>(plan.tile, args, grid, stream);
-      case 128:
-        return launch_fwd_tile<Element, 128>(plan.tile, args, grid, stream);
-      case 192:
-        return launch_fwd_tile<Element, 192>(plan.tile, args, grid, stream);
-      default:
-        return launch_fwd_tile<Element, 256>(plan.tile, args, grid, stream);
-    }
-  };
-  const char* error = launch_tile();
+  const char* error = launch_choice<32, 64, 96, 128, 192, 256>(kFwdTiles[plan.tile].head_dim, [&](auto head_dim) {
+    return launch_fwd_tile<Element, head_dim()>(plan.tile, args, grid, stream);
+  });
   if (error != nullptr || plan.splits == 1) return error;
   return launch_combine_splits<Element>(args, stream);
 }

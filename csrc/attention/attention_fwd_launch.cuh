@@ -62,7 +62,7 @@ const char* launch_fwd_tile(int tile, const AttentionFwdArgs& args, dim3 grid, c
       using Traits = FwdTraitsOf<Element, kTile>;
       static_assert(Traits::kSmemBytes == kFwdTiles[kTile].smem_bytes());
       if (tile == kTile) {
-        return launch_kernel(attention_fwd_kernel<Traits, kFwdTiles[kTile].below>, grid, Traits::kThreads,
+        return launch_kernel(attention_fwd_kernel<Traits, Below<kFwdTiles[kTile].below>>, grid, Traits::kThreads,
                              Traits::kSmemBytes, stream, args);
       }
     }

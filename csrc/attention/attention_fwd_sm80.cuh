@@ -8,7 +8,7 @@
 #pragma once
 
 #include "attention/attention_mask_tiles.cuh"
-#include "attention/attention_tile_sm80.cuh"
+#include "attention/attention_products_sm80.cuh"
 #include "attention/mask.h"
 #include "attention/softmax.cuh"
 
@@ -24,6 +24,8 @@ struct AttentionFwdTraits {
   using TileQ = SharedTile<kBlockQ, kHeadDim>;  // later the output's
   using TileK = SharedTile<kBlockK, kHeadDim>;
   static constexpr int kSmemBytes = TileQ::kBytes + 2 * TileK::kBytes;
+  // A multiprocessor; 0 leaves it to the compiler, which would spill a few registers here to get three.
+  static constexpr int kMinBlocks = kKind == ScoreKind::kEverything && kHeadDim > 64 ? 2 : 0;
   static_assert(kBlockK % 32 == 0, "a draw of dropout serves 32 columns");
 };
 
@@ -83,56 +85,7 @@ FASTATTN_DEVICE KeyTiles key_tiles(const AttentionFwdArgs& args, IndexRange quer
   return {begin, end, (static_cast<int>(all.begin) + kBlockK - 1) / kBlockK, static_cast<int>(all.end) / kBlockK};
 }
 
-// ---- the products
-
-// s = q k^T of this warp's rows.
-template <typename Traits, typename LoaderQ, typename LoaderK>
-FASTATTN_DEVICE void multiply_qk(float (&s)[Traits::kRowTiles][Traits::kBlockK / 8][4], const LoaderQ& q_fragments,
-                                 const LoaderK& k_fragments) {
-  for_each_score(s, [](float& x, int, int, int, int) { x = 0.0f; });
-#pragma unroll
-  for (int col = 0; col < Traits::kHeadDim; col += 16) {
-    uint32_t q_rmem[Traits::kRowTiles][4];
-#pragma unroll
-    for (int m = 0; m < Traits::kRowTiles; ++m) q_fragments.load(q_rmem[m], 16 * m, col);
-#pragma unroll
-    for (int n = 0; n < Traits::kBlockK / 8; n += 2) {
-      uint32_t k_rmem[4];
-      k_fragments.load(k_rmem, 8 * n, col);
-#pragma unroll
-      for (int m = 0; m < Traits::kRowTiles; ++m) {
-        mma_pair<typename Traits::Element>(s[m][n], s[m][n + 1], q_rmem[m], k_rmem);
-      }
-    }
-  }
-}
-
-// o += p v. The accumulators of p are, two by two, the A operand of this product: p never leaves the registers.
-template <typename Traits, typename LoaderV>
-FASTATTN_DEVICE void multiply_pv(float (&o)[Traits::kRowTiles][Traits::kHeadDim / 8][4],
-                                 const float (&p)[Traits::kRowTiles][Traits::kBlockK / 8][4],
-                                 const LoaderV& v_fragments) {
-  using Element = typename Traits::Element;
-#pragma unroll
-  for (int row = 0; row < Traits::kBlockK; row += 16) {
-    uint32_t p_rmem[Traits::kRowTiles][4];
-#pragma unroll
-    for (int m = 0; m < Traits::kRowTiles; ++m) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float (&quad)[4] = p[m][row / 8 + i / 2];
-        p_rmem[m][i] = pack2<Element>(quad[i % 2 * 2], quad[i % 2 * 2 + 1]);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < Traits::kHeadDim / 8; n += 2) {
-      uint32_t v_rmem[4];
-      v_fragments.load(v_rmem, row, 8 * n);
-#pragma unroll
-      for (int m = 0; m < Traits::kRowTiles; ++m) mma_pair<Element>(o[m][n], o[m][n + 1], p_rmem[m], v_rmem);
-    }
-  }
-}
+// ---- scores
 
 // What lies between the product and the softmax. `masked`: attn_mask changes this tile; `cut`: the band does. Plain
 // scores are not even scaled: the softmax does that.
@@ -149,45 +102,23 @@ FASTATTN_DEVICE void modify_scores(float (&s)[kRowTiles][kColTiles][4], const Sc
 
 // ---- writing the result
 
-// Through shared memory: a warp's accumulators become whole rows there, which leave 16 bytes a lane. `tile` is q's, of
-// which a warp reads and writes its own rows alone.
-template <typename Traits>
-FASTATTN_DEVICE void store_out(const float (&o)[Traits::kRowTiles][Traits::kHeadDim / 8][4],
-                               typename Traits::TileQ tile, uint8_t* tile_smem, const AttentionFwdArgs& args, int batch,
-                               const QueryRows& tile_rows, int warp_row, int rows) {
-  using Element = typename Traits::Element;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const auto place = [&](int row, int col) { return tile_smem + (tile.chunk_address(row, col) - tile.address); };
-#pragma unroll
-  for (int m = 0; m < Traits::kRowTiles; ++m) {
-#pragma unroll
-    for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint8_t* chunk = place(warp_row + 16 * m + 8 * half + lane / 4, 8 * n);
-        const uint32_t bits = pack2<Element>(o[m][n][2 * half], o[m][n][2 * half + 1]);
-        *reinterpret_cast<uint32_t*>(chunk + lane % 4 * 4) = bits;
-      }
-    }
-  }
-  __syncwarp();
+// Where store_accumulators writes the output: heads that are packed into the rows of a tile lie apart.
+template <typename Element>
+struct FwdOutput {
+  const AttentionFwdArgs& args;
+  int batch;
+  QueryRows rows;  // from this warp's first to end_row
+  int end_row;
+  int cols = args.head_dim_v;
+  bool is_aligned = args.out_is_aligned;
 
-  Element* out_gmem = static_cast<Element*>(args.out.data) + batch * args.out.stride_batch;
-  constexpr int kChunks = Traits::kHeadDim / 8;
-  for (int i = lane; i < 16 * Traits::kRowTiles * kChunks; i += 32) {
-    const int row = warp_row + i / kChunks, col = i % kChunks * 8;
-    if (row >= rows || col >= args.head_dim_v) continue;
-    const int tile_row = tile_rows.first + row;
-    Element* dst = out_gmem + tile_rows.head_of(tile_row) * args.out.stride_head +
-                   tile_rows.query_of(tile_row) * args.out.stride_row + col;
-    const Vec<Element> chunk = load_vec<8>(reinterpret_cast<const Element*>(place(row, col)));
-    if (args.out_is_aligned) {
-      store_vec(dst, chunk);
-    } else {
-      for (int e = 0; e < min(8, args.head_dim_v - col); ++e) dst[e] = chunk[e];
-    }
+  FASTATTN_DEVICE Element* row_gmem(int i) const {
+    const int row = rows.first + i;
+    if (row >= end_row) return nullptr;
+    return static_cast<Element*>(args.out.data) + batch * args.out.stride_batch +
+           rows.head_of(row) * args.out.stride_head + rows.query_of(row) * args.out.stride_row;
   }
-}
+};
 
 // A part of the keys' result, for combine_splits_kernel.
 template <int kColTiles>
@@ -315,7 +246,8 @@ FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args) {
     load_v(tile);
 
     float s[kRowTiles][kBlockK / 8][4];
-    multiply_qk<Traits>(s, q_fragments, k_fragments);
+    for_each_score(s, [](float& x, int, int, int, int) { x = 0.0f; });
+    multiply_tiles<Element, Traits::kHeadDim>(s, q_fragments, k_fragments);
     const bool cut = tile < tiles.full_begin || tile >= tiles.full_end;
     modify_scores<Traits::kKind>(s, scores, lane_rows, batch, col0, masked, cut);
 
@@ -335,20 +267,24 @@ FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args) {
     }
     // Constructed here, since one register less across the loop decides whether the large tiles spill.
     const FragmentLoader<Fragment::kBTransposed, typename Traits::TileK> v_fragments(v_tile);
-    multiply_pv<Traits>(o, s, v_fragments);
+    multiply_accumulators<Element>(o, s, v_fragments);
   }
   cp_async_wait_group<0>();
   __syncthreads();  // where no key was visible, q has arrived only now; its tile becomes the output's
 
   finish_rows(o, softmax, args, work, lane_rows, first_row + rows, lane);
-  if (args.splits == 1) store_out<Traits>(o, q_tile, smem, args, work.batch, tile_rows, warp_row, rows);
+  if (args.splits == 1) {
+    const QueryRows warp_rows = {first_row + warp_row, tile_rows.head, group};
+    // A warp reads and writes its own rows of q's tile alone.
+    store_accumulators<Element>(o, 1.0f, q_tile, smem, warp_row,
+                                FwdOutput<Element>{args, batch, warp_rows, first_row + rows});
+  }
 }
 
-// For cards below compute capability kBelow.
-template <typename Traits, int kBelow>
-__global__ void __launch_bounds__(Traits::kThreads)
+template <typename Traits, typename Cards>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     attention_fwd_kernel(const __grid_constant__ AttentionFwdArgs args) {
-  if constexpr (kCompiledFor < kBelow) {
+  if constexpr (Cards::kHasCode) {
     attention_fwd_block<Traits>(args);
   } else {
     never_launched();

@@ -53,20 +53,23 @@ FASTATTN_DEVICE void multiply_accumulators(float (&acc)[kRowTiles][kColTiles][4]
   }
 }
 
-// Where a warp's accumulators go: `rows` rows of `cols` columns from `gmem`. Vectors of eight if `is_aligned`.
+// Where store_accumulators writes: `rows` rows of `cols` elements from `gmem`.
 template <typename Element>
 struct TileOutput {
   Element* gmem = nullptr;
   int64_t stride_row = 0;
   int rows = 0, cols = 0;
-  bool is_aligned = false;
+  bool is_aligned = false;  // rows can be written 16 bytes at a time
+
+  // Of the warp's row i; null for a row that does not exist.
+  FASTATTN_DEVICE Element* row_gmem(int i) const { return i < rows ? gmem + i * stride_row : nullptr; }
 };
 
 // Writes factor * acc through `tile`, whose rows from `tile_row` on are this warp's to use: there the accumulators
 // become whole rows, which leave 16 bytes a lane. `smem` is where the tile lies.
-template <typename Element, typename Tile, int kRowTiles, int kColTiles>
+template <typename Element, typename Tile, typename Output, int kRowTiles, int kColTiles>
 FASTATTN_DEVICE void store_accumulators(const float (&acc)[kRowTiles][kColTiles][4], float factor, Tile tile,
-                                        uint8_t* smem, int tile_row, const TileOutput<Element>& output) {
+                                        uint8_t* smem, int tile_row, const Output& output) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const auto place = [&](int row, int col) { return smem + (tile.chunk_address(row, col) - tile.address); };
 #pragma unroll
@@ -85,8 +88,10 @@ FASTATTN_DEVICE void store_accumulators(const float (&acc)[kRowTiles][kColTiles]
 
   for (int i = lane; i < 16 * kRowTiles * kColTiles; i += 32) {
     const int row = i / kColTiles, col = i % kColTiles * 8;
-    if (row >= output.rows || col >= output.cols) continue;
-    Element* dst = output.gmem + row * output.stride_row + col;
+    if (col >= output.cols) continue;
+    Element* row_gmem = output.row_gmem(row);
+    if (row_gmem == nullptr) continue;
+    Element* dst = row_gmem + col;
     const Vec<Element> chunk = load_vec<8>(reinterpret_cast<const Element*>(place(tile_row + row, col)));
     if (output.is_aligned) {
       store_vec(dst, chunk);

@@ -19,6 +19,7 @@ struct AttentionWeightsTraits {
   using TileQ = SharedTile<kBlockQ, kHeadDim>;
   using TileK = SharedTile<kBlockK, kHeadDim>;
   static constexpr int kSmemBytes = TileQ::kBytes + TileK::kBytes;
+  static constexpr int kMinBlocks = 2;  // a multiprocessor; for three the compiler would spill a few registers
 };
 
 struct AttentionWeightsArgs {
@@ -57,7 +58,8 @@ FASTATTN_DEVICE void head_weights(float (&w)[1][Traits::kBlockK / 8][4], const A
   __syncthreads();
   const FragmentLoader<Fragment::kA, typename Traits::TileQ> q_fragments(q_tile, warp_row);
   const FragmentLoader<Fragment::kB, typename Traits::TileK> k_fragments(k_tile);
-  multiply_qk<Traits>(w, q_fragments, k_fragments);
+  for_each_score(w, [](float& x, int, int, int, int) { x = 0.0f; });
+  multiply_tiles<Element, Traits::kHeadDim>(w, q_fragments, k_fragments);
   scale_scores<true>(w, scores);
   if (scores.alibi_slopes != nullptr) add_alibi(w, scores, rows, batch, col0);
   if (scores.mask.data != nullptr) apply_mask(w, scores, rows, batch, col0);
@@ -105,7 +107,7 @@ FASTATTN_DEVICE void store_weights(const float (&w)[1][Traits::kBlockK / 8][4], 
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     attention_weights_kernel(const __grid_constant__ AttentionWeightsArgs args) {
   const ScoreArgs& scores = args.scores;
   int64_t index = blockIdx.x;

@@ -35,19 +35,21 @@ using bfloat16_t = __nv_bfloat16;
 template <typename T>
 using TypeIs = T;  // lets a macro take an array type
 
-// The compute capability, as in DeviceLaunch, that nvcc compiles a kernel's code for; 0 on the host and in the
-// emulator, which plays every card. A card runs code for its own compute capability or an older one, never for a newer
-// one.
-#if defined(__CUDA_ARCH__)
-constexpr int kCompiledFor = __CUDA_ARCH__ / 10;
-#else
-constexpr int kCompiledFor = 0;
-#endif
-
+// Some kernels are only for cards below a compute capability (as DeviceLaunch counts it), because others have no room
+// for them, or their code generator would spill registers. Code for the others has never_launched() in place of the
+// body: a card runs code for its own compute capability or an older one, never for a newer one.
 constexpr int kAnyCapability = 1000;
 
-// Stands in for the body of a kernel that only cards below compute capability kBelow launch, in code for
-// kCompiledFor >= kBelow, where it would spill registers: a card that runs such code is not below kBelow.
+template <int kCapability>
+struct Below {
+#if defined(__CUDA_ARCH__)
+  static constexpr bool kHasCode = __CUDA_ARCH__ / 10 < kCapability;
+#else
+  // On the host, which has to know every kernel, and in the emulator, which plays every card.
+  static constexpr bool kHasCode = true;
+#endif
+};
+
 FASTATTN_DEVICE void never_launched() {
 #if !defined(FASTATTN_EMULATED)
   __trap();

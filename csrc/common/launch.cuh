@@ -1,6 +1,8 @@
 // Starting kernels. Launchers return null, or why the launch failed; the torch glue raises it.
 #pragma once
 
+#include <type_traits>
+
 #include "common/cuda.cuh"
 
 #if defined(FASTATTN_EMULATED)
@@ -46,6 +48,14 @@ template <typename... Parameters, typename... Arguments>
 const char* launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream,
                           Arguments&&... arguments) {
   return launch_clusters(kernel, grid, dim3(1), block, smem_bytes, stream, arguments...);
+}
+
+// fn(std::integral_constant<int, choice>{}) of the choice that is `value`: from a number to a template argument.
+template <int... kChoices, typename Fn>
+const char* launch_choice(int value, Fn&& fn) {
+  const char* error = "there is no kernel for this choice";
+  static_cast<void>(((value == kChoices && (error = fn(std::integral_constant<int, kChoices>{}), true)) || ...));
+  return error;
 }
 
 }  // namespace fastattn
