@@ -1,7 +1,7 @@
 """Builds fastattn._C with ninja: the torch-facing sources once, each ``*_cpu.cpp`` once per instruction set, and the
 CUDA kernels (``*.cu``) by nvcc or, for the emulator of csrc/emulator, by the C++ compiler.
 
-The kernels are torch-free, so the three CPU builds share no inline torch code and cannot leak AVX-512 into each other.
+The kernels are torch-free, so the CPU builds share no inline torch code and cannot leak AVX-512 into each other.
 nvcc is used where torch itself is built with CUDA and nvcc is found; where it is not, or fails, the kernels are
 compiled for the emulator, and ``fastattn.available_backends()["cuda"]`` gives the reason. If the extension cannot be
 built at all (no compiler, no torch), the package is installed without it and runs on PyTorch alone. This script leaves
@@ -42,11 +42,16 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
 COMMON_FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", f"-I{CSRC}", *WARNINGS]
 CPU_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 # Chosen at run time by common/isa.cpp. No -ffast-math anywhere: it would reassociate exp's round-by-magic-constant.
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
+AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
 ISA_FLAGS = {
     "portable": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
+    "avx2": AVX2_FLAGS,
+    "avx512": AVX512_FLAGS,
+    "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16"],
 }
+# The kernels that multiply bfloat16 where the processor can; for the rest the avx512 build serves.
+BF16_SOURCES = {"attention_fwd_cpu.cpp", "attention_bwd_cpu.cpp"}
 # Kernels reinterpret 16-bit memory as 32-bit registers; products and sums are rounded one by one, as written.
 EMULATED_FLAGS = ["-O2", "-fno-strict-aliasing", "-ffp-contract=off", "-DFASTATTN_EMULATED=1",
                   f"-fmacro-prefix-map={ROOT}/="]  # fmt: skip
@@ -213,7 +218,7 @@ def units(torch, cuda: Cuda | None, sanitize: bool) -> Iterator[Unit]:
             if cuda is None:
                 yield Unit(source, "", "cxx", glue)
         elif source.stem.endswith("_cpu") or "_cpu_" in source.stem:
-            for isa in isas:
+            for isa in isas if source.name in BF16_SOURCES else [isa for isa in isas if isa != "avx512_bf16"]:
                 yield Unit(source, f".{isa}", "cxx", [*cpu, *sanitizer, *ISA_FLAGS[isa], f"-DFASTATTN_ISA=isa_{isa}"])
         else:
             yield Unit(source, "", "cxx", glue)

@@ -15,8 +15,6 @@
 namespace fastattn {
 namespace {
 
-constexpr Isa kAllIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512};
-
 std::vector<std::string> usable_isas() {
   std::vector<std::string> names;
   for (Isa isa : kAllIsas) {
@@ -33,7 +31,8 @@ void set_cpu_isa(const std::string& name) {
     set_active_isa(isa);
     return;
   }
-  throw std::invalid_argument("set_cpu_isa: unknown instruction set '" + name + "'; use portable, avx2 or avx512.");
+  throw std::invalid_argument("set_cpu_isa: unknown instruction set '" + name +
+                              "'; use portable, avx2, avx512 or avx512_bf16.");
 }
 
 std::map<std::string, std::string> build_info() {
@@ -89,7 +88,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Builds of the CPU kernels that this machine can run, slowest first.");
   m.def(
       "active_cpu_isa", [] { return std::string(fastattn::isa_name(fastattn::active_isa())); },
-      "The build of the CPU kernels in use: 'portable', 'avx2' or 'avx512'.");
+      "The build of the CPU kernels in use: 'portable', 'avx2', 'avx512' or 'avx512_bf16'.");
   m.def("set_cpu_isa", &fastattn::set_cpu_isa, pybind11::arg("name"),
         "Switches the whole process to one build of the CPU kernels (for tests and comparisons).");
   fastattn::bind_emulator(m);

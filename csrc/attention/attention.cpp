@@ -225,7 +225,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   if (runs_cuda_kernels(query)) {
     run_on_device("attention", query, attention_fwd_cuda, p, attention_fwd_cuda_workspace_bytes);
   } else {
-    FASTATTN_CPU_DISPATCH(attention_fwd_cpu, p);
+    FASTATTN_BF16_CPU_DISPATCH(attention_fwd_cpu, p);
   }
   return {out, lse};
 }
@@ -284,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   if (lse.numel() > 0 && p.seqlen_k > 0 && runs_cuda_kernels(query)) {
     run_on_device("attention", query, attention_bwd_cuda, p, attention_bwd_cuda_workspace_bytes);
   } else if (lse.numel() > 0 && p.seqlen_k > 0) {
-    FASTATTN_CPU_DISPATCH(attention_bwd_cpu, p);
+    FASTATTN_BF16_CPU_DISPATCH(attention_bwd_cpu, p);
   } else {
     // Nothing was attended to, except perhaps a sink: then lse is the sink itself.
     for (const Tensor& gradient : {dq, dk, dv, dmask}) gradient.zero_();

@@ -83,8 +83,8 @@ size_t attention_bwd_cuda_workspace_bytes(const AttentionBwdParams& p, const Dev
 const char* attention_bwd_cuda(const AttentionBwdParams& p, const DeviceLaunch& launch);
 const char* attention_weights_cuda(const AttentionWeightsParams& p, const DeviceLaunch& launch);
 
-FASTATTN_DECLARE_CPU_KERNEL(void, attention_fwd_cpu, (const AttentionParams& p))
-FASTATTN_DECLARE_CPU_KERNEL(void, attention_bwd_cpu, (const AttentionBwdParams& p))
+FASTATTN_DECLARE_BF16_CPU_KERNEL(void, attention_fwd_cpu, (const AttentionParams& p))
+FASTATTN_DECLARE_BF16_CPU_KERNEL(void, attention_bwd_cpu, (const AttentionBwdParams& p))
 FASTATTN_DECLARE_CPU_KERNEL(void, attention_weights_cpu, (const AttentionWeightsParams& p))
 
 }  // namespace fastattn

@@ -7,7 +7,8 @@
 // Memory:  a block of keys with its transposed copies stays in L2 while the rows of the heads stream past it; the tiles
 // of
 //          p and ds stay in L1. Operands that are not rows of T without gaps are copied and padded.
-// Numbers: fp32 (fp64 for fp64 inputs) throughout; a row that sees nothing gets gradients of 0.
+// Numbers: fp32 (fp64 for fp64 inputs) throughout; a row that sees nothing gets gradients of 0. The avx512_bf16 build
+//          multiplies bfloat16 as it is, and p and ds rounded to it.
 // Order:   dq adds blocks of keys in rising order, dk and dv heads and rows in rising order, whatever the threads do.
 // Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 2.
 #include <type_traits>
@@ -47,8 +48,13 @@ FASTATTN_INLINE void set_zero(T* data, int64_t count) {
   std::memset(static_cast<void*>(data), 0, static_cast<size_t>(count) * sizeof(T));
 }
 
-template <typename T, typename Element>
+// Operand: what the five products multiply.
+template <typename T, typename Element, typename Operand = T>
 class AttentionBackward {
+  static constexpr bool kPairs = kTerms<Operand> > 1;
+  using Head = QuerySide<T, Operand>;
+  using Keys = KeySide<T, Operand>;
+
  public:
   explicit AttentionBackward(const AttentionBwdParams& params)
       : p_(params),
@@ -57,7 +63,9 @@ class AttentionBackward {
         group_(params.heads / params.heads_kv),
         query_blocks_((params.seqlen_q + kTileQueries - 1) / kTileQueries),
         width_(whole_vectors<T>(params.head_dim)),
-        width_v_(whole_vectors<T>(params.head_dim_v)) {
+        width_v_(whole_vectors<T>(params.head_dim_v)),
+        depth_(elements_for<Operand>(params.head_dim)),
+        depth_v_(elements_for<Operand>(params.head_dim_v)) {
     const int64_t tiles = (p_.seqlen_k + kTileKeys - 1) / kTileKeys, pairs = p_.batch * p_.heads_kv;
     threads_ = max_threads();
     splits_ = threads_ > 1 && pairs % threads_ != 0 && pairs < 4 * threads_ && tiles > 1;
@@ -101,9 +109,10 @@ class AttentionBackward {
  private:
   // Arrays of one thread. `heads`: the group of query heads, unless they are shared.
   struct ThreadArrays {
-    TileBuffers<T> tile;
-    T *k_t, *v_t, *k, *dk, *dv;
-    QuerySide<T>* heads;
+    TileBuffers<T, Operand> tile;
+    Operand *k_t, *v_t, *k;
+    T *dk, *dv;
+    Head* heads;
   };
   static constexpr int64_t kTileElements = int64_t{kTileQueries} * kTileKeys;
 
@@ -111,6 +120,10 @@ class AttentionBackward {
   // of two between rows would put them all into a few sets of L1.
   bool is_direct(const AttentionTensor& tensor, int64_t columns) const {
     return std::is_same_v<T, Element> && columns % Vec<T>::kLanes == 0 && tensor.stride_row == columns;
+  }
+  // The same for q and dout as left operands.
+  bool is_left(const AttentionTensor& tensor, int64_t columns) const {
+    return is_left_operand<Operand, Element>(tensor.stride_row, columns);
   }
   int64_t mask_counter_count() const { return p_.batch * p_.heads * key_blocks_ * query_blocks_; }
 
@@ -123,12 +136,20 @@ class AttentionBackward {
     shared_heads_ = splits_ ? take_heads(cursor, heads) : nullptr;
   }
 
-  QuerySide<T>* take_heads(ScratchCursor& cursor, int64_t count) const {
-    QuerySide<T>* heads = cursor.take<QuerySide<T>>(count);
+  Rows<const Operand> take_left(ScratchCursor& cursor, const AttentionTensor& tensor, int64_t columns) const {
+    const int64_t width = left_width<Operand>(columns);
+    return {cursor.take<Operand>(is_left(tensor, columns) ? 0 : p_.seqlen_q * width), width};
+  }
+
+  Head* take_heads(ScratchCursor& cursor, int64_t count) const {
+    Head* heads = cursor.take<Head>(count);
+    const int64_t pairs = kPairs ? elements_for<Operand>(p_.seqlen_q) : 0;
     for (int64_t i = 0; i < count; ++i) {
-      QuerySide<T> head;
-      head.q = {cursor.take<T>(is_direct(p_.q, p_.head_dim) ? 0 : p_.seqlen_q * width_), width_};
-      head.dout = {cursor.take<T>(is_direct(p_.dout, p_.head_dim_v) ? 0 : p_.seqlen_q * width_v_), width_v_};
+      Head head;
+      head.q = take_left(cursor, p_.q, p_.head_dim);
+      head.dout = take_left(cursor, p_.dout, p_.head_dim_v);
+      head.q_terms = {cursor.take<Operand>(pairs * width_), width_};
+      head.dout_terms = {cursor.take<Operand>(pairs * width_v_), width_v_};
       head.dq = {cursor.take<T>(is_direct(p_.dq, p_.head_dim) ? 0 : p_.seqlen_q * width_), width_};
       head.lse = cursor.take<T>(p_.seqlen_q);
       head.delta = cursor.take<T>(p_.seqlen_q);
@@ -143,65 +164,88 @@ class AttentionBackward {
     arrays.tile.ds = cursor.take<T>(kTileElements);
     arrays.tile.dropped = cursor.take<T>(dropout_.active() ? kTileElements : 0);
     arrays.tile.slope = cursor.take<T>(p_.softcap != 0 ? kTileElements : 0);
+    arrays.tile.left = cursor.take<Operand>(kPairs ? kTileElements / kTerms<Operand> : 0);
     const int64_t keys = block_tiles_ * kTileKeys;
-    arrays.k_t = cursor.take<T>(keys * p_.head_dim);
-    arrays.v_t = cursor.take<T>(keys * p_.head_dim_v);
-    arrays.k = cursor.take<T>(is_direct(p_.k, p_.head_dim) ? 0 : keys * width_);
+    arrays.k_t = cursor.take<Operand>(keys * depth_);
+    arrays.v_t = cursor.take<Operand>(keys * depth_v_);
+    arrays.k = cursor.take<Operand>(is_direct(p_.k, p_.head_dim) ? 0 : keys / kTerms<Operand> * width_);
     arrays.dk = cursor.take<T>(is_direct(p_.dk, p_.head_dim) ? 0 : keys * width_);
     arrays.dv = cursor.take<T>(is_direct(p_.dv, p_.head_dim_v) ? 0 : keys * width_v_);
     arrays.heads = splits_ ? nullptr : take_heads(cursor, group_);
     return arrays;
   }
 
-  void point_at_tensors(QuerySide<T>& head, int64_t batch, int64_t head_index) const {
+  void point_at_tensors(Head& head, int64_t batch, int64_t head_index) const {
+    if (is_left(p_.q, p_.head_dim)) {
+      head.q.data = reinterpret_cast<const Operand*>(row_of<Element>(p_.q, batch, head_index, 0));
+    }
+    if (is_left(p_.dout, p_.head_dim_v)) {
+      head.dout.data = reinterpret_cast<const Operand*>(row_of<Element>(p_.dout, batch, head_index, 0));
+    }
     if constexpr (std::is_same_v<T, Element>) {
-      if (is_direct(p_.q, p_.head_dim)) head.q.data = row_of<T>(p_.q, batch, head_index, 0);
-      if (is_direct(p_.dout, p_.head_dim_v)) head.dout.data = row_of<T>(p_.dout, batch, head_index, 0);
       if (is_direct(p_.dq, p_.head_dim)) head.dq.data = row_of<T>(p_.dq, batch, head_index, 0);
+    }
+    if constexpr (!kPairs) {
+      head.q_terms = head.q;
+      head.dout_terms = head.dout;
     }
   }
 
   // Brings the query side of one block of rows into the form of QuerySide.
-  void prepare_rows(const QuerySide<T>& head, int64_t batch, int64_t head_index, int64_t block) const {
+  void prepare_rows(const Head& head, int64_t batch, int64_t head_index, int64_t block) const {
     const int64_t row0 = block * kTileQueries;
     const int rows = static_cast<int>(min_of<int64_t>(kTileQueries, p_.seqlen_q - row0));
     const int head_dim = static_cast<int>(p_.head_dim), head_dim_v = static_cast<int>(p_.head_dim_v);
     const Element* q = row_of<Element>(p_.q, batch, head_index, row0);
     const Element* dout = row_of<Element>(p_.dout, batch, head_index, row0);
-    if (!is_direct(p_.q, p_.head_dim)) {
-      pack_rows<T>(const_cast<T*>(head.q.data) + row0 * width_, width_, q, p_.q.stride_row, rows, head_dim);
+    const auto at = [&](Rows<const Operand> operand, int64_t first) {
+      return const_cast<Operand*>(operand.data) + first * operand.stride;
+    };
+    if (!is_left(p_.q, p_.head_dim)) {
+      pack_left(at(head.q, row0), head.q.stride, q, p_.q.stride_row, rows, head_dim);
     }
-    if (!is_direct(p_.dout, p_.head_dim_v)) {
-      pack_rows<T>(const_cast<T*>(head.dout.data) + row0 * width_v_, width_v_, dout, p_.dout.stride_row, rows,
-                   head_dim_v);
+    if (!is_left(p_.dout, p_.head_dim_v)) {
+      pack_left(at(head.dout, row0), head.dout.stride, dout, p_.dout.stride_row, rows, head_dim_v);
+    }
+    if constexpr (kPairs) {
+      pack_right(at(head.q_terms, row0 / 2), width_, q, p_.q.stride_row, rows, head_dim);
+      pack_right(at(head.dout_terms, row0 / 2), width_v_, dout, p_.dout.stride_row, rows, head_dim_v);
     }
     set_zero(head.dq.data + row0 * width_, rows * width_);
     prepare_statistics(head, batch, head_index, row0, rows);
   }
 
-  static constexpr int kDotRows = 8;
-
-  // dots[r] = out_r . dout_r, summed one column after the other as the matrix product dout v^T sums: of a row that sees
-  // one key, out is that key's value, and ds = p * (dp - delta) cancels exactly. Eight rows hide the sum's latency.
-  FASTATTN_INLINE void row_dots(T* dots, const Element* out, const Element* dout, int rows) const {
-    T sums[kDotRows] = {};
-    for (int64_t c = 0; c < p_.head_dim_v; ++c) {
-      for (int r = 0; r < rows; ++r) {
-        sums[r] += to_float(dout[r * p_.dout.stride_row + c]) * to_float(out[r * p_.out.stride_row + c]);
+  // dots[r] = out_r . dout_r for a tile's rows, summed one term after the other as the matrix product dout v^T sums: of
+  // a row that sees one key, out is that key's value, and ds = p * (dp - delta) cancels exactly. Hence transposed.
+  static void row_dots(T* dots, const Element* out, int64_t stride_out, const Element* dout, int64_t stride_dout,
+                       int rows, int columns) {
+    static_assert(kTileQueries == kTileKeys, "pack_keys transposes rows of queries");
+    using V = Vec<T>;
+    constexpr int kStep = 16;
+    alignas(64) Operand out_t[kStep * kTileQueries], dout_t[kStep * kTileQueries];
+    for (int r = 0; r < kTileQueries; ++r) dots[r] = 0;
+    for (int c = 0; c < columns; c += kStep) {
+      const int step = min_of(kStep, columns - c);
+      pack_keys(out_t, out + c, stride_out, rows, step);
+      pack_keys(dout_t, dout + c, stride_dout, rows, step);
+      for (int r = 0; r < rows; r += V::kLanes) {
+        V sum = V::load(dots + r);
+        for (int at = r; at < elements_for<Operand>(step) * kTileQueries; at += kTileQueries) {
+          sum = fma(Vec<Operand>::load_as(dout_t + at), Vec<Operand>::load_as(out_t + at), sum);
+        }
+        sum.store(dots + r);
       }
     }
-    for (int r = 0; r < rows; ++r) dots[r] = sums[r];
   }
 
-  void prepare_statistics(const QuerySide<T>& head, int64_t batch, int64_t head_index, int64_t row0, int rows) const {
+  void prepare_statistics(const Head& head, int64_t batch, int64_t head_index, int64_t row0, int rows) const {
     const int64_t first = (batch * p_.heads + head_index) * p_.seqlen_q + row0;
     const T* lse = static_cast<const T*>(p_.lse) + first;
     const T* dlse = p_.dlse ? static_cast<const T*>(p_.dlse) + first : nullptr;
-    T dots[kTileQueries];
-    for (int r = 0; r < rows; r += kDotRows) {
-      row_dots(dots + r, row_of<Element>(p_.out, batch, head_index, row0 + r),
-               row_of<Element>(p_.dout, batch, head_index, row0 + r), min_of(kDotRows, rows - r));
-    }
+    alignas(64) T dots[kTileQueries];
+    row_dots(dots, row_of<Element>(p_.out, batch, head_index, row0), p_.out.stride_row,
+             row_of<Element>(p_.dout, batch, head_index, row0), p_.dout.stride_row, rows,
+             static_cast<int>(p_.head_dim_v));
     double dsink = 0;
     for (int r = 0; r < rows; ++r) {
       const bool sees_nothing = lse[r] == -static_cast<T>(__builtin_inf());
@@ -219,7 +263,7 @@ class AttentionBackward {
   void run_task(const ThreadArrays& arrays, const MaskGradient<T>& mask, int64_t pair, int64_t first_block,
                 int64_t blocks) const {
     const int64_t batch = pair / p_.heads_kv, head_kv = pair % p_.heads_kv;
-    QuerySide<T>* heads = splits_ ? shared_heads_ + batch * p_.heads + head_kv * group_ : arrays.heads;
+    Head* heads = splits_ ? shared_heads_ + batch * p_.heads + head_kv * group_ : arrays.heads;
     if (!splits_) {
       for (int64_t g = 0; g < group_; ++g) {
         point_at_tensors(heads[g], batch, head_kv * group_ + g);
@@ -234,7 +278,7 @@ class AttentionBackward {
   }
 
   // All rows of all heads of the group against one block of keys.
-  void run_block(const ThreadArrays& arrays, const MaskGradient<T>& mask, const QuerySide<T>* heads, int64_t batch,
+  void run_block(const ThreadArrays& arrays, const MaskGradient<T>& mask, const Head* heads, int64_t batch,
                  int64_t head_kv, int64_t block) const {
     const int64_t key0 = block * block_tiles_ * kTileKeys;
     const int keys = static_cast<int>(min_of<int64_t>(block_tiles_ * kTileKeys, p_.seqlen_k - key0));
@@ -243,10 +287,10 @@ class AttentionBackward {
     const Element* v = row_of<Element>(p_.v, batch, head_kv, key0);
     for (int key = 0; key < keys; key += kTileKeys) {
       const int in_tile = min_of(kTileKeys, keys - key);
-      pack_keys(arrays.k_t + key * head_dim, k + key * p_.k.stride_row, p_.k.stride_row, in_tile, head_dim);
-      pack_keys(arrays.v_t + key * head_dim_v, v + key * p_.v.stride_row, p_.v.stride_row, in_tile, head_dim_v);
+      pack_keys(arrays.k_t + key * depth_, k + key * p_.k.stride_row, p_.k.stride_row, in_tile, head_dim);
+      pack_keys(arrays.v_t + key * depth_v_, v + key * p_.v.stride_row, p_.v.stride_row, in_tile, head_dim_v);
     }
-    KeySide<T> first{arrays.k_t, arrays.v_t, {arrays.k, width_}, {arrays.dk, width_}, {arrays.dv, width_v_}};
+    Keys first{arrays.k_t, arrays.v_t, {arrays.k, width_}, {arrays.dk, width_}, {arrays.dv, width_v_}};
     Element* dk = row_of<Element>(p_.dk, batch, head_kv, key0);
     Element* dv = row_of<Element>(p_.dv, batch, head_kv, key0);
     const bool dk_direct = is_direct(p_.dk, p_.head_dim), dv_direct = is_direct(p_.dv, p_.head_dim_v);
@@ -255,7 +299,7 @@ class AttentionBackward {
       if (dk_direct) first.dk.data = dk;
       if (dv_direct) first.dv.data = dv;
     }
-    if (!is_direct(p_.k, p_.head_dim)) pack_rows<T>(arrays.k, width_, k, p_.k.stride_row, keys, head_dim);
+    if (!is_direct(p_.k, p_.head_dim)) pack_right(arrays.k, width_, k, p_.k.stride_row, keys, head_dim);
     set_zero(first.dk.data, keys * width_);
     set_zero(first.dv.data, keys * width_v_);
 
@@ -266,8 +310,8 @@ class AttentionBackward {
     if (!dv_direct) store_rows<T>(dv, p_.dv.stride_row, Rows<const T>{first.dv.data, width_v_}, keys, head_dim_v);
   }
 
-  void run_head(const TileBuffers<T>& buffers, const MaskGradient<T>& mask, const QuerySide<T>& head,
-                const KeySide<T>& first, int64_t batch, int64_t head_index, int64_t block) const {
+  void run_head(const TileBuffers<T, Operand>& buffers, const MaskGradient<T>& mask, const Head& head,
+                const Keys& first, int64_t batch, int64_t head_index, int64_t block) const {
     const HeadScores<T> scores = make_head_scores<T>(p_, batch, head_index);
     const int64_t batch_head = batch * p_.heads + head_index;
     const OrderedTurns dq_turns(splits_ ? dq_counters_ + batch_head * query_blocks_ : nullptr);
@@ -324,10 +368,10 @@ class AttentionBackward {
     }
   }
 
-  KeySide<T> tile_at(const KeySide<T>& first, int64_t key) const {
-    return {first.k_t + key * p_.head_dim,
-            first.v_t + key * p_.head_dim_v,
-            {first.k.data + key * width_, width_},
+  Keys tile_at(const Keys& first, int64_t key) const {
+    return {first.k_t + key * depth_,
+            first.v_t + key * depth_v_,
+            {first.k.data + key / kTerms<Operand> * width_, width_},
             {first.dk.data + key * width_, width_},
             {first.dv.data + key * width_v_, width_v_}};
   }
@@ -350,6 +394,8 @@ class AttentionBackward {
   const int64_t group_, query_blocks_;
   // Rows of q, k and of v, out in whole vectors.
   const int64_t width_, width_v_;
+  // How many elements of Operand hold head_dim and head_dim_v terms.
+  const int64_t depth_, depth_v_;
   int threads_;
   // True: threads share the heads, each working on other keys.
   bool splits_;
@@ -358,10 +404,19 @@ class AttentionBackward {
   T* mask_partials_ = nullptr;
   double* sink_partials_ = nullptr;
   int32_t *mask_counters_ = nullptr, *dq_counters_ = nullptr;
-  QuerySide<T>* shared_heads_ = nullptr;
+  Head* shared_heads_ = nullptr;
 };
 
 }  // namespace
+
+#if defined(__AVX512BF16__)
+
+void attention_bwd_cpu(const AttentionBwdParams& p) {
+  if (p.dtype != DType::kBFloat16) return isa_avx512::attention_bwd_cpu(p);
+  AttentionBackward<float, BFloat16, BFloat16Pair>(p).run();
+}
+
+#else
 
 void attention_bwd_cpu(const AttentionBwdParams& p) {
   switch (p.dtype) {
@@ -375,6 +430,8 @@ void attention_bwd_cpu(const AttentionBwdParams& p) {
       return AttentionBackward<float, float>(p).run();
   }
 }
+
+#endif
 
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn

@@ -8,27 +8,31 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// The query side of one head. Operands are T, padded with zeros to whole vectors.
-template <typename T>
+// The query side of one head: q and dout as left operands, whose terms are columns, and as right operands, whose terms
+// are rows (of T, the same memory), padded with zeros to whole vectors.
+template <typename T, typename Operand>
 struct QuerySide {
-  Rows<const T> q, dout;
+  Rows<const Operand> q, dout;
+  Rows<const Operand> q_terms, dout_terms;
   Rows<T> dq;
   // Per row: lse (+inf for a row that sees nothing, which makes its p 0), and sum(dout * out) - dlse.
   T *lse, *delta;
 };
 
-// The key side of one tile. k_t and v_t are transposed by pack_keys.
-template <typename T>
+// The key side of one tile. k_t and v_t are transposed by pack_keys, k is a right operand whose terms are keys.
+template <typename T, typename Operand>
 struct KeySide {
-  const T *k_t, *v_t;
-  Rows<const T> k;
+  const Operand *k_t, *v_t;
+  Rows<const Operand> k;
   Rows<T> dk, dv;
 };
 
-// Scratch for kTileQueries x kTileKeys each; `dropped` only with dropout, `slope` only with softcap.
-template <typename T>
+// Scratch for kTileQueries x kTileKeys each; `dropped` only with dropout, `slope` only with softcap, `left` only where
+// Operand is not T.
+template <typename T, typename Operand>
 struct TileBuffers {
   T *p, *ds, *dropped, *slope;
+  Operand* left;
 };
 
 // ds = factor * p * (dp - delta), in place of dp, where dp is the gradient of p: through dropout, 0 or keep_scale times
@@ -91,14 +95,17 @@ FASTATTN_INLINE void set_limits(TileLimits& limits, const TilePlace& place, bool
 
 // Adds the tile's part to dk, dv and dq. `add_to_mask(ds)` sees the gradients of the scores after softcap;
 // `before_dq()` comes just before dq is touched.
-template <typename T, bool kPartial, typename AddToMask, typename BeforeDq>
+template <bool kPartial, typename T, typename Operand, typename AddToMask, typename BeforeDq>
 FASTATTN_INLINE void backward_tile_as(const AttentionBwdParams& p, const HeadScores<T>& scores,
-                                      const QuerySide<T>& head, const KeySide<T>& tile, const TileBuffers<T>& buffers,
-                                      const TilePlace& place, T keep_scale, bool wants_dmask, AddToMask&& add_to_mask,
-                                      BeforeDq&& before_dq) {
+                                      const QuerySide<T, Operand>& head, const KeySide<T, Operand>& tile,
+                                      const TileBuffers<T, Operand>& buffers, const TilePlace& place, T keep_scale,
+                                      bool wants_dmask, AddToMask&& add_to_mask, BeforeDq&& before_dq) {
   const int rows = place.rows, head_dim = static_cast<int>(p.head_dim), head_dim_v = static_cast<int>(p.head_dim_v);
-  const Rows<const T> q = {head.q.data + place.row0 * head.q.stride, head.q.stride};
-  const Rows<const T> dout = {head.dout.data + place.row0 * head.dout.stride, head.dout.stride};
+  const auto rows_of = [&](Rows<const Operand> all, int terms) __attribute__((always_inline)) {
+    return Rows<const Operand>{all.data + place.row0 / terms * all.stride, all.stride};
+  };
+  const Rows<const Operand> q = rows_of(head.q, 1), q_terms = rows_of(head.q_terms, kTerms<Operand>);
+  const Rows<const Operand> dout = rows_of(head.dout, 1), dout_terms = rows_of(head.dout_terms, kTerms<Operand>);
   const Rows<T> dq = {head.dq.data + place.row0 * head.dq.stride, head.dq.stride};
   const T *lse = head.lse + place.row0, *delta = head.delta + place.row0;
   TileLimits limits;
@@ -110,18 +117,20 @@ FASTATTN_INLINE void backward_tile_as(const AttentionBwdParams& p, const HeadSco
   const T scale = static_cast<T>(p.scale);
 
   set_depth(head_dim);
-  recompute_probabilities<T, kPartial>(buffers.p, buffers.slope, scores, q, tile.k_t, lse, place, limits.scores);
+  recompute_probabilities<T, kPartial, Operand>(buffers.p, buffers.slope, scores, q, tile.k_t, lse, place,
+                                                limits.scores);
 
   const T* weights = buffers.p;
   if (place.kept) {
     drop(buffers.dropped, buffers.p, keep_scale, place);
     weights = buffers.dropped;
   }
-  gemm<T>(tile.dv, {weights, 1, kTileKeys}, dout, place.keys, head_dim_v, true, limits.keys);
+  gemm<T, Operand>(tile.dv, {left_over_rows(buffers.left, weights, rows), 1, kTileKeys}, dout_terms, place.keys,
+                   head_dim_v, true, limits.keys);
 
   set_depth(head_dim_v);
-  gemm<T>({buffers.ds, kTileKeys}, {dout.data, dout.stride, 1}, {tile.v_t, kTileKeys}, rows, kTileKeys, false,
-          limits.scores);
+  gemm<T, Operand>({buffers.ds, kTileKeys}, {dout.data, dout.stride, 1}, {tile.v_t, kTileKeys}, rows, kTileKeys, false,
+                   limits.scores);
   const bool scales_later = wants_dmask || scores.softcap != 0;
   const T factor = scales_later ? T(1) : scale;
   if (place.kept) {
@@ -138,19 +147,22 @@ FASTATTN_INLINE void backward_tile_as(const AttentionBwdParams& p, const HeadSco
     }
   }
 
-  gemm<T>(tile.dk, {buffers.ds, 1, kTileKeys}, q, place.keys, head_dim, true, limits.keys);
+  gemm<T, Operand>(tile.dk, {left_over_rows(buffers.left, buffers.ds, rows), 1, kTileKeys}, q_terms, place.keys,
+                   head_dim, true, limits.keys);
+  const Operand* ds = left_over_keys(buffers.left, buffers.ds, rows);
   before_dq();
-  gemm<T>(dq, {buffers.ds, kTileKeys, 1}, tile.k, rows, head_dim, true, limits.queries);
+  gemm<T, Operand>(dq, {ds, kTileKeys / kTerms<Operand>, 1}, tile.k, rows, head_dim, true, limits.queries);
 }
 
-template <typename T, typename AddToMask, typename BeforeDq>
-FASTATTN_INLINE void backward_tile(const AttentionBwdParams& p, const HeadScores<T>& scores, const QuerySide<T>& head,
-                                   const KeySide<T>& tile, const TileBuffers<T>& buffers, const TilePlace& place,
-                                   T keep_scale, bool wants_dmask, AddToMask&& add_to_mask, BeforeDq&& before_dq) {
+template <typename T, typename Operand, typename AddToMask, typename BeforeDq>
+FASTATTN_INLINE void backward_tile(const AttentionBwdParams& p, const HeadScores<T>& scores,
+                                   const QuerySide<T, Operand>& head, const KeySide<T, Operand>& tile,
+                                   const TileBuffers<T, Operand>& buffers, const TilePlace& place, T keep_scale,
+                                   bool wants_dmask, AddToMask&& add_to_mask, BeforeDq&& before_dq) {
   if (place.visible) {
-    backward_tile_as<T, true>(p, scores, head, tile, buffers, place, keep_scale, wants_dmask, add_to_mask, before_dq);
+    backward_tile_as<true>(p, scores, head, tile, buffers, place, keep_scale, wants_dmask, add_to_mask, before_dq);
   } else {
-    backward_tile_as<T, false>(p, scores, head, tile, buffers, place, keep_scale, wants_dmask, add_to_mask, before_dq);
+    backward_tile_as<false>(p, scores, head, tile, buffers, place, keep_scale, wants_dmask, add_to_mask, before_dq);
   }
 }
 

@@ -4,6 +4,7 @@
 // same
 //          kv head; a block's queries, probabilities and unfinished output live in L1 and L2.
 // Numbers: fp32 (fp64 for fp64 inputs) scores, softmax and accumulation; a row that sees nothing gives 0, and lse -inf.
+//          The avx512_bf16 build multiplies bfloat16 q, k and v as they are, and p rounded to it.
 // Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 1.
 #include <limits>
 
@@ -26,11 +27,12 @@ constexpr int kBlockRows = 96;
 constexpr int64_t kPackedBytes = int64_t{4} << 20;
 
 // What one thread keeps between its tasks.
-template <typename T>
+template <typename T, typename Operand>
 struct Workspace {
   int64_t* kv_head;  // whose keys are packed, -1 = nobody's
   uint8_t* packed;   // a flag a tile slot
-  T *k, *v, *q, *p, *out, *row_max, *row_sum;
+  Operand *k, *v, *q, *p;
+  T *raw, *out, *row_max, *row_sum;
 
   FASTATTN_INLINE Workspace(ScratchCursor cursor, int64_t slots, int64_t depth, int64_t columns, bool packs_values) {
     take(cursor, slots, depth, columns, packs_values);
@@ -41,14 +43,17 @@ struct Workspace {
   }
 
  private:
+  static constexpr int kTileTerms = kTileKeys / kTerms<Operand>;
+
   FASTATTN_INLINE int64_t take(ScratchCursor cursor, int64_t slots, int64_t depth, int64_t columns, bool packs_values) {
     kv_head = cursor.take<int64_t>(1);
     packed = cursor.take<uint8_t>(slots);
-    k = cursor.take<T>(slots * depth * kTileKeys);
-    v = cursor.take<T>(packs_values ? slots * columns * kTileKeys : 0);
+    k = cursor.take<Operand>(slots * depth * kTileKeys);
+    v = cursor.take<Operand>(packs_values ? slots * columns * kTileTerms : 0);
     // pack_rows writes whole vectors, past the end of the last row.
-    q = cursor.take<T>(kBlockRows * depth + Vec<T>::kLanes);
-    p = cursor.take<T>(kBlockRows * kTileKeys);
+    q = cursor.take<Operand>(kBlockRows * depth + Vec<Operand>::kLanes);
+    p = cursor.take<Operand>(kBlockRows * kTileTerms);
+    raw = kTerms<Operand> == 1 ? reinterpret_cast<T*>(p) : cursor.take<T>(kTileRows * kTileKeys);
     out = cursor.take<T>(kBlockRows * columns);
     row_max = cursor.take<T>(kBlockRows);
     row_sum = cursor.take<T>(kBlockRows * Vec<T>::kLanes);
@@ -56,9 +61,11 @@ struct Workspace {
   }
 };
 
-template <typename T, typename Element>
+// Operand: what q, k, v and p are multiplied as.
+template <typename T, typename Element, typename Operand = T>
 struct Forward {
   using V = Vec<T>;
+  using Arrays = Workspace<T, Operand>;
   const AttentionParams& p;
   Dropout dropout;
   int64_t group, tiles, slots, columns, rows_per_task, tasks_per_head;
@@ -68,12 +75,13 @@ struct Forward {
   explicit Forward(const AttentionParams& params) : p(params) {
     dropout = make_dropout(p.dropout_p, p.rng_state);
     group = p.heads / p.heads_kv;
-    depth = static_cast<int>(p.head_dim);
+    depth = static_cast<int>(elements_for<Operand>(p.head_dim));
     columns = whole_vectors<T>(p.head_dim_v);
     // Values can be read in place if their rows are whole vectors of T and lie together.
-    packs_values = !std::is_same_v<T, Element> || columns != p.head_dim_v || p.v.stride_row != columns;
+    packs_values = !std::is_same_v<Operand, Element> || columns != p.head_dim_v || p.v.stride_row != columns;
     tiles = (p.seqlen_k + kTileKeys - 1) / kTileKeys;
-    const int64_t tile_bytes = (depth + (packs_values ? columns : 0)) * kTileKeys * static_cast<int64_t>(sizeof(T));
+    const int64_t tile_elements = (depth + (packs_values ? columns / kTerms<Operand> : 0)) * kTileKeys;
+    const int64_t tile_bytes = tile_elements * static_cast<int64_t>(sizeof(Operand));
     slots = tiles * tile_bytes <= kPackedBytes ? tiles : 1;
     plan_tasks();
   }
@@ -92,10 +100,10 @@ struct Forward {
 
   void run() {
     const int threads = max_threads();
-    const Scratch scratch(threads, Workspace<T>::bytes(slots, depth, columns, packs_values));
+    const Scratch scratch(threads, Arrays::bytes(slots, depth, columns, packs_values));
     for (int thread = 0; thread < threads; ++thread) *workspace(scratch, thread).kv_head = -1;
     parallel_tasks(p.batch * p.heads * tasks_per_head, [&](int64_t task, int thread) {
-      Workspace<T> w = workspace(scratch, thread);
+      Arrays w = workspace(scratch, thread);
       const int64_t head = task / tasks_per_head;
       // The last rows see most under a causal mask, so they go first.
       const int64_t range = tasks_per_head - 1 - task % tasks_per_head;
@@ -104,11 +112,11 @@ struct Forward {
     });
   }
 
-  FASTATTN_INLINE Workspace<T> workspace(const Scratch& scratch, int thread) const {
-    return Workspace<T>(ScratchCursor(scratch.piece(thread)), slots, depth, columns, packs_values);
+  FASTATTN_INLINE Arrays workspace(const Scratch& scratch, int thread) const {
+    return Arrays(ScratchCursor(scratch.piece(thread)), slots, depth, columns, packs_values);
   }
 
-  void run_rows(Workspace<T>& w, int64_t batch, int64_t head, IndexRange range) {
+  void run_rows(Arrays& w, int64_t batch, int64_t head, IndexRange range) {
     const int64_t kv_head = batch * p.heads_kv + head / group;
     if (*w.kv_head != kv_head) {
       *w.kv_head = kv_head;
@@ -123,13 +131,17 @@ struct Forward {
     }
   }
 
-  void run_block(Workspace<T>& w, const HeadScores<T>& scores, int64_t batch, int64_t head, IndexRange range) {
+  void run_block(Arrays& w, const HeadScores<T>& scores, int64_t batch, int64_t head, IndexRange range) {
     const int rows = static_cast<int>(range.end - range.begin);
     const Element* q = head_of<const Element>(p.q, batch, head) + range.begin * p.q.stride_row;
-    pack_rows(w.q, depth, q, p.q.stride_row, rows, depth, scores.dot_factor);
+    if constexpr (kTerms<Operand> == 1) {
+      pack_rows(w.q, depth, q, p.q.stride_row, rows, depth, scores.dot_factor);
+    } else {
+      pack_left(w.q, depth, q, p.q.stride_row, rows, static_cast<int>(p.head_dim));
+    }
     // The last register tile computes rows that do not exist.
     const int padded = (rows + kTileRows - 1) / kTileRows * kTileRows;
-    for (int64_t i = int64_t{rows} * depth; i < int64_t{padded} * depth; ++i) w.q[i] = 0;
+    for (int64_t i = int64_t{rows} * depth; i < int64_t{padded} * depth; ++i) w.q[i] = {};
 
     const Element* k = head_of<const Element>(p.k, batch, head / group);
     const Element* v = head_of<const Element>(p.v, batch, head / group);
@@ -140,20 +152,21 @@ struct Forward {
       const TileView view = scores.view(range, tile * kTileKeys, visible);
       if (view == TileView::kHidden) continue;
       for (int row = rows; row < padded && view == TileView::kPartial; ++row) visible[row] = visible[rows - 1];
-      const T* tile_v = prepare_tile(w, k, v, tile);
-      const T* tile_k = w.k + (slots == 1 ? 0 : tile) * depth * kTileKeys;
-      RowBlock<T> block = {&scores,
-                           &dropout,
-                           static_cast<uint32_t>(batch * p.heads + head),
-                           depth,
-                           depth_step_of(depth),
-                           range.begin,
-                           w.q,
-                           w.p,
-                           w.row_max,
-                           w.row_sum,
-                           w.out,
-                           columns};
+      const Operand* tile_v = prepare_tile(w, k, v, tile);
+      const Operand* tile_k = w.k + (slots == 1 ? 0 : tile) * depth * kTileKeys;
+      RowBlock<T, Operand> block = {&scores,
+                                    &dropout,
+                                    static_cast<uint32_t>(batch * p.heads + head),
+                                    depth,
+                                    depth_step_of(depth),
+                                    range.begin,
+                                    w.q,
+                                    w.p,
+                                    w.raw,
+                                    w.row_max,
+                                    w.row_sum,
+                                    w.out,
+                                    columns};
       visit_tile(
           block, padded,
           {tile_k, tile * kTileKeys, 0, kTileKeys / V::kLanes, view == TileView::kPartial ? visible : nullptr, first},
@@ -164,25 +177,27 @@ struct Forward {
   }
 
   // Packs the tile unless that was done; returns its values, row after row of `columns`.
-  FASTATTN_INLINE const T* prepare_tile(Workspace<T>& w, const Element* k, const Element* v, int64_t tile) {
+  FASTATTN_INLINE const Operand* prepare_tile(Arrays& w, const Element* k, const Element* v, int64_t tile) {
     const int64_t slot = slots == 1 ? 0 : tile, key0 = tile * kTileKeys;
     const int keys = static_cast<int>(min_of<int64_t>(kTileKeys, p.seqlen_k - key0));
-    T* packed_v = packs_values ? w.v + slot * columns * kTileKeys : nullptr;
+    Operand* packed_v = packs_values ? w.v + slot * columns * kTileKeys / kTerms<Operand> : nullptr;
     if (slots != tiles || !w.packed[slot]) {
       w.packed[slot] = 1;
-      pack_keys(w.k + slot * depth * kTileKeys, k + key0 * p.k.stride_row, p.k.stride_row, keys, depth);
+      pack_keys(w.k + slot * depth * kTileKeys, k + key0 * p.k.stride_row, p.k.stride_row, keys,
+                static_cast<int>(p.head_dim));
       if (packs_values) {
-        pack_rows(packed_v, columns, v + key0 * p.v.stride_row, p.v.stride_row, keys, static_cast<int>(p.head_dim_v));
+        pack_right(packed_v, columns, v + key0 * p.v.stride_row, p.v.stride_row, keys, static_cast<int>(p.head_dim_v));
       }
     }
-    if constexpr (std::is_same_v<T, Element>) {
+    if constexpr (std::is_same_v<Operand, Element>) {
       if (!packs_values) return v + key0 * p.v.stride_row;
     }
     return packed_v;
   }
 
   // All rows against one tile: first every row's probabilities, while the tile's keys are in L1, then its values.
-  FASTATTN_INLINE void visit_tile(const RowBlock<T>& block, int rows, const KeyTile<T>& tile, const T* v) {
+  FASTATTN_INLINE void visit_tile(const RowBlock<T, Operand>& block, int rows, const KeyTile<Operand>& tile,
+                                  const Operand* v) {
     const int keys = static_cast<int>(min_of<int64_t>(kTileKeys, p.seqlen_k - tile.key0));
     IndexRange seen[kBlockRows / kTileRows];
     for (int row = 0; row < rows; row += kTileRows) {
@@ -205,17 +220,19 @@ struct Forward {
     }
   }
 
-  static FASTATTN_INLINE RowBlock<T> rows_from(RowBlock<T> block, int row) {
+  static FASTATTN_INLINE RowBlock<T, Operand> rows_from(RowBlock<T, Operand> block, int row) {
     block.row0 += row;
     block.q += int64_t{row} * block.depth;
-    block.p += row * kTileKeys;
+    block.p += row * kTileKeys / kTerms<Operand>;
+    if constexpr (kTerms<Operand> == 1) block.raw = block.p;
     block.row_max += row;
     block.row_sum += row * V::kLanes;
     block.out += row * block.ld_out;
     return block;
   }
 
-  static FASTATTN_INLINE void score_rows(const RowBlock<T>& rows, KeyTile<T> tile, int row, IndexRange seen) {
+  static FASTATTN_INLINE void score_rows(const RowBlock<T, Operand>& rows, KeyTile<Operand> tile, int row,
+                                         IndexRange seen) {
     constexpr int kAllVecs = kTileKeys / V::kLanes;
     if (tile.visible == nullptr) return score_tile<kTileRows, kAllVecs, false>(rows, tile);
     tile.visible += row;
@@ -235,7 +252,7 @@ struct Forward {
     score_tile<kTileRows, kAllVecs, true>(rows, tile);
   }
 
-  void finish_rows(Workspace<T>& w, int64_t batch, int64_t head, IndexRange range, bool visited) {
+  void finish_rows(Arrays& w, int64_t batch, int64_t head, IndexRange range, bool visited) {
     for (int64_t row = range.begin; row < range.end; ++row) {
       const int64_t r = row - range.begin;
       RowStatistics statistics;
@@ -246,6 +263,16 @@ struct Forward {
 };
 
 }  // namespace
+
+#if defined(__AVX512BF16__)
+
+void attention_fwd_cpu(const AttentionParams& p) {
+  if (p.dtype != DType::kBFloat16 || decode_suits(p)) return isa_avx512::attention_fwd_cpu(p);
+  if (p.batch == 0 || p.heads == 0 || p.seqlen_q == 0) return;
+  Forward<float, BFloat16, BFloat16Pair>(p).run();
+}
+
+#else
 
 void attention_fwd_cpu(const AttentionParams& p) {
   if (p.batch == 0 || p.heads == 0 || p.seqlen_q == 0) return;
@@ -261,6 +288,8 @@ void attention_fwd_cpu(const AttentionParams& p) {
       return Forward<float, float>(p).run();
   }
 }
+
+#endif
 
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn

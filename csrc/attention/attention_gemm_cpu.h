@@ -1,6 +1,7 @@
 // The matrix products of the attention backward: at most 64 rows, cut into strips that fit the register tile.
 #pragma once
 
+#include "attention/attention_operand_cpu.h"
 #include "attention/attention_scores_cpu.h"
 #include "common/gemm_tile.h"
 #include "common/simd.h"
@@ -46,9 +47,9 @@ struct Rows {
 
 namespace detail {
 
-template <int kRows, int kVecs, typename T>
-__attribute__((noinline)) void gemm_strip(T* c, int64_t ldc, const T* a, int64_t a_row_stride, int64_t a_k_stride,
-                                          const T* b, int64_t ldb, int depth, bool accumulate) {
+template <int kRows, int kVecs, typename T, typename Operand>
+__attribute__((noinline)) void gemm_strip(T* c, int64_t ldc, const Operand* a, int64_t a_row_stride, int64_t a_k_stride,
+                                          const Operand* b, int64_t ldb, int depth, bool accumulate) {
   using V = Vec<T>;
   V acc[kRows][kVecs];
   unroll<kRows>(FASTATTN_LAMBDA(r) { unroll<kVecs>(FASTATTN_LAMBDA(v) { acc[r][v] = V::zero(); }); });
@@ -64,38 +65,39 @@ __attribute__((noinline)) void gemm_strip(T* c, int64_t ldc, const T* a, int64_t
       FASTATTN_LAMBDA(r) { unroll<kVecs>(FASTATTN_LAMBDA(v) { acc[r][v].store(c + r * ldc + v * V::kLanes); }); });
 }
 
-template <typename T>
-using StripFn = void (*)(T*, int64_t, const T*, int64_t, int64_t, const T*, int64_t, int, bool);
+template <typename T, typename Operand>
+using StripFn = void (*)(T*, int64_t, const Operand*, int64_t, int64_t, const Operand*, int64_t, int, bool);
 
-template <int kRows, typename T>
-FASTATTN_INLINE StripFn<T> choose_strip(int vecs) {
+template <int kRows, typename T, typename Operand>
+FASTATTN_INLINE StripFn<T, Operand> choose_strip(int vecs) {
   if constexpr (kTileVecs >= 4) {
-    if (vecs == 4) return gemm_strip<kRows, 4, T>;
-    if (vecs == 3) return gemm_strip<kRows, 3, T>;
+    if (vecs == 4) return gemm_strip<kRows, 4, T, Operand>;
+    if (vecs == 3) return gemm_strip<kRows, 3, T, Operand>;
   }
-  return vecs == 2 ? gemm_strip<kRows, 2, T> : gemm_strip<kRows, 1, T>;
+  return vecs == 2 ? gemm_strip<kRows, 2, T, Operand> : gemm_strip<kRows, 1, T, Operand>;
 }
-template <typename T>
-FASTATTN_INLINE StripFn<T> choose_strip(int rows, int vecs) {
+template <typename T, typename Operand>
+FASTATTN_INLINE StripFn<T, Operand> choose_strip(int rows, int vecs) {
   switch (rows) {
     case kTileRows:
-      return choose_strip<kTileRows, T>(vecs);
+      return choose_strip<kTileRows, T, Operand>(vecs);
     case 4:
-      return choose_strip<4, T>(vecs);
+      return choose_strip<4, T, Operand>(vecs);
     case 2:
-      return choose_strip<2, T>(vecs);
+      return choose_strip<2, T, Operand>(vecs);
     default:
-      return choose_strip<1, T>(vecs);
+      return choose_strip<1, T, Operand>(vecs);
   }
 }
 
 }  // namespace detail
 
 // c (+)= a b, with `rows` rows. Columns are visited in the outer loop: the part of b that one register tile reads stays
-// in L1 for all strips.
-template <typename T>
-__attribute__((noinline)) void gemm(Rows<T> c, Broadcast<T> a, Rows<const T> b, int rows, int columns, bool accumulate,
-                                    const StripLimits& limits) {
+// in L1 for all strips. `limits` count terms, of which an element of a and a row of b may hold two: a term that shares
+// an element with one within the limits is 0.
+template <typename T, typename Operand>
+__attribute__((noinline)) void gemm(Rows<T> c, Broadcast<Operand> a, Rows<const Operand> b, int rows, int columns,
+                                    bool accumulate, const StripLimits& limits) {
   constexpr int kLanes = Vec<T>::kLanes;
   const int vecs = (columns + kLanes - 1) / kLanes;
   const int chunks = (vecs + kTileVecs - 1) / kTileVecs;
@@ -105,11 +107,12 @@ __attribute__((noinline)) void gemm(Rows<T> c, Broadcast<T> a, Rows<const T> b, 
       const int height = strip_rows(rows - row);
       const int strip_vecs = (limits.columns[strip] + kLanes - 1) / kLanes;
       const int width = min_of(min_of(chunk, vecs - vec), strip_vecs - vec);
-      const int k0 = limits.depth_begin[strip], depth = limits.depth_end[strip] - k0;
+      const int k0 = limits.depth_begin[strip] / kTerms<Operand>;
+      const int depth = static_cast<int>(elements_for<Operand>(limits.depth_end[strip])) - k0;
       if (width > 0 && depth > 0) {
-        detail::choose_strip<T>(height, width)(c.data + row * c.stride + vec * kLanes, c.stride,
-                                               a.data + row * a.row_stride + k0 * a.k_stride, a.row_stride, a.k_stride,
-                                               b.data + k0 * b.stride + vec * kLanes, b.stride, depth, accumulate);
+        detail::choose_strip<T, Operand>(height, width)(
+            c.data + row * c.stride + vec * kLanes, c.stride, a.data + row * a.row_stride + k0 * a.k_stride,
+            a.row_stride, a.k_stride, b.data + k0 * b.stride + vec * kLanes, b.stride, depth, accumulate);
       }
       row += height;
     }

@@ -49,10 +49,11 @@ FASTATTN_INLINE void drop(T* dropped, const T* p, T keep_scale, const TilePlace&
 // p (kTileKeys columns a row) = the probabilities of q, rows of one head from place.row0 on, over the keys of k_t; with
 // softcap, `slope` gets the derivative of the capping. `limits` must allow for every visible element, and with softcap
 // for all.
-template <typename T, bool kPartial>
-FASTATTN_INLINE void recompute_probabilities(T* p, T* slope, const HeadScores<T>& scores, Rows<const T> q, const T* k_t,
-                                             const T* lse, const TilePlace& place, const StripLimits& limits) {
-  gemm<T>({p, kTileKeys}, {q.data, q.stride, 1}, {k_t, kTileKeys}, place.rows, kTileKeys, false, limits);
+template <typename T, bool kPartial, typename Operand>
+FASTATTN_INLINE void recompute_probabilities(T* p, T* slope, const HeadScores<T>& scores, Rows<const Operand> q,
+                                             const Operand* k_t, const T* lse, const TilePlace& place,
+                                             const StripLimits& limits) {
+  gemm<T, Operand>({p, kTileKeys}, {q.data, q.stride, 1}, {k_t, kTileKeys}, place.rows, kTileKeys, false, limits);
   if (!scores.has_terms()) return probabilities<T, kPartial>(p, lse, scores.dot_factor, place);
   using V = Vec<T>;
   const V factor = V::set1(scores.dot_factor);

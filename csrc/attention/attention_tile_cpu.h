@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "attention/attention_operand_cpu.h"
 #include "attention/attention_scores_cpu.h"
 #include "common/gemm_tile.h"
 #include "common/simd.h"
@@ -22,26 +23,27 @@ FASTATTN_INLINE int depth_step_of(int depth) {
   return (depth + pieces - 1) / pieces;
 }
 
-// Some rows on their way through the keys. Row r's probabilities of this tile are at p + r * kTileKeys.
-template <typename T>
+// Some rows on their way through the keys. Row r's probabilities of this tile are at p + r * kTileKeys / kTerms.
+template <typename T, typename Operand = T>
 struct RowBlock {
   const HeadScores<T>* scores;
   const Dropout* dropout;
   uint32_t batch_head;
-  int depth;       // head_dim
+  int depth;       // head_dim, in elements of Operand
   int depth_step;  // summed on its own, at most kLongestSum
   int64_t row0;
-  const T* q;  // rows x depth, times dot_factor
-  T* p;
+  const Operand* q;  // rows x depth, times dot_factor where Operand is T
+  Operand* p;
+  T* raw;      // where scores wait for their terms, a row every kTileKeys; the memory of p where Operand is T
   T* row_max;  // the score that row is scaled by
   T* row_sum;  // rows x Vec<T>::kLanes: partial sums of e^(score - row_max)
   T* out;      // rows x ld_out, not yet divided by the sum
   int64_t ld_out;
 };
 
-template <typename T>
+template <typename Operand>
 struct KeyTile {
-  const T* k;  // depth x kTileKeys
+  const Operand* k;  // depth x kTileKeys
   int64_t key0;
   // The vectors of a row that any row sees: [vec_begin, vec_end) of kTileKeys / kLanes.
   int vec_begin, vec_end;
@@ -50,8 +52,8 @@ struct KeyTile {
 };
 
 // One row's scores, kVecs vectors of them, become e^(score - row_max). Returns them before dropout sums, after it in x.
-template <int kVecs, typename T>
-FASTATTN_INLINE void softmax_step(Vec<T> (&x)[kVecs], const RowBlock<T>& rows, int row, bool first) {
+template <int kVecs, typename T, typename Operand>
+FASTATTN_INLINE void softmax_step(Vec<T> (&x)[kVecs], const RowBlock<T, Operand>& rows, int row, bool first) {
   using V = Vec<T>;
   V largest = x[0];
   unroll<kVecs>(FASTATTN_LAMBDA(v) { largest = max(largest, x[v]); });
@@ -93,8 +95,8 @@ FASTATTN_INLINE void keep_lanes(Vec<T> (&x)[kVecs], uint64_t bits, T hidden) {
 
 // Rows [0, kRows) of the block against kVecs vectors of keys: p = e^(score - row_max) after dropout.
 // On AVX-512 kVecs vectors stay in registers from the product to the exponential.
-template <int kRows, int kVecs, bool kHide, typename T>
-__attribute__((noinline)) void score_tile(const RowBlock<T>& rows, const KeyTile<T>& tile) {
+template <int kRows, int kVecs, bool kHide, typename T, typename Operand>
+__attribute__((noinline)) void score_tile(const RowBlock<T, Operand>& rows, const KeyTile<Operand>& tile) {
   using V = Vec<T>;
   constexpr int kLanes = V::kLanes;
   constexpr int kProductVecs = kVecs < kTileVecs ? kVecs : kTileVecs;
@@ -103,11 +105,17 @@ __attribute__((noinline)) void score_tile(const RowBlock<T>& rows, const KeyTile
   const bool stays_in_registers = kVecs == kProductVecs && !has_terms;
   V acc[kRows][kProductVecs];
   for (int vec = 0; vec < kVecs; vec += kProductVecs) {
-    const auto at = [&](int r, int v) { return rows.p + r * kTileKeys + lane0 + (vec + v) * kLanes; };
+    const auto at = [&](int r, int v) { return rows.raw + r * kTileKeys + lane0 + (vec + v) * kLanes; };
     for (int d = 0; d < rows.depth; d += rows.depth_step) {
       const int d_end = min_of(d + rows.depth_step, rows.depth);
       unroll<kRows>(FASTATTN_LAMBDA(r) { unroll<kProductVecs>(FASTATTN_LAMBDA(v) { acc[r][v] = V::zero(); }); });
       gemm_tile(acc, rows.q + d, rows.depth, 1, tile.k + d * kTileKeys + lane0 + vec * kLanes, kTileKeys, d_end - d);
+      if constexpr (kTerms<Operand> > 1) {
+        // bfloat16 is multiplied as it came.
+        const V factor = V::set1(rows.scores->dot_factor);
+        unroll<kRows>(
+            FASTATTN_LAMBDA(r) { unroll<kProductVecs>(FASTATTN_LAMBDA(v) { acc[r][v] = acc[r][v] * factor; }); });
+      }
       if (d > 0) {
         unroll<kRows>(FASTATTN_LAMBDA(r) {
           unroll<kProductVecs>(FASTATTN_LAMBDA(v) { acc[r][v] = acc[r][v] + V::load(at(r, v)); });
@@ -120,12 +128,11 @@ __attribute__((noinline)) void score_tile(const RowBlock<T>& rows, const KeyTile
   }
   if (has_terms) add_score_terms(rows, tile, kRows);
   unroll<kRows>(FASTATTN_LAMBDA(r) {
-    T* p = rows.p + r * kTileKeys + lane0;
     V x[kVecs];
     if (stays_in_registers) {
       unroll<kProductVecs>(FASTATTN_LAMBDA(v) { x[v] = acc[r][v]; });
     } else {
-      unroll<kVecs>(FASTATTN_LAMBDA(v) { x[v] = V::load(p + v * kLanes); });
+      unroll<kVecs>(FASTATTN_LAMBDA(v) { x[v] = V::load(rows.raw + r * kTileKeys + lane0 + v * kLanes); });
     }
     if constexpr (kHide) keep_lanes(x, tile.visible[r] >> lane0, -std::numeric_limits<T>::infinity());
     softmax_step(x, rows, r, tile.first);
@@ -134,38 +141,42 @@ __attribute__((noinline)) void score_tile(const RowBlock<T>& rows, const KeyTile
           rows.dropout->kept_columns(rows.batch_head, static_cast<uint32_t>(rows.row0 + r), tile.key0);
       keep_lanes(x, kept >> lane0, T(0));
     }
-    unroll<kVecs>(FASTATTN_LAMBDA(v) { x[v].store(p + v * kLanes); });
+    Operand* p = rows.p + (r * kTileKeys + lane0) / kTerms<Operand>;
+    unroll<kVecs>(FASTATTN_LAMBDA(v) { store_left(p + v * kLanes / kTerms<Operand>, x[v]); });
   });
 }
 
-template <typename T>
-__attribute__((noinline)) void add_score_terms(const RowBlock<T>& rows, const KeyTile<T>& tile, int count) {
-  if (rows.scores->softcap != 0) rows.scores->cap(rows.p, kTileKeys, count);
-  rows.scores->add_terms(rows.p, kTileKeys, rows.row0, count, tile.key0);
+template <typename T, typename Operand>
+__attribute__((noinline)) void add_score_terms(const RowBlock<T, Operand>& rows, const KeyTile<Operand>& tile,
+                                               int count) {
+  if (rows.scores->softcap != 0) rows.scores->cap(rows.raw, kTileKeys, count);
+  rows.scores->add_terms(rows.raw, kTileKeys, rows.row0, count, tile.key0);
 }
 
-// out[r][0, kVecs vectors) (+)= sum over keys of p[r][key] * v[key]
-template <int kRows, int kVecs, typename T, typename Element>
-FASTATTN_INLINE void value_tile(const T* p, const Element* v, int64_t ld_v, int keys, T* out, int64_t ld_out,
+// out[r][0, kVecs vectors) (+)= sum over keys of p[r][key] * v[key], where `keys` counts elements of p.
+template <int kRows, int kVecs, typename T, typename Operand, typename Element>
+FASTATTN_INLINE void value_tile(const Operand* p, const Element* v, int64_t ld_v, int keys, T* out, int64_t ld_out,
                                 bool first) {
   using V = Vec<T>;
   V acc[kRows][kVecs];
   unroll<kRows>(FASTATTN_LAMBDA(r) {
     unroll<kVecs>(FASTATTN_LAMBDA(c) { acc[r][c] = first ? V::zero() : V::load(out + r * ld_out + c * V::kLanes); });
   });
-  gemm_tile(acc, p, kTileKeys, 1, v, ld_v, keys);
+  gemm_tile(acc, p, kTileKeys / kTerms<Operand>, 1, v, ld_v, keys);
   unroll<kRows>(
       FASTATTN_LAMBDA(r) { unroll<kVecs>(FASTATTN_LAMBDA(c) { acc[r][c].store(out + r * ld_out + c * V::kLanes); }); });
 }
 
-// Keys [key_begin, key_end) of the tile; v points at the tile's first key.
-template <int kRows, typename T, typename Element>
-__attribute__((noinline)) void accumulate_values(const RowBlock<T>& rows, const Element* v, int64_t ld_v, int key_begin,
-                                                 int key_end, bool first) {
+// Keys [key_begin, key_end) of the tile; v points at the tile's first key, or pair of keys.
+template <int kRows, typename T, typename Operand, typename Element>
+__attribute__((noinline)) void accumulate_values(const RowBlock<T, Operand>& rows, const Element* v, int64_t ld_v,
+                                                 int key_begin, int key_end, bool first) {
   constexpr int kLanes = Vec<T>::kLanes;
-  const T* p = rows.p + key_begin;
+  // A key that shares a pair with one of the range has p = 0.
+  key_begin /= kTerms<Operand>;
+  const Operand* p = rows.p + key_begin;
   v += key_begin * ld_v;
-  const int keys = key_end - key_begin;
+  const int keys = static_cast<int>(elements_for<Operand>(key_end)) - key_begin;
   T* out = rows.out;
   int vecs = static_cast<int>(rows.ld_out) / kLanes;
   while (vecs > 0) {

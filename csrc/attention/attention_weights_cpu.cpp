@@ -56,9 +56,9 @@ bool compute_tile(const AttentionWeightsParams& p, const WeightsArrays<T>& array
   limits.set_all(head_dim, kTileKeys);
   if (view == TileView::kPartial) {
     place.visible = visible;
-    recompute_probabilities<T, true>(arrays.p, nullptr, scores, {arrays.q, width}, arrays.k_t, lse, place, limits);
+    recompute_probabilities<T, true, T>(arrays.p, nullptr, scores, {arrays.q, width}, arrays.k_t, lse, place, limits);
   } else {
-    recompute_probabilities<T, false>(arrays.p, nullptr, scores, {arrays.q, width}, arrays.k_t, lse, place, limits);
+    recompute_probabilities<T, false, T>(arrays.p, nullptr, scores, {arrays.q, width}, arrays.k_t, lse, place, limits);
   }
   if (dropout.active()) {
     for (int r = 0; r < place.rows; ++r) {

@@ -18,15 +18,15 @@ constexpr int kTileVecs = 2;
 
 // acc[r][v] += sum over k < depth of a[r * a_row_stride + k * a_k_stride] * b[k * ldb + v * kLanes ...]
 // A is broadcast element by element (from L1 that is nearly free), B is read in vectors, and converted if it is not of
-// T.
-template <int kRows, int kVecs, typename T, typename B>
-FASTATTN_INLINE void gemm_tile(Vec<T> (&acc)[kRows][kVecs], const T* a, int64_t a_row_stride, int64_t a_k_stride,
+// A's type. That is T, or BFloat16Pair, with which k counts pairs of terms.
+template <int kRows, int kVecs, typename T, typename A, typename B>
+FASTATTN_INLINE void gemm_tile(Vec<T> (&acc)[kRows][kVecs], const A* a, int64_t a_row_stride, int64_t a_k_stride,
                                const B* b, int64_t ldb, int depth) {
   for (int k = 0; k < depth; ++k) {
-    Vec<T> b_row[kVecs];
-    unroll<kVecs>(FASTATTN_LAMBDA(v) { b_row[v] = Vec<T>::load_as(b + v * Vec<T>::kLanes); });
+    Vec<A> b_row[kVecs];
+    unroll<kVecs>(FASTATTN_LAMBDA(v) { b_row[v] = Vec<A>::load_as(b + v * Vec<A>::kLanes); });
     unroll<kRows>(FASTATTN_LAMBDA(r) {
-      const Vec<T> a_value = Vec<T>::set1(a[r * a_row_stride]);
+      const Vec<A> a_value = Vec<A>::set1(a[r * a_row_stride]);
       unroll<kVecs>(FASTATTN_LAMBDA(v) { acc[r][v] = fma(a_value, b_row[v], acc[r][v]); });
     });
     a += a_k_stride;

@@ -17,6 +17,8 @@ bool cpu_supports(Isa isa) {
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("avx512vnni");
+    case Isa::kAvx512Bf16:
+      return cpu_supports(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
   }
   return false;
 #else
@@ -26,7 +28,7 @@ bool cpu_supports(Isa isa) {
 
 std::atomic<int>& active() {
   static std::atomic<int> isa{[] {
-    for (Isa candidate : {Isa::kAvx512, Isa::kAvx2}) {
+    for (Isa candidate : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2}) {
       if (isa_is_usable(candidate)) return static_cast<int>(candidate);
     }
     return static_cast<int>(Isa::kPortable);
@@ -44,6 +46,8 @@ bool isa_is_built(Isa isa) {
       return FASTATTN_BUILD_AVX2;
     case Isa::kAvx512:
       return FASTATTN_BUILD_AVX512;
+    case Isa::kAvx512Bf16:
+      return FASTATTN_BUILD_AVX512_BF16;
   }
   return false;
 }
@@ -62,6 +66,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
   }
   return "unknown";
 }
