@@ -43,6 +43,29 @@ const char* launch_clusters(void (*kernel)(Parameters...), dim3 grid, dim3 clust
 #endif
 }
 
+// How many clusters a device runs at once; `in_theory` is what its multiprocessors would hold were clusters not bound
+// to groups of them.
+template <typename... Parameters>
+int max_resident_clusters([[maybe_unused]] void (*kernel)(Parameters...), [[maybe_unused]] dim3 cluster,
+                          [[maybe_unused]] dim3 block, [[maybe_unused]] size_t smem_bytes, int in_theory) {
+#if defined(FASTATTN_EMULATED)
+  return in_theory;
+#else
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster.x, cluster.y, cluster.z};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = cluster;
+  config.blockDim = block;
+  config.dynamicSmemBytes = smem_bytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  const cudaError_t status = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  return status == cudaSuccess && clusters > 0 ? clusters : in_theory;
+#endif
+}
+
 // launch_kernel(kernel<Traits>, grid, block, dynamic_smem_bytes, stream, arguments...): without clusters.
 template <typename... Parameters, typename... Arguments>
 const char* launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream,

@@ -34,7 +34,7 @@ static void run_thread() {
   Block& block = *self.block;
   Cluster& cluster = *block.cluster;
   enter_fiber(cluster.os_thread);
-  tsan_acquire(&cluster);
+  tsan_acquire(&cluster.body);
   cluster.body();
   {
     const IgnoreScope hidden;
@@ -187,7 +187,7 @@ class ClusterRunner {
   std::string run(uint64_t index, uint64_t seed) {
     reset(index, seed);
     adopt_os_thread(cluster_.os_thread);
-    tsan_release(&cluster_);
+    tsan_release(&cluster_.body);
     switch_to(nullptr, *pick_next(cluster_));
     tsan_acquire(&cluster_);
     current_view = nullptr;

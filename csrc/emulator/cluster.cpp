@@ -47,7 +47,7 @@ void cluster_arrive(bool releases, Site site) {
   }
   take_proxy_fence(self);
   if (releases) {
-    tsan_release(&cluster);
+    tsan_release(&cluster.phase_order[cluster.barrier_phase % 2]);
     for (auto& barrier : self.block->mbarriers) barrier->visible_to_async_proxy = true;
   }
   self.cluster_barrier = ClusterBarrierStep::kArrived;
@@ -67,7 +67,8 @@ void cluster_wait(Site site) {
     wait_here(site);
   }
   self.cluster_barrier = ClusterBarrierStep::kNeither;
-  tsan_acquire(self.block->cluster);
+  Cluster& cluster = *self.block->cluster;
+  tsan_acquire(&cluster.phase_order[(cluster.barrier_phase - 1) % 2]);
   maybe_yield(site);
 }
 

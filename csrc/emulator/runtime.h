@@ -168,6 +168,8 @@ struct Cluster {
   // barrier.cluster: complete when every thread that has not exited has arrived.
   int alive = 0, arrived = 0;
   uint32_t barrier_phase = 0;
+  // What ThreadSanitizer knows a phase by: a thread may arrive in the next one before another has left this one.
+  char phase_order[2] = {};
 
   std::vector<AsyncOperation> operations;
   Random random;

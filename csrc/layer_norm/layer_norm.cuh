@@ -31,6 +31,11 @@ struct RowShape {
 // Columns are counted in 32 bits.
 constexpr int64_t kMaxCols = int64_t{1} << 30;
 
+// What a block has of every row: all of it, or the share of one block in a cluster. Starts at a whole chunk.
+struct Columns {
+  int begin, end;
+};
+
 template <typename Element, typename OutElement>
 constexpr int kChunkOf = 16 / (sizeof(Element) > sizeof(OutElement) ? sizeof(Element) : sizeof(OutElement));
 

@@ -4,8 +4,8 @@
 // Work:    as many blocks as fit on the device at once go through the rows; threads share a row as in the forward. Each
 //          block leaves one partial sum of dweight and dbias; layer_norm_sum_partials_kernel adds those up.
 // Memory:  x and dout are read once, the next row's while this one is worked on; dx is written once. Sums over rows
-// stay
-//          in registers until the block's last row. Longer rows: layer_norm_bwd_long.cuh.
+//          stay in registers until the block's last row. Longer rows: layer_norm_cluster_sm90.cuh on Hopper, else
+//          layer_norm_bwd_long.cuh.
 // Numbers: fp32, every sum in a fixed order: the same bits on every run on one kind of device.
 #pragma once
 
@@ -87,9 +87,9 @@ FASTATTN_DEVICE void drop_gradient(const LayerNormBwdParams& p, const RowDropout
   }
 }
 
-// Where the block leaves its sums: dweight's columns, then dbias's.
-FASTATTN_DEVICE float* block_sums(const LayerNormBwdParams& p) {
-  return static_cast<float*>(p.partial) + int64_t{blockIdx.x} * 2 * p.cols;
+// Where a block, or a cluster, leaves its sums: dweight's columns, then dbias's.
+FASTATTN_DEVICE float* partial_sums(const LayerNormBwdParams& p, int64_t index) {
+  return static_cast<float*>(p.partial) + index * 2 * p.cols;
 }
 
 // --- Rows in registers -----------------------------------------------------------------------------------------------
@@ -101,16 +101,16 @@ struct BwdRow {
   Vec<typename Traits::OutElement, Traits::kChunk> dout[Traits::Shape::kChunks];
   RowMoments moments;
 
-  FASTATTN_DEVICE BwdRow(const LayerNormBwdParams& p, int64_t row, int thread, bool aligned)
+  FASTATTN_DEVICE BwdRow(const LayerNormBwdParams& p, int64_t row, const Columns& columns, int thread, bool aligned)
       : moments(p, row < p.rows ? row : 0) {
-    const int cols = row < p.rows ? static_cast<int>(p.cols) : 0;
+    const int end = row < p.rows ? columns.end : 0;
     const auto* x_gmem = row_pointer<const typename Traits::Element>(p.x, row < p.rows ? row : 0);
     const auto* dout_gmem = row_pointer<const typename Traits::OutElement>(p.dout, row < p.rows ? row : 0);
 #pragma unroll
     for (int i = 0; i < Traits::Shape::kChunks; ++i) {
-      const int column = (i * Traits::Shape::kThreads + thread) * Traits::kChunk;
-      x[i] = load_chunk<Traits::kChunk>(x_gmem, column, cols, aligned);
-      dout[i] = load_chunk<Traits::kChunk>(dout_gmem, column, cols, aligned);
+      const int column = columns.begin + (i * Traits::Shape::kThreads + thread) * Traits::kChunk;
+      x[i] = load_chunk<Traits::kChunk>(x_gmem, column, end, aligned);
+      dout[i] = load_chunk<Traits::kChunk>(dout_gmem, column, end, aligned);
     }
   }
 };
@@ -123,20 +123,21 @@ struct BwdBlock {
   using Scratch = SumScratch<Shape::kWarpsPerRow, 2>;
 
   const LayerNormBwdParams& p;
-  int cols;
+  Columns columns;
   bool aligned;
   int thread;  // among those of a row
   typename Traits::Dropout dropout;
   Floats<kChunk> dweight[kChunks], dbias[kChunks];  // of all rows so far
 
-  FASTATTN_DEVICE int column_of(int i) const { return (i * Shape::kThreads + thread) * kChunk; }
+  FASTATTN_DEVICE int column_of(int i) const { return columns.begin + (i * Shape::kThreads + thread) * kChunk; }
 
   FASTATTN_DEVICE Floats<kChunk> load_weight(int i) const {
-    return load_floats<kChunk>(static_cast<const float*>(p.weight), column_of(i), cols, aligned);
+    return load_floats<kChunk>(static_cast<const float*>(p.weight), column_of(i), columns.end, aligned);
   }
 
-  FASTATTN_DEVICE RowTerms row_terms(const BwdRow<Traits>& row, Scratch& scratch) const {
-    float sums[2] = {};
+  // Of dy = dout * weight and of dy * d, over the block's columns.
+  FASTATTN_DEVICE void sum_row(const BwdRow<Traits>& row, float (&sums)[2], Scratch& scratch) const {
+    sums[0] = sums[1] = 0.0f;
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       const auto weight = load_weight(chunk);
@@ -148,6 +149,11 @@ struct BwdBlock {
       }
     }
     sum_over_row<Shape::kThreads>(sums, scratch);
+  }
+
+  FASTATTN_DEVICE RowTerms row_terms(const BwdRow<Traits>& row, Scratch& scratch) const {
+    float sums[2];
+    sum_row(row, sums, scratch);
     return {p, row.moments, sums[0], sums[1]};
   }
 
@@ -165,13 +171,13 @@ struct BwdBlock {
         dbias[chunk][i] += to_float(row.dout[chunk][i]);
         gradient[i] = dout_rstd * weight[i] - row.moments.rstd * terms.dy_mean - terms.d_scale * d;
       }
-      if (row_index < p.rows && column_of(chunk) < cols) {
-        store_gradient<Traits>(p, gradient, row_index, column_of(chunk), cols, aligned);
+      if (row_index < p.rows && column_of(chunk) < columns.end) {
+        store_gradient<Traits>(p, gradient, row_index, column_of(chunk), columns.end, aligned);
       }
     }
     if constexpr (Traits::kDrops) {
       if (row_index < p.rows) {
-        drop_gradient<Traits>(p, dropout, row_index, column_of(0), Shape::kThreads * kChunk, cols, aligned);
+        drop_gradient<Traits>(p, dropout, row_index, column_of(0), Shape::kThreads * kChunk, columns.end, aligned);
       }
     }
   }
@@ -179,9 +185,10 @@ struct BwdBlock {
   // Writes the sums of one gradient to global memory, those of rows that the block had at the same time added up.
   FASTATTN_DEVICE void store_sums(float* sums_gmem, const Floats<kChunk> (&sums)[kChunks], float* smem) const {
     if constexpr (Shape::kRowsPerBlock == 1) {
+      const bool sums_aligned = aligned && p.cols % 4 == 0;
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
-        if (column_of(i) < cols) store_floats(sums_gmem, sums[i], column_of(i), cols, aligned && cols % 4 == 0);
+        if (column_of(i) < columns.end) store_floats(sums_gmem, sums[i], column_of(i), columns.end, sums_aligned);
       }
     } else {
       float* own_smem = smem + static_cast<int>(threadIdx.x) / Shape::kThreads * Traits::kColumns;
@@ -189,7 +196,7 @@ struct BwdBlock {
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) store_floats(own_smem, sums[i], column_of(i), Traits::kColumns, true);
       __syncthreads();
-      for (int column = static_cast<int>(threadIdx.x); column < cols; column += Shape::kBlockThreads) {
+      for (int column = static_cast<int>(threadIdx.x); column < columns.end; column += Shape::kBlockThreads) {
         float total = 0.0f;
 #pragma unroll
         for (int row = 0; row < Shape::kRowsPerBlock; ++row) total += smem[row * Traits::kColumns + column];
@@ -210,23 +217,25 @@ __global__ void __launch_bounds__(Traits::Shape::kBlockThreads, Traits::Shape::k
   // Threads beyond the last row go along with their block, whose reductions need them.
   int64_t rows_begin = int64_t{blockIdx.x} * Shape::kRowsPerBlock;
   const int row_in_block = static_cast<int>(threadIdx.x) / Shape::kThreads;
-  BwdBlock<Traits> block = {p, static_cast<int>(p.cols), aligned, thread, {p.dropout_p, p.rng_state}, {}, {}};
-  BwdRow<Traits> row(p, rows_begin + row_in_block, thread, aligned);
+  const Columns columns = {0, static_cast<int>(p.cols)};
+  BwdBlock<Traits> block = {p, columns, aligned, thread, {p.dropout_p, p.rng_state}, {}, {}};
+  BwdRow<Traits> row(p, rows_begin + row_in_block, columns, thread, aligned);
   while (rows_begin < p.rows) {
     const int64_t row_index = rows_begin + row_in_block;
     rows_begin += step;
     if constexpr (Traits::kPrefetches) {
-      const BwdRow<Traits> next(p, rows_begin + row_in_block, thread, aligned);
+      const BwdRow<Traits> next(p, rows_begin + row_in_block, columns, thread, aligned);
       block.finish_row(row, row_index, block.row_terms(row, scratch));
       row = next;
     } else {
       block.finish_row(row, row_index, block.row_terms(row, scratch));
-      row = BwdRow<Traits>(p, rows_begin + row_in_block, thread, aligned);
+      row = BwdRow<Traits>(p, rows_begin + row_in_block, columns, thread, aligned);
     }
   }
   if (p.partial == nullptr) return;
-  block.store_sums(block_sums(p), block.dweight, reinterpret_cast<float*>(smem));
-  block.store_sums(block_sums(p) + p.cols, block.dbias, reinterpret_cast<float*>(smem));
+  float* const sums_gmem = partial_sums(p, blockIdx.x);
+  block.store_sums(sums_gmem, block.dweight, reinterpret_cast<float*>(smem));
+  block.store_sums(sums_gmem + p.cols, block.dbias, reinterpret_cast<float*>(smem));
 }
 
 // --- Adding up the blocks --------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 // Launchers of the backward kernels: which shape serves which number of columns.
 #include "layer_norm/layer_norm_bwd.cuh"
 #include "layer_norm/layer_norm_bwd_long.cuh"
+#include "layer_norm/layer_norm_plan.h"
 
 namespace fastattn {
 namespace {
@@ -38,6 +39,12 @@ bool wants_parameters(const LayerNormBwdParams& p) { return p.dweight != nullptr
 
 template <typename Element, typename OutElement, bool kDrops>
 const char* launch_any_shape(const LayerNormBwdParams& p, const DeviceLaunch& launch) {
+  const RowClusterPlan plan = plan_bwd_cluster(chunks_of<Element, OutElement>(p), launch);
+  if (plan.blocks > 1 && p.rows > 0) {
+    int clusters = 0;
+    const char* error = layer_norm_bwd_cluster(p, launch, plan, most_bwd_clusters(p, launch, plan), clusters);
+    return error == nullptr && p.partial != nullptr ? launch_sum_partials(p, launch, clusters) : error;
+  }
   return dispatch_bwd_shape(chunks_of<Element, OutElement>(p), [&](auto shape) -> const char* {
     using Traits = LayerNormBwdTraits<Element, OutElement, decltype(shape), kDrops>;
     const int blocks = blocks_of<decltype(shape)>(p, launch);
@@ -59,8 +66,11 @@ size_t layer_norm_bwd_cuda_workspace_bytes(const LayerNormBwdParams& p, const De
   if (!wants_parameters(p)) return 0;
   int blocks = 0;
   dispatch_elements(p.x_dtype, p.out_dtype, [&](auto x, auto out) -> const char* {
-    blocks = dispatch_bwd_shape(chunks_of<typename decltype(x)::type, typename decltype(out)::type>(p),
-                                [&](auto shape) { return blocks_of<decltype(shape)>(p, launch); });
+    const int64_t chunks = chunks_of<typename decltype(x)::type, typename decltype(out)::type>(p);
+    const RowClusterPlan plan = plan_bwd_cluster(chunks, launch);
+    blocks = plan.blocks > 1
+                 ? most_bwd_clusters(p, launch, plan)
+                 : dispatch_bwd_shape(chunks, [&](auto shape) { return blocks_of<decltype(shape)>(p, launch); });
     return nullptr;
   });
   // Without rows there are no partial sums, but the kernel that adds them up still has to write zeros.

@@ -2,8 +2,7 @@
 // formulas.
 // Work:    a block takes kRows rows at a time, all its threads share each.
 // Memory:  x and dout are read twice, the second time from the L2 cache as a rule: first for the row sums, then for dx.
-// The
-//          sums over rows are in the block's part of the workspace, read and written once for kRows rows.
+//          The sums over rows are in the block's part of the workspace, read and written once for kRows rows.
 #pragma once
 
 #include "layer_norm/layer_norm_bwd.cuh"
@@ -57,7 +56,7 @@ struct LongBwdBlock {
   }
 
   FASTATTN_DEVICE void finish_rows(int64_t rows_begin, const float (&sums)[2 * kRows], bool first) const {
-    float* dweight_gmem = block_sums(p);
+    float* dweight_gmem = partial_sums(p, blockIdx.x);
     float* dbias_gmem = dweight_gmem + p.cols;
     const bool sums_aligned = aligned && cols % 4 == 0;
     for (int column = static_cast<int>(threadIdx.x) * kChunk; column < cols; column += kThreads * kChunk) {

@@ -1,10 +1,10 @@
 // Forward layer norm and RMS norm, alone and after a residual addition (layer_norm.h has the formulas).
 // Work:    a row belongs to 8 to 1024 threads (RowShape), as many as keep it in registers; short rows share a block.
 // Memory:  each row is read once and written once, 16 bytes a thread where addresses allow. Rows too long for the
-//          registers (kChunks = 0) are read again for each pass, from the L2 cache as a rule.
+//          registers (kChunks = 0) are read again for each pass, from the L2 cache as a rule; Hopper divides them among
+//          the blocks of a cluster instead (layer_norm_cluster_sm90.cuh).
 // Numbers: fp32. The variance is that of the deviations from the mean, not a difference of large numbers. The mean's
-// own
-//          rounding is corrected by the mean of the deviations, which a row with a large mean needs.
+//          own rounding is corrected by the mean of the deviations, which a row with a large mean needs.
 #pragma once
 
 #include "layer_norm/layer_norm.cuh"
@@ -34,13 +34,13 @@ struct FwdRow {
 
   const LayerNormParams& p;
   int64_t row;
-  int cols;    // 0 for threads beyond the last row, which go along because their warp's reductions need them
-  int thread;  // among those of the row
+  Columns columns;  // none for threads beyond the last row, which go along because their warp's reductions need them
+  int thread;       // among those of the row
   bool aligned;
   RowDropout<Traits::kDrops> dropout;
   Chunk cache[Traits::kCached ? Shape::kChunks : 1];
 
-  FASTATTN_DEVICE int column_of(int i) const { return (i * Shape::kThreads + thread) * kChunk; }
+  FASTATTN_DEVICE int column_of(int i) const { return columns.begin + (i * Shape::kThreads + thread) * kChunk; }
 
   // fn(column, chunk of x) for the chunks that this thread owns.
   template <typename Fn>
@@ -48,12 +48,12 @@ struct FwdRow {
     if constexpr (Traits::kCached) {
 #pragma unroll
       for (int i = 0; i < Shape::kChunks; ++i) {
-        if (column_of(i) < cols) fn(column_of(i), cache[i]);
+        if (column_of(i) < columns.end) fn(column_of(i), cache[i]);
       }
     } else {
       const auto* x = row_pointer<const Element>(p.x, row);
-      for (int column = column_of(0); column < cols; column += Shape::kThreads * kChunk) {
-        fn(column, load_chunk<kChunk>(x, column, cols, aligned));
+      for (int column = column_of(0); column < columns.end; column += Shape::kThreads * kChunk) {
+        fn(column, load_chunk<kChunk>(x, column, columns.end, aligned));
       }
     }
   }
@@ -65,24 +65,25 @@ struct FwdRow {
       const auto* x = row_pointer<const Element>(p.x, row);
 #pragma unroll
       for (int i = 0; i < Shape::kChunks; ++i) {
-        if (column_of(i) < cols) {
-          cache[i] = adds ? add(column_of(i)) : load_chunk<kChunk>(x, column_of(i), cols, aligned);
+        if (column_of(i) < columns.end) {
+          cache[i] = adds ? add(column_of(i)) : load_chunk<kChunk>(x, column_of(i), columns.end, aligned);
         }
       }
     } else if (adds) {
-      for (int column = column_of(0); column < cols; column += Shape::kThreads * kChunk) add(column);
+      for (int column = column_of(0); column < columns.end; column += Shape::kThreads * kChunk) add(column);
     }
   }
 
   FASTATTN_DEVICE Chunk add(int column) const {
-    const auto residual = load_chunk<kChunk>(row_pointer<const Element>(p.residual, row), column, cols, aligned);
-    const auto input = load_chunk<kChunk>(row_pointer<const OutElement>(p.input, row), column, cols, aligned);
+    const int end = columns.end;
+    const auto residual = load_chunk<kChunk>(row_pointer<const Element>(p.residual, row), column, end, aligned);
+    const auto input = load_chunk<kChunk>(row_pointer<const OutElement>(p.input, row), column, end, aligned);
     Floats<kChunk> sum = to_floats(input);
     dropout.apply(sum, row, column);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) sum[i] += to_float(residual[i]);
     const Chunk x = from_floats<Element>(sum);
-    store_chunk(row_pointer<Element>(p.x, row), x, column, cols, aligned);
+    store_chunk(row_pointer<Element>(p.x, row), x, column, end, aligned);
     return x;
   }
 };
@@ -91,10 +92,16 @@ struct RowStatistics {
   float center, correction, rstd;  // the mean is center + correction
 };
 
+// Sums over the `count` columns of a row that a block has: of deviations from their own mean as rounded, and of
+// squares.
+struct Moments {
+  float center, deviations, squares;
+};
+
 template <typename Traits>
-FASTATTN_DEVICE RowStatistics row_statistics(const FwdRow<Traits>& row, typename Traits::Scratch& scratch) {
+FASTATTN_DEVICE Moments sum_moments(const FwdRow<Traits>& row, int64_t count, typename Traits::Scratch& scratch) {
   constexpr int kThreads = Traits::Shape::kThreads;
-  const float inverse_n = 1.0f / static_cast<float>(row.p.cols);
+  const float inverse_n = 1.0f / static_cast<float>(count);
   float center = 0.0f;
   if (!row.p.rms) {
     float sum[1] = {};
@@ -109,17 +116,27 @@ FASTATTN_DEVICE RowStatistics row_statistics(const FwdRow<Traits>& row, typename
   row.for_each([&](int column, const auto& chunk) {
 #pragma unroll
     for (int i = 0; i < Traits::kChunk; ++i) {
-      const float deviation = column + i < row.cols ? to_float(chunk[i]) - center : 0.0f;
+      const float deviation = column + i < row.columns.end ? to_float(chunk[i]) - center : 0.0f;
       sums[0] += deviation;
       sums[1] += deviation * deviation;
     }
   });
   sum_over_row<kThreads>(sums, scratch);
-  const float correction = row.p.rms ? 0.0f : sums[0] * inverse_n;
-  const float variance = sums[1] * inverse_n - correction * correction;
+  return {center, sums[0], sums[1]};
+}
+
+// Of a row whose mean is center + correction.
+FASTATTN_DEVICE RowStatistics statistics_of(const LayerNormParams& p, float center, float correction, float variance) {
   // Rounding may leave an equal row a variance just below 0; a comparison, unlike fmaxf, lets NaN through.
-  const float eps = static_cast<float>(row.p.eps);
-  return {center, correction, 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance) + eps)};
+  return {center, correction, 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance) + static_cast<float>(p.eps))};
+}
+
+template <typename Traits>
+FASTATTN_DEVICE RowStatistics row_statistics(const FwdRow<Traits>& row, typename Traits::Scratch& scratch) {
+  const Moments moments = sum_moments(row, row.p.cols, scratch);
+  const float inverse_n = 1.0f / static_cast<float>(row.p.cols);
+  const float correction = row.p.rms ? 0.0f : moments.deviations * inverse_n;
+  return statistics_of(row.p, moments.center, correction, moments.squares * inverse_n - correction * correction);
 }
 
 template <typename Traits>
@@ -134,17 +151,22 @@ FASTATTN_DEVICE void normalize_row(const FwdRow<Traits>& row, const RowStatistic
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) values[i] = (values[i] - statistics.center) * statistics.rstd + offset;
     if (weight != nullptr) {
-      const auto scale = load_floats<kChunk>(weight, column, row.cols, row.aligned);
+      const auto scale = load_floats<kChunk>(weight, column, row.columns.end, row.aligned);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) values[i] *= scale[i];
     }
     if (bias != nullptr) {
-      const auto shift = load_floats<kChunk>(bias, column, row.cols, row.aligned);
+      const auto shift = load_floats<kChunk>(bias, column, row.columns.end, row.aligned);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) values[i] += shift[i];
     }
-    store_chunk(out, from_floats<typename Traits::OutElement>(values), column, row.cols, row.aligned);
+    store_chunk(out, from_floats<typename Traits::OutElement>(values), column, row.columns.end, row.aligned);
   });
+}
+
+FASTATTN_DEVICE void store_statistics(const LayerNormParams& p, int64_t row, const RowStatistics& statistics) {
+  static_cast<float*>(p.rstd)[row] = statistics.rstd;
+  if (!p.rms) static_cast<float*>(p.mean)[row] = statistics.center + statistics.correction;
 }
 
 template <typename Traits>
@@ -155,30 +177,32 @@ __global__ void __launch_bounds__(Traits::Shape::kBlockThreads)
   const int thread = static_cast<int>(threadIdx.x) % Shape::kThreads;
   const int64_t row_index =
       int64_t{blockIdx.x} * Shape::kRowsPerBlock + static_cast<int>(threadIdx.x) / Shape::kThreads;
-  const int cols = row_index < p.rows ? static_cast<int>(p.cols) : 0;
-  FwdRow<Traits> row = {p, row_index, cols, thread, aligned, {p.dropout_p, p.rng_state}, {}};
+  const Columns columns = {0, row_index < p.rows ? static_cast<int>(p.cols) : 0};
+  FwdRow<Traits> row = {p, row_index, columns, thread, aligned, {p.dropout_p, p.rng_state}, {}};
   row.load();
   const RowStatistics statistics = row_statistics(row, scratch);
   normalize_row(row, statistics);
-  if (thread == 0 && row_index < p.rows) {
-    static_cast<float*>(p.rstd)[row_index] = statistics.rstd;
-    if (!p.rms) static_cast<float*>(p.mean)[row_index] = statistics.center + statistics.correction;
-  }
+  if (thread == 0 && row_index < p.rows) store_statistics(p, row_index, statistics);
+}
+
+// Whether every access of the forward kernels falls on whole chunks.
+template <typename Traits>
+bool forward_is_aligned(const LayerNormParams& p) {
+  using Element = typename Traits::Element;
+  using OutElement = typename Traits::OutElement;
+  constexpr int kChunk = Traits::kChunk;
+  return rows_are_aligned<Element>(p.x, kChunk) && rows_are_aligned<OutElement>(p.out, kChunk) &&
+         rows_are_aligned<OutElement>(p.input, kChunk) && rows_are_aligned<Element>(p.residual, kChunk) &&
+         is_aligned(p.weight, 16) && is_aligned(p.bias, 16);
 }
 
 template <typename Traits>
 const char* launch_layer_norm_fwd(const LayerNormParams& p, const DeviceLaunch& launch) {
-  using Element = typename Traits::Element;
-  using OutElement = typename Traits::OutElement;
   using Shape = typename Traits::Shape;
-  constexpr int kChunk = Traits::kChunk;
-  const bool aligned = rows_are_aligned<Element>(p.x, kChunk) && rows_are_aligned<OutElement>(p.out, kChunk) &&
-                       rows_are_aligned<OutElement>(p.input, kChunk) && rows_are_aligned<Element>(p.residual, kChunk) &&
-                       is_aligned(p.weight, 16) && is_aligned(p.bias, 16);
   const int64_t blocks = (p.rows + Shape::kRowsPerBlock - 1) / Shape::kRowsPerBlock;
   if (blocks > INT32_MAX) return "more rows than a grid has blocks";
   return launch_kernel(layer_norm_fwd_kernel<Traits>, dim3(static_cast<unsigned>(blocks)), dim3(Shape::kBlockThreads),
-                       0, static_cast<cudaStream_t>(launch.stream), p, aligned);
+                       0, static_cast<cudaStream_t>(launch.stream), p, forward_is_aligned<Traits>(p));
 }
 
 }  // namespace fastattn

@@ -1,5 +1,6 @@
 // Launcher of the forward kernels: which shape serves which number of columns.
 #include "layer_norm/layer_norm_fwd.cuh"
+#include "layer_norm/layer_norm_plan.h"
 
 namespace fastattn {
 namespace {
@@ -19,7 +20,10 @@ const char* dispatch_fwd_shape(int64_t chunks, Fn&& fn) {
 template <typename Element, typename OutElement, bool kDrops>
 const char* launch_any_shape(const LayerNormParams& p, const DeviceLaunch& launch) {
   constexpr int kChunk = kChunkOf<Element, OutElement>;
-  return dispatch_fwd_shape((p.cols + kChunk - 1) / kChunk, [&](auto shape) {
+  const int64_t chunks = (p.cols + kChunk - 1) / kChunk;
+  const RowClusterPlan plan = plan_fwd_cluster(chunks, launch);
+  if (plan.blocks > 1) return layer_norm_fwd_cluster(p, launch, plan);
+  return dispatch_fwd_shape(chunks, [&](auto shape) {
     return launch_layer_norm_fwd<LayerNormFwdTraits<Element, OutElement, decltype(shape), kDrops>>(p, launch);
   });
 }
