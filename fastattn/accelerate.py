@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -72,6 +73,7 @@ def accelerate(
             left[name] = swap
     for module in model.modules():
         _avoid_fast_path(module)
+    _fuse_activations(model)
     model.__dict__[_LEFT] = left
     if verbose is not False:
         report = accelerate_report(model)
@@ -314,6 +316,30 @@ def _own_attributes(module: nn.Module) -> dict[str, Any]:
     """What the class of ``module`` put into it: not its mode and hooks, which the module that becomes it keeps."""
     kept = nn.Module().__dict__.keys() - {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
     return {name: value for name, value in module.__dict__.items() if name not in kept}
+
+
+# --- Activations of torch's encoder and decoder layers ----------------------------------------------------------------
+
+_FUSED_ACTIVATIONS = (F.relu, "relu"), (F.gelu, "gelu"), (F.silu, "silu")
+
+
+def _fuse_activations(model: nn.Module) -> None:
+    """Has the INT8 layer in front of a layer's activation apply it, in the pass that writes its result."""
+    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    for module in model.modules():
+        if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            continue
+        linear, activation = module.linear1, module.__dict__.get("activation")
+        name = next((name for function, name in _FUSED_ACTIVATIONS if activation is function), None)
+        # One that stands elsewhere too may be wanted without.
+        if name and type(linear) is Int8Linear and linear.activation is None and names[id(linear)] == 1:
+            _become(module, type(module), {"activation": _applied_before})
+            _become(linear, Int8Linear, {"activation": name, "_activation_name": name})
+
+
+def _applied_before(x: Tensor) -> Tensor:
+    """Stands for the activation of a layer whose first linear layer applies it."""
+    return x
 
 
 # --- torch's own inference op, which computes a whole encoder layer without calling its modules -----------------------

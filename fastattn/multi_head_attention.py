@@ -15,6 +15,7 @@ from fastattn._nested import nested_like, packed_tokens, pad_tokens, token_posit
 from fastattn.dispatch import BACKENDS
 from fastattn.ops.attention import attention, attention_and_weights
 from fastattn.ops.attention_checks import autocast_is_on
+from fastattn.ops.varlen_attention import varlen_attention
 
 
 class MultiHeadAttention(nn.MultiheadAttention):
@@ -157,10 +158,40 @@ class MultiHeadAttention(nn.MultiheadAttention):
             out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)
         return self.out_proj(out.flatten(-2)), weights
 
+    def forward_packed(self, input: Tensor, cu_seqlens: Tensor, max_seqlen: int, is_causal: bool = False) -> Tensor:
+        """Self-attention of sequences that stand one behind the other, without padding.
+
+        Args:
+            input: (tokens, embed_dim).
+            cu_seqlens: (batch + 1,) int32 or int64: sequence b is rows ``cu_seqlens[b]:cu_seqlens[b + 1]``.
+            max_seqlen: no less than the longest sequence.
+        Returns: the shape of ``input``.
+        Raises: NotImplementedError for a module with ``add_bias_kv`` or ``add_zero_attn``; and as ``varlen_attention``.
+        """
+        if self.bias_k is not None or self.add_zero_attn:
+            raise NotImplementedError(
+                "MultiHeadAttention.forward_packed: add_bias_kv and add_zero_attn are not supported; use forward."
+            )
+        q, k, v = (
+            x.view(-1, x.shape[-1] // self.head_dim, self.head_dim) for x in self._in_projection(input, input, input)
+        )
+        out = varlen_attention(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+            dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal, window=self.window,
+            backend=self.backend,
+        )  # fmt: skip
+        return self.out_proj(cast(Tensor, out).flatten(1))
+
     def _forward_nested(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average_attn_weights: bool, is_causal: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Projects only the tokens there are; the output is nested, the weights are padded with 0, as torch's are."""
+        appended = self.bias_k is not None or self.add_zero_attn
+        if query is key and key is value and query.size(0) > 0 and not need_weights and not appended:
+            lengths = query._nested_tensor_size()[:, 0]
+            starts = F.pad(lengths.cumsum(0), (1, 0)).to(query.device)
+            out = self.forward_packed(packed_tokens(query), starts, int(lengths.max()), is_causal)
+            return nested_like(out, query), None
         tokens = {id(x): packed_tokens(x) for x in (query, key, value)}
         positions_q, positions_k = token_positions(query), token_positions(key)
         q, k, v = (

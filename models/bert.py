@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
+from models.bert_fused import fused_encoder, is_swapped
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -130,12 +131,14 @@ class BertEncoder(nn.Module):
         seqlen += 0 if prompt is None else prompt.shape[1]
         if seqlen > limit:
             raise ValueError(f"BertEncoder: input_ids has {seqlen} tokens; the model has positions for {limit}.")
-        # torch.nn's sense is True = ignore.
-        key_padding_mask = None if attention_mask is None else attention_mask == 0
+        visible = None if attention_mask is None else attention_mask != 0
         embedded = self.embeddings(input_ids, token_type_ids, prompt)
         # The norms have no backend of their own to set: they follow the preference.
         with nullcontext() if self.backend == "auto" else fastattn.use_backend(self.backend):
-            return self.encoder(embedded, src_key_padding_mask=key_padding_mask)
+            if is_swapped(self.encoder):
+                return fused_encoder(self.encoder, embedded, visible)
+            # torch.nn's sense is True = ignore.
+            return self.encoder(embedded, src_key_padding_mask=None if visible is None else ~visible)
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> BertEncoder:

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accuracy import assert_as_accurate_as_eager
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -58,16 +59,17 @@ def calls(monkeypatch) -> list[str]:
     from fastattn import modules
 
     names: list[str] = []
-    for module, name in (
-        (multi_head_attention, "attention"),
-        (multi_head_attention, "attention_and_weights"),
-        (modules, "layer_norm"),
-        (modules, "rms_norm"),
+    for module, function_name, name in (
+        (multi_head_attention, "attention", "attention"),
+        (multi_head_attention, "varlen_attention", "attention"),
+        (multi_head_attention, "attention_and_weights", "attention_and_weights"),
+        (modules, "layer_norm", "layer_norm"),
+        (modules, "rms_norm", "rms_norm"),
     ):
-        function = getattr(module, name)
+        function = getattr(module, function_name)
         monkeypatch.setattr(
             module,
-            name,
+            function_name,
             lambda *args, _name=name, _function=function, **kw: names.append(_name) or _function(*args, **kw),
         )
     return names
@@ -411,6 +413,33 @@ def test_int8_attention_is_close_to_float(options):
     out, weights = fastattn.accelerate(model, int8=True)(query, key, value)
     assert 0 < relative_error(out, expected) < 0.03
     assert weights.shape == (BATCH, SEQLEN_Q, SEQLEN_K + options.get("add_bias_kv", False))
+
+
+@pytest.mark.parametrize("padding", [None, "right"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", F.silu], ids=str)
+def test_int8_layer_applies_the_activation_behind_it(activation, padding):
+    model = make_encoder(1, activation=activation).eval()
+    layer, source = model.layers[0], torch.randn(BATCH, SEQLEN_K, EMBED)
+    masks = {"src_key_padding_mask": padding_mask(padding)} if padding else {}
+    function = layer.activation
+    fastattn.accelerate(fastattn.accelerate(model, int8=True), int8=True)
+    assert layer.linear1.activation == function.__name__ and layer.activation(source) is source
+    with torch.no_grad():
+        out = model(source, **masks)
+        fused, layer.linear1.activation, layer.linear1._activation_name = layer.linear1.activation, None, "none"
+        layer.activation = function
+        expected = model(source, **masks)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    layer.linear1.activation = layer.linear1._activation_name = fused
+    assert fastattn.restore(model).layers[0].activation is function
+
+
+def test_a_linear_layer_of_two_homes_keeps_the_activation_outside():
+    model = make_encoder(1, activation="gelu").eval()
+    model.alias = model.layers[0].linear1
+    fastattn.accelerate(model, int8=True)
+    assert type(model.alias) is fastattn.Int8Linear and model.alias.activation is None
+    assert model.layers[0].activation is F.gelu
 
 
 def test_int8_after_float_restores_to_the_first_modules():

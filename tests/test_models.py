@@ -167,6 +167,41 @@ def test_bert_trains():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_packed_layers_are_as_accurate_as_torch(padded):
+    """Loss and every gradient of the layers that leave padding out, against nn.TransformerEncoder's."""
+    torch.manual_seed(0)
+    eager = BertEncoder(tiny_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
+    ids, mask = torch.randint(50, (3, 12)), torch.ones(3, 12)
+    if padded:
+        mask[0, 7:] = mask[1, :3] = mask[2, 4] = 0
+    seen = []
+    ours = fastattn.accelerate(copy.deepcopy(eager), verbose=False)
+    ours.encoder.layers[1].linear1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    dout = torch.randn(3, 12, 16)
+
+    def step(model):
+        states = model(ids, mask if padded else None)
+        loss = (states * dout.to(states.dtype))[mask.bool()].sum()
+        return [states[mask.bool()], *torch.autograd.grad(loss, list(model.parameters()))]
+
+    for actual, expected, exact in zip(step(ours), step(eager), step(copy.deepcopy(eager).double()), strict=True):
+        assert_as_accurate_as_eager(actual, expected, exact, terms=1.0)
+    assert seen == [torch.Size([27, 16]) if padded else torch.Size([3, 12, 16])]
+
+
+def test_packed_layers_drop_out_and_compile():
+    torch.manual_seed(0)
+    model = fastattn.accelerate(BertEncoder(tiny_config(hidden_dropout_prob=0.5)), verbose=False).train()
+    ids, mask = torch.randint(50, (3, 12)), torch.ones(3, 12)
+    mask[1, 5:] = 0
+    first, second = model(ids, mask), model(ids, mask)
+    assert not torch.allclose(first[mask.bool()], second[mask.bool()]) and (first[mask == 0] == 0).all()
+    model.eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids, mask)[mask.bool()], model(ids, mask)[mask.bool()], rtol=1e-5, atol=1e-5)
+
+
 def test_bert_rejects_a_sequence_past_its_positions():
     with pytest.raises(ValueError, match="13 tokens"):
         BertEncoder(tiny_config())(torch.zeros(1, 13, dtype=torch.int64))

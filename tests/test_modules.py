@@ -571,3 +571,27 @@ def test_rejects_nested_input_that_it_cannot_take():
         module(nested, nested, nested, key_padding_mask=torch.zeros(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="set batch_first=True"):
         fastattn.MultiHeadAttention(EMBED, HEADS)(nested, nested, nested)
+
+
+# --- Packed sequences -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 1}, {"window": (2, 0)}], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_packed_sequences_are_attended_one_by_one(is_causal, options):
+    module = fastattn.MultiHeadAttention(16, 2, batch_first=True, **options)
+    lengths = (5, 0, 1, 7)
+    x = torch.randn(sum(lengths), 16)
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    out = module.forward_packed(x, starts, 7, is_causal=is_causal)
+    for piece, part in zip(out.split(lengths), x.split(lengths), strict=True):
+        if len(part):
+            expected = module(part, part, part, need_weights=False, is_causal=is_causal)[0]
+            torch.testing.assert_close(piece, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_packed_sequences_refuse_appended_keys():
+    with pytest.raises(NotImplementedError, match="add_bias_kv and add_zero_attn"):
+        fastattn.MultiHeadAttention(16, 2, add_zero_attn=True).forward_packed(
+            torch.randn(3, 16), torch.tensor([0, 3]), 3
+        )
