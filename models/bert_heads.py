@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.bert import ACTIVATIONS, BertConfig, BertEncoder
+from models.layers import at_least_float32
 
 IGNORED = -100  # label of a token that is not asked about
 
@@ -78,13 +79,13 @@ def pretraining_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     if "word_labels" in batch:
         asked = batch["word_labels"] != IGNORED
         # The widest matrix of the model meets only the words that are asked about.
-        total = total + F.cross_entropy(heads.word_logits(states[asked]).float(), batch["word_labels"][asked])
+        total = total + F.cross_entropy(at_least_float32(heads.word_logits(states[asked])), batch["word_labels"][asked])
     if "sentence_labels" in batch:
-        total = total + F.cross_entropy(heads.next_sentence(states[:, 0]).float(), batch["sentence_labels"])
+        total = total + F.cross_entropy(at_least_float32(heads.next_sentence(states[:, 0])), batch["sentence_labels"])
     if "replaced_labels" in batch:
         asked = batch["replaced_labels"] != IGNORED
-        logits = heads.replaced(states)[..., 0][asked].float()
-        total = total + F.binary_cross_entropy_with_logits(logits, batch["replaced_labels"][asked].float())
+        logits = at_least_float32(heads.replaced(states)[..., 0][asked])
+        total = total + F.binary_cross_entropy_with_logits(logits, batch["replaced_labels"][asked].to(logits.dtype))
     return total
 
 

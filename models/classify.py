@@ -8,6 +8,7 @@ import torch
 
 from models import data, tasks
 from models.commands import Formatter, add_kernels, folder_argument, prepare, run, texts_of
+from models.layers import at_least_float32
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -26,7 +27,7 @@ def classify(options: argparse.Namespace) -> None:
     texts = texts_of(options, "classify")
     pad_id = model.bert.config.pad_token_id
     ids = data.pad(data.encode(tokenizer, texts, description["context"]), pad_id)
-    probabilities = model(ids.to(next(model.parameters()).device)).float().softmax(-1)
+    probabilities = at_least_float32(model(ids.to(next(model.parameters()).device))).softmax(-1)
     for text, row in zip(texts, probabilities, strict=True):
         best = int(row.argmax())
         print(f"{description['classes'][best]} {row[best]:.2f}\t{text}")

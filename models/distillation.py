@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.layers import at_least_float32
+
 
 def distillation_loss(
     student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 2.0, alpha: float = 0.5
@@ -18,7 +20,7 @@ def distillation_loss(
     gradient.
     """
     asked = labels >= 0
-    student, teacher, labels = student[asked].float(), teacher[asked].float(), labels[asked]
+    student, teacher, labels = at_least_float32(student[asked]), at_least_float32(teacher[asked]), labels[asked]
     divergence = F.kl_div(
         (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1),
         reduction="batchmean", log_target=True,

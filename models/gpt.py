@@ -188,7 +188,7 @@ class Gpt(nn.Module):
         lengths: int | Tensor = tokens + extra if ragged else longest + extra
         stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         for i in range(max_new_tokens):
-            token = sample(self.head(states).float(), temperature, top_k, top_p, generator)
+            token = sample(at_least_float32(self.head(states)), temperature, top_k, top_p, generator)
             if stop is not None:
                 token = torch.where(stopped, stop, token)
                 stopped |= token == stop

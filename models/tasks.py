@@ -23,6 +23,7 @@ from models.bert_heads import (
 )
 from models.distillation import distillation_loss
 from models.gpt import Gpt, GptConfig, causal_lm_loss
+from models.layers import at_least_float32
 from models.minilm import find_weights
 from models.training import Batch, load_weights
 from models.transformer import Transformer, TransformerConfig, translation_loss
@@ -153,7 +154,7 @@ def classifier(
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         logits = model(batch["input_ids"])
         if teacher_model is None:
-            return nn.functional.cross_entropy(logits.float(), batch["labels"])
+            return nn.functional.cross_entropy(at_least_float32(logits), batch["labels"])
         with torch.no_grad():
             taught = teacher_model.to(logits.device)(batch["input_ids"])
         return distillation_loss(logits, taught, batch["labels"])

@@ -198,7 +198,7 @@ class Transformer(nn.Module):
         finished: list[list[tuple[float, list[int]]]] = [[] for _ in range(batch)]
         first = torch.arange(batch, device=device)[:, None] * beams
         for length in range(max_new_tokens):
-            logits = self.decode(token, memories, visible, caches, length)[:, -1].float()
+            logits = at_least_float32(self.decode(token, memories, visible, caches, length)[:, -1])
             candidates = scores[:, :, None] + logits.log_softmax(-1).view(batch, beams, -1)
             # Twice as many as beams: even if every beam stops, as many go on.
             best, index = candidates.flatten(1).topk(2 * beams)

@@ -31,6 +31,7 @@ from models.distillation import distillation_loss
 from models.gpt import Gpt, GptConfig, causal_lm_loss
 from models.layers import set_backend
 from models.training import TrainingConfig, choose_parameters, load_weights, save_checkpoint, train
+from models.transformer import Transformer, TransformerConfig, translation_loss
 
 ROOT = Path(__file__).parent.parent
 KERNELS = [name for name in ("cpu", "cuda", "triton") if fastattn.available_backends()[name] is None]
@@ -68,6 +69,55 @@ def test_kernels_train_as_eager_does(backend):
     torch.testing.assert_close(losses[backend][:20], losses["eager"][:20], atol=2e-4, rtol=2e-4)
     torch.testing.assert_close(losses[backend], losses["eager"], atol=2e-2, rtol=2e-2)
     assert losses[backend][0] > 3.5 and (interpreted or losses[backend][-5:].mean() < 1.1)
+
+
+def tiny_models() -> dict[str, tuple]:
+    """A model of each kind, its loss, and a batch."""
+    torch.manual_seed(0)
+    counting = (torch.arange(4)[:, None] + torch.arange(13)) % 40
+    gpt = Gpt(GptConfig(**{**vars(TINY), "num_layers": 1}))
+    translator = Transformer(TransformerConfig(
+        vocab_size=40, max_positions=16, dim=32, num_encoder_layers=1, num_decoder_layers=1, num_heads=2,
+        hidden_dim=64,
+    ))  # fmt: skip
+    bert = BertForPreTraining(BertConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    ))  # fmt: skip
+    hidden, labels = mask_words(counting, torch.Generator().manual_seed(0), 40, data.MASK, 5, share=0.5)
+    hidden[1, 9:], labels[1, 9:] = data.PAD, IGNORED
+    return {
+        "gpt": (gpt, lm_loss, {"input_ids": counting}),
+        "translation": (
+            translator,
+            lambda model, batch: translation_loss(model, batch["source"], batch["target"], data.PAD),
+            {"source": hidden, "target": counting},
+        ),
+        "bert": (bert, pretraining_loss, {"input_ids": hidden, "word_labels": labels}),
+    }
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["gpt", "translation", "bert"])
+def test_cuda_kernels_train_as_eager_does(kind, precision):
+    """The 16-bit kernels under autocast, on the emulator where there is no GPU, step by step; GPT's dropout included.
+
+    float32 training says how much of a difference rounding to 16 bits makes.
+    """
+    backend = "emulated" if fastattn.available_backends()["cuda"] else "cuda"
+    reason = fastattn.available_backends()[backend]
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    losses = {}
+    for name, wanted in ((backend, precision), ("eager", precision), ("eager", "float32")):
+        model, loss, batch = tiny_models()[kind]
+        config = TrainingConfig(steps=5, learning_rate=3e-3, warmup_steps=1, precision=wanted)
+        rows = train(set_backend(model, name), loss, lambda generator, batch=batch: batch, config)
+        losses[name, wanted] = torch.tensor([row["loss"] for row in rows])
+    rounding = (losses["eager", precision] - losses["eager", "float32"]).abs().max()
+    difference = (losses[backend, precision] - losses["eager", precision]).abs().max()
+    assert difference <= 3 * rounding + 1e-3
+    assert losses[backend, precision][-1] < losses[backend, precision][0] - 0.2
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
