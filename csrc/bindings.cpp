@@ -1,5 +1,5 @@
-// The pybind11 module fastattn._C: facts about the build and the processor, the emulator's switch. Importing it also
-// loads the ops of ops.cpp.
+// The pybind11 module fastattn._C: facts about the build and the processor, the emulator's switch, the short way to
+// int8_linear. Importing it also loads the ops of ops.cpp.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,6 +11,7 @@
 
 #include "common/device_launch.h"
 #include "common/isa.h"
+#include "int8_matmul/int8_linear_bindings.h"
 
 namespace fastattn {
 namespace {
@@ -92,4 +93,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_cpu_isa", &fastattn::set_cpu_isa, pybind11::arg("name"),
         "Switches the whole process to one build of the CPU kernels (for tests and comparisons).");
   fastattn::bind_emulator(m);
+  fastattn::bind_int8_linear(m);
 }

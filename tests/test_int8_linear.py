@@ -146,6 +146,63 @@ def test_works_in_inference_mode():
         assert torch.equal(module(x), module.bias.expand(3, -1))
 
 
+@needs_cpu
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_shortcut_computes_what_the_op_does(backend, cpu_isa, monkeypatch):
+    module = make(activation="gelu")
+    module.backend = backend
+    monkeypatch.setattr(module, "_forward_in_general", None)  # the shortcut serves all of these
+    for shape in ((70,), (1, 70), (2, 3, 70), (0, 70)):
+        x = torch.randn(shape)
+        assert torch.equal(module(x), expected(module, x))
+    x = torch.randn(4, 70, requires_grad=True)
+    module(x).sum().backward()
+    assert x.grad is not None and module.bias.grad is not None
+    with pytest.raises(ValueError, match="last dim is 69"):
+        module(torch.randn(3, 69))
+    with pytest.raises(TypeError, match="input must be float32"):
+        module(torch.ones(3, 70, dtype=torch.int32))
+
+
+recorded: list[str] = []
+
+
+class Recorded(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        recorded.append(str(func))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Recorder(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        recorded.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@needs_cpu
+@pytest.mark.parametrize("watcher", ["subclass", "mode"])
+def test_subclasses_and_modes_see_the_op(watcher):
+    module, x = make(), torch.randn(3, 70)
+    recorded.clear()
+    if watcher == "subclass":
+        out = module(x.as_subclass(Recorded))
+    else:
+        with Recorder():
+            out = module(x)
+    assert any("int8_linear" in call for call in recorded)
+    assert torch.equal(torch.Tensor(out.detach()), expected(module, x))
+
+
+@needs_cpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traces_follow_their_input():
+    module, x = make(), torch.randn(3, 70)
+    with torch.no_grad():
+        traced = torch.jit.trace(module, (torch.randn(3, 70),), check_trace=False)
+        assert torch.equal(traced(x), expected(module, x))
+
+
 def test_gradients_reach_input_and_bias():
     module = make(activation="gelu_tanh")
     x = torch.randn(4, 70, requires_grad=True)

@@ -115,8 +115,8 @@ struct Dot {
 
 #endif
 
-// A's panel: [groups][kTileRows][4] of Dot::A, one row of it per row of the tile.
-constexpr int64_t kPanelRowGroup = Dot::kTileRows * kGroupDepth;
+// A's panel of up to kTileRows rows is [groups][rows][4] of Dot::A: few rows stand as close as many.
+constexpr int64_t row_group(int rows) { return rows * kGroupDepth; }
 constexpr int64_t kPanelColumnGroup = kPanelColumns * kGroupDepth;
 
 // Few rows leave few accumulators, which would wait for each other (latency 4-5 cycles, two products a cycle): then
@@ -136,14 +136,13 @@ FASTATTN_INLINE void dot_step(Dot::Vec (&acc)[kRows][Dot::kTileVecs], const Dot:
   });
 }
 
-// c[r][0, 32) = start[r * start_stride][0, 32) + sum over `groups` groups of a[r] * b. c has a row stride of 32.
+// c[r][0, 32) = start[r * start_stride][0, 32) + sum over `groups` groups of a[r] * b. c has a row stride of 32. B is
+// prefetched that many bytes ahead; 0 does nothing.
 template <int kRows>
-void dot_tile(const Dot::A* a, const int8_t* b, int64_t groups, const int32_t* start, int64_t start_stride,
-              int32_t* c) {
+void dot_tile(const Dot::A* a, const int8_t* b, int64_t groups, int64_t prefetch_bytes, const int32_t* start,
+              int64_t start_stride, int32_t* c) {
   constexpr int kChains = dot_chains(kRows);
   constexpr int kColumns = Dot::kTileVecs * Dot::kVecColumns;
-  // B comes from L3 or memory the first time, in a stream that the hardware prefetcher leaves at each 4 KiB page.
-  constexpr int64_t kPrefetchBytes = 4096;
   for (int64_t column = 0; column < kPanelColumns; column += kColumns) {
     Dot::Vec acc[kChains][kRows][Dot::kTileVecs];
     unroll<kChains>(FASTATTN_LAMBDA(chain) {
@@ -155,16 +154,16 @@ void dot_tile(const Dot::A* a, const int8_t* b, int64_t groups, const int32_t* s
     int64_t group = 0;
     for (; group + kChains <= groups; group += kChains) {
       unroll<kChains>(FASTATTN_LAMBDA(chain) {
-        __builtin_prefetch(b_group + kPrefetchBytes);
-        __builtin_prefetch(b_group + kPrefetchBytes + 64);
+        __builtin_prefetch(b_group + prefetch_bytes);
+        __builtin_prefetch(b_group + prefetch_bytes + 64);
         dot_step<kRows>(acc[chain], a_group, b_group);
-        a_group += kPanelRowGroup;
+        a_group += row_group(kRows);
         b_group += kPanelColumnGroup;
       });
     }
     for (; group < groups; ++group) {
       dot_step<kRows>(acc[0], a_group, b_group);
-      a_group += kPanelRowGroup;
+      a_group += row_group(kRows);
       b_group += kPanelColumnGroup;
     }
     unroll<kRows>(FASTATTN_LAMBDA(r) {
@@ -176,7 +175,7 @@ void dot_tile(const Dot::A* a, const int8_t* b, int64_t groups, const int32_t* s
   }
 }
 
-using DotTileFn = void (*)(const Dot::A*, const int8_t*, int64_t, const int32_t*, int64_t, int32_t*);
+using DotTileFn = void (*)(const Dot::A*, const int8_t*, int64_t, int64_t, const int32_t*, int64_t, int32_t*);
 
 // kDotTiles[rows - 1] is dot_tile<rows>.
 template <int... kIndex>

@@ -77,10 +77,10 @@ FASTATTN_INLINE Vec<float> activate(Vec<float> x) {
   }
 }
 
-// Scale and bias of a panel's columns, padded with zeros.
+// Scale and bias of a panel's columns, as float, kPanelColumns of each.
 struct PanelConstants {
-  alignas(64) float scale[kPanelColumns];
-  alignas(64) float bias[kPanelColumns];
+  const float* scale;
+  const float* bias;
 };
 
 template <Activation kActivation, typename Out, bool kStream>

@@ -7,11 +7,13 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <cstddef>
 #include <optional>
 #include <string>
 #include <tuple>
 
 #include "common/device_launch.h"
+#include "int8_matmul/int8_packed_weight.h"
 
 namespace fastattn {
 namespace {
@@ -132,6 +134,20 @@ void set_weight(const char* op, Int8MatmulParams& p, at::Device device, Tensor& 
   p.bias = bias->const_data_ptr();
 }
 
+void run_on_cpu(Int8MatmulParams& p, const at::TensorOptions& options) {
+  const int64_t bytes = FASTATTN_CPU_DISPATCH(int8_matmul_workspace_bytes, p);
+  // What a row or two need is on the stack sooner than a tensor is made.
+  alignas(64) std::byte small[32 * 1024];
+  Tensor large;
+  if (bytes <= static_cast<int64_t>(sizeof small)) {
+    p.workspace = small;
+  } else {
+    large = at::empty({bytes}, options.dtype(at::kByte));
+    p.workspace = large.mutable_data_ptr();
+  }
+  FASTATTN_CPU_DISPATCH(int8_matmul_cpu, p);
+}
+
 // Allocates the output (float64 is computed in float32) and the workspace, and runs. `input` is the op's first tensor.
 Tensor run(const char* op, Int8MatmulParams& p, const Tensor& input, at::IntArrayRef out_shape,
            at::ScalarType out_dtype) {
@@ -143,9 +159,7 @@ Tensor run(const char* op, Int8MatmulParams& p, const Tensor& input, at::IntArra
   if (runs_cuda_kernels(input)) {
     run_on_device(op, input, int8_matmul_cuda, p, int8_matmul_cuda_workspace_bytes);
   } else {
-    Tensor workspace = at::empty({FASTATTN_CPU_DISPATCH(int8_matmul_workspace_bytes, p)}, options.dtype(at::kByte));
-    p.workspace = workspace.mutable_data_ptr();
-    FASTATTN_CPU_DISPATCH(int8_matmul_cpu, p);
+    run_on_cpu(p, options);
   }
   return out_dtype == at::kDouble ? out.to(at::kDouble) : out;
 }
@@ -174,6 +188,8 @@ Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& a_scale, cons
 // Torch does not count the changes of tensors made in inference mode: nothing packed from them can be trusted later.
 bool has_version(const Tensor& tensor) { return !tensor.is_inference(); }
 
+}  // namespace
+
 bool is_packed_form_of(const Tensor& packed, const Tensor& weight) {
   if (!has_version(weight) || !packed.device().is_cpu() || packed.scalar_type() != at::kChar ||
       !packed.is_contiguous() || packed.numel() != int8_packed_bytes(weight.size(0), weight.size(1))) {
@@ -185,6 +201,8 @@ bool is_packed_form_of(const Tensor& packed, const Tensor& weight) {
          header.source == reinterpret_cast<uint64_t>(weight.const_data_ptr()) &&
          header.source_version == weight._version();
 }
+
+namespace {
 
 Tensor linear(const Tensor& input, const Tensor* packed, const Tensor& weight, const Tensor& weight_scale,
               const OptionalTensor& bias, c10::string_view activation) {

@@ -23,6 +23,12 @@ namespace {
 constexpr int64_t kSliceGroups = 256;
 // Half of a 1 MiB L2 for the A panels of a block.
 constexpr int64_t kBlockBytes = 512 * 1024;
+// B comes from L3 or memory the first time, in a stream that the hardware prefetcher leaves at each 4 KiB page. But a
+// row or two ask so little of each line that prefetching is most of the work: it only pays where a thread's share of B
+// is too large for most of it to have stayed in L2 since the last call.
+constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kMaxRowsOfLittleWork = 2;
+constexpr int64_t kMostlyInL2Bytes = 3 << 19;
 constexpr int64_t kMaxBlockRows = 384;
 // Products (or, when quantising, elements) that are not worth a second thread.
 constexpr int64_t kSerialProducts = 1 << 18;
@@ -38,7 +44,7 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Plan {
   int threads;
   int64_t groups, row_panels, a_panel_elems, b_panels;
-  int64_t block_rows, blocks, panels_per_task, tasks_per_block;
+  int64_t block_rows, blocks, panels_per_task, tasks_per_block, prefetch_bytes;
   int64_t quantized_stride;
   int64_t a_scale_offset, thread_offset, thread_bytes, sums_offset, rows_offset, total_bytes;
 
@@ -46,11 +52,14 @@ struct Plan {
     threads = max_threads();
     groups = int8_groups(p.depth);
     row_panels = ceil_div(p.rows, Dot::kTileRows);
-    a_panel_elems = groups * kPanelRowGroup;
+    a_panel_elems = groups * row_group(static_cast<int>(min_of<int64_t>(p.rows, Dot::kTileRows)));
     b_panels = int8_panels(p.columns);
     const int64_t a_panel_bytes = a_panel_elems * static_cast<int64_t>(sizeof(Dot::A));
     split_rows(p, a_panel_bytes);
     split_columns(p);
+
+    const bool stays = panels_per_task * int8_panel_bytes(p.depth) <= kMostlyInL2Bytes;
+    prefetch_bytes = p.rows <= kMaxRowsOfLittleWork && stays ? 0 : kPrefetchBytes;
 
     // An odd number of cache lines: rows a power of two apart would compete for the same cache sets.
     quantized_stride = align64(p.depth) | 64;
@@ -59,7 +68,7 @@ struct Plan {
     sums_offset = align64(p.b_packed ? 0 : int8_panel_bytes(p.depth));
     const int64_t sums_rows = groups > kSliceGroups ? block_rows : Dot::kTileRows;
     rows_offset = sums_offset + sums_rows * kPanelColumns * static_cast<int64_t>(sizeof(int32_t));
-    thread_bytes = rows_offset + Dot::kTileRows * quantized_stride;
+    thread_bytes = rows_offset + min_of<int64_t>(p.rows, Dot::kTileRows) * quantized_stride;
     total_bytes = thread_offset + threads * thread_bytes;
   }
 
@@ -121,7 +130,8 @@ void prepare_a(const Int8MatmulParams& p, const Plan& plan) {
 // A panel of B with what its sums start from.
 struct BPanel {
   const int8_t* data;
-  alignas(64) int32_t start[kPanelColumns];
+  const int32_t* start;
+  alignas(64) int32_t own_start[kPanelColumns];
 };
 
 void load_b_panel(const Int8MatmulParams& p, const Plan& plan, int64_t panel, char* scratch, BPanel& result) {
@@ -130,25 +140,44 @@ void load_b_panel(const Int8MatmulParams& p, const Plan& plan, int64_t panel, ch
     const char* body = static_cast<const char*>(p.b_packed) + sizeof(PackedWeightHeader);
     const int64_t compensation_bytes = kPanelColumns * static_cast<int64_t>(sizeof(int32_t));
     result.data = reinterpret_cast<const int8_t*>(body + plan.b_panels * compensation_bytes + panel * panel_bytes);
-    std::memcpy(result.start, body + panel * compensation_bytes, sizeof result.start);
+    result.start = reinterpret_cast<const int32_t*>(body + panel * compensation_bytes);
   } else {
     int8_t* target = reinterpret_cast<int8_t*>(scratch);
     const int64_t column = panel * kPanelColumns;
     pack_b_panel(p.b + column * p.stride_b, p.stride_b, min_of(kPanelColumns, p.columns - column), p.depth, target);
-    if (Dot::kZero != 0) panel_compensation(target, p.depth, result.start);
+    if (Dot::kZero != 0) panel_compensation(target, p.depth, result.own_start);
     result.data = target;
+    result.start = result.own_start;
   }
-  if (Dot::kZero == 0) std::memset(result.start, 0, sizeof result.start);
+  if (Dot::kZero == 0) {
+    std::memset(result.own_start, 0, sizeof result.own_start);
+    result.start = result.own_start;
+  }
 }
 
-void load_constants(const Int8MatmulParams& p, int64_t column, int columns, PanelConstants& constants) {
-  std::memset(&constants, 0, sizeof constants);
-  std::memcpy(constants.scale, p.b_scale + column, static_cast<size_t>(columns) * sizeof(float));
-  if (p.bias == nullptr) return;
+// What a panel's constants are where they cannot be read in place: in another type, or less than a panel.
+struct OwnConstants {
+  alignas(64) float scale[kPanelColumns];
+  alignas(64) float bias[kPanelColumns];
+};
+
+PanelConstants load_constants(const Int8MatmulParams& p, int64_t column, int columns, OwnConstants& own) {
+  PanelConstants result{p.b_scale + column, own.bias};
+  if (columns < kPanelColumns) {
+    std::memset(own.scale, 0, sizeof own.scale);
+    std::memcpy(own.scale, p.b_scale + column, static_cast<size_t>(columns) * sizeof(float));
+    result.scale = own.scale;
+  } else if (p.bias != nullptr && p.bias_dtype == DType::kFloat32) {
+    result.bias = static_cast<const float*>(p.bias) + column;
+    return result;
+  }
+  std::memset(own.bias, 0, sizeof own.bias);
+  if (p.bias == nullptr) return result;
   dispatch_element(p.bias_dtype, [&](auto element) {
     const auto* bias = static_cast<const decltype(element)*>(p.bias) + column;
-    for (int c = 0; c < columns; ++c) constants.bias[c] = to_float(bias[c]);
+    for (int c = 0; c < columns; ++c) own.bias[c] = to_float(bias[c]);
   });
+  return result;
 }
 
 int64_t out_element_bytes(const Int8MatmulParams& p) { return p.out_dtype == DType::kFloat32 ? 4 : 2; }
@@ -175,8 +204,8 @@ void multiply_panel(const Int8MatmulParams& p, const Plan& plan, int64_t row_beg
   load_b_panel(p, plan, panel, scratch, b);
   const int64_t column = panel * kPanelColumns;
   const int columns = static_cast<int>(min_of(kPanelColumns, p.columns - column));
-  PanelConstants constants;
-  load_constants(p, column, columns, constants);
+  OwnConstants own;
+  const PanelConstants constants = load_constants(p, column, columns, own);
 
   int32_t* block_sums = reinterpret_cast<int32_t*>(scratch + plan.sums_offset);
   const float* a_scale = reinterpret_cast<const float*>(static_cast<char*>(p.workspace) + plan.a_scale_offset);
@@ -189,9 +218,9 @@ void multiply_panel(const Int8MatmulParams& p, const Plan& plan, int64_t row_beg
     for (int64_t row = row_begin; row < row_end; row += Dot::kTileRows) {
       const int rows = static_cast<int>(min_of<int64_t>(Dot::kTileRows, row_end - row));
       int32_t* sums = block_sums + (sliced ? (row - row_begin) * kPanelColumns : 0);
-      const Dot::A* a_slice = a + row / Dot::kTileRows * plan.a_panel_elems + slice * kPanelRowGroup;
-      kDotTiles.tiles[rows - 1](a_slice, b.data + slice * kPanelColumnGroup, groups, slice == 0 ? b.start : sums,
-                                slice == 0 ? 0 : kPanelColumns, sums);
+      const Dot::A* a_slice = a + row / Dot::kTileRows * plan.a_panel_elems + slice * row_group(rows);
+      kDotTiles.tiles[rows - 1](a_slice, b.data + slice * kPanelColumnGroup, groups, plan.prefetch_bytes,
+                                slice == 0 ? b.start : sums, slice == 0 ? 0 : kPanelColumns, sums);
       if (last) {
         char* out = static_cast<char*>(p.out) + (row * p.columns + column) * out_element_bytes(p);
         finish(sums, a_scale + row, constants, rows, columns, out, p.columns);

@@ -96,7 +96,7 @@ inline void panel_compensation(const int8_t* panel, int64_t depth, int32_t* comp
 #if defined(__AVX512VNNI__)
 // Four rows of A at once, 4 groups a step: q + 128 of each byte is q with its top bit flipped. Returns how many groups
 // are done; what is left is less than a step.
-inline int64_t pack_four_rows(const int8_t* a, int64_t stride_a, int64_t depth, uint8_t* target) {
+inline int64_t pack_four_rows(const int8_t* a, int64_t stride_a, int64_t depth, int64_t stride_group, uint8_t* target) {
   const __m128i top_bits = _mm_set1_epi8(-128);
   int64_t g = 0;
   for (; (g + 4) * kGroupDepth <= depth; g += 4) {
@@ -112,7 +112,7 @@ inline int64_t pack_four_rows(const int8_t* a, int64_t stride_a, int64_t depth, 
     const __m128i groups[4] = {_mm_unpacklo_epi64(pairs[0], pairs[2]), _mm_unpackhi_epi64(pairs[0], pairs[2]),
                                _mm_unpacklo_epi64(pairs[1], pairs[3]), _mm_unpackhi_epi64(pairs[1], pairs[3])};
     unroll<4>(FASTATTN_LAMBDA(i) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(target + (g + i) * kPanelRowGroup), groups[i]);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(target + (g + i) * stride_group), groups[i]);
     });
   }
   return g;
@@ -121,13 +121,14 @@ inline int64_t pack_four_rows(const int8_t* a, int64_t stride_a, int64_t depth, 
 
 // panel[g][r][0..4) = a[r][4g..4g+4) as Dot::A, for `rows` (1 to kTileRows) rows of a.
 inline void pack_a_panel(const int8_t* a, int64_t stride_a, int rows, int64_t depth, Dot::A* panel) {
-  const int64_t groups = int8_groups(depth);
+  const int64_t groups = int8_groups(depth), stride_group = row_group(rows);
   int64_t done = 0;
   for (int r = 0; r < rows; ++r) {
 #if defined(__AVX512VNNI__)
     // Rows without three others beside them are packed one by one.
     if (r % 4 == 0) {
-      done = r + 4 <= rows ? pack_four_rows(a + r * stride_a, stride_a, depth, panel + r * kGroupDepth) : 0;
+      done =
+          r + 4 <= rows ? pack_four_rows(a + r * stride_a, stride_a, depth, stride_group, panel + r * kGroupDepth) : 0;
     }
 #endif
     const int8_t* row = a + r * stride_a;
@@ -137,10 +138,10 @@ inline void pack_a_panel(const int8_t* a, int64_t stride_a, int rows, int64_t de
       if constexpr (sizeof(Dot::A) == 1) {
         // q + 128 of each byte is q with its top bit flipped.
         const uint32_t shifted = group ^ 0x80808080u;
-        std::memcpy(target + g * kPanelRowGroup, &shifted, 4);
+        std::memcpy(target + g * stride_group, &shifted, 4);
       } else {
         for (int i = 0; i < kGroupDepth; ++i) {
-          target[g * kPanelRowGroup + i] = static_cast<Dot::A>(static_cast<int8_t>(group >> (8 * i)));
+          target[g * stride_group + i] = static_cast<Dot::A>(static_cast<int8_t>(group >> (8 * i)));
         }
       }
     }

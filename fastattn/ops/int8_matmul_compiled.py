@@ -84,6 +84,10 @@ def pack_weight(weight: Tensor) -> Tensor:
 
 
 if extension is not None:
+    # (input, packed, weight, weight_scale, bias, activation): the op int8_linear_packed, without the time that
+    # torch.ops takes to match arguments; or None if the weight has changed since it was packed, or if somebody wants to
+    # see the call: a subclass of Tensor, a mode of torch functions, torch.jit.trace.
+    int8_linear_if_packed = extension.int8_linear_if_packed
 
     @torch.library.register_fake("fastattn::quantize_int8")
     def _(input: Tensor) -> tuple[Tensor, Tensor]:
