@@ -1,6 +1,7 @@
 // Launches the attention forward: chooses a tile, packs heads, splits the keys, and finds the empty tiles of the mask.
 #include "attention/attention_combine.cuh"
 #include "attention/attention_fwd_launch.cuh"
+#include "attention/attention_fwd_sm90_launch.cuh"
 #include "attention/attention_mask_tiles_launch.cuh"
 
 namespace fastattn {
@@ -18,6 +19,20 @@ extern template const char* launch_fwd_tile<bfloat16_t, 128>(int, const Attentio
 extern template const char* launch_fwd_tile<bfloat16_t, 192>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
 extern template const char* launch_fwd_tile<bfloat16_t, 256>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
 
+#define FASTATTN_FWD_SM90(Element, head_dim) \
+  extern template const char* launch_fwd_sm90_tile<Element, head_dim>(int, const AttentionFwdArgs&, int, cudaStream_t);
+FASTATTN_FWD_SM90(half_t, 64)
+FASTATTN_FWD_SM90(half_t, 96)
+FASTATTN_FWD_SM90(half_t, 128)
+FASTATTN_FWD_SM90(half_t, 192)
+FASTATTN_FWD_SM90(half_t, 256)
+FASTATTN_FWD_SM90(bfloat16_t, 64)
+FASTATTN_FWD_SM90(bfloat16_t, 96)
+FASTATTN_FWD_SM90(bfloat16_t, 128)
+FASTATTN_FWD_SM90(bfloat16_t, 192)
+FASTATTN_FWD_SM90(bfloat16_t, 256)
+#undef FASTATTN_FWD_SM90
+
 namespace {
 
 int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
@@ -25,7 +40,8 @@ int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Everything about a call that its workspace and its launch must agree on.
 struct FwdPlan {
-  int tile = -1;  // of kFwdTiles
+  int tile = -1;       // of kFwdTiles, ...
+  int sm90_tile = -1;  // ... unless this one of kFwdSm90Tiles
   int group = 1;
   int64_t tile_heads = 0, row_tiles = 0, blocks = 0;
   int splits = 1;
@@ -87,10 +103,40 @@ int choose_splits(int64_t blocks, int64_t key_tiles, int64_t slots) {
   return 1;
 }
 
+// The Hopper kernel takes what its tensor maps can describe and what fills the card without heads packed into row tiles
+// and without split keys.
+int choose_sm90_tile(const AttentionParams& p, const DeviceLaunch& launch) {
+  if (launch.compute_capability != 90 || p.seqlen_q <= 64) return -1;
+  if (!tma_can_address(p.q, p.batch, p.heads, p.seqlen_q, p.head_dim) ||
+      !tma_can_address(p.k, p.batch, p.heads_kv, p.seqlen_k, p.head_dim) ||
+      !tma_can_address(p.v, p.batch, p.heads_kv, p.seqlen_k, p.head_dim_v) ||
+      !tma_can_address(p.out, p.batch, p.heads, p.seqlen_q, p.head_dim_v)) {
+    return -1;
+  }
+  const int64_t head_dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
+  for (int i = 0; i < kFwdSm90TileCount; ++i) {
+    const FwdSm90Tile& tile = kFwdSm90Tiles[i];
+    if (!tile.serves(head_dim, score_kind(p), p.seqlen_q)) continue;
+    const int64_t blocks = p.batch * p.heads * ceil_div(p.seqlen_q, tile.block_q());
+    const int64_t key_tiles = visible_key_tiles(p, min_of(p.seqlen_q, tile.block_q()), tile.block_k);
+    return choose_splits(blocks, key_tiles, launch.multiprocessors) == 1 ? i : -1;
+  }
+  return -1;
+}
+
 FwdPlan plan_fwd(const AttentionParams& p, const DeviceLaunch& launch) {
   FwdPlan plan;
   plan.tile = choose_tile(p, launch);
   if (plan.tile < 0) return plan;
+  plan.sm90_tile = choose_sm90_tile(p, launch);
+  if (plan.sm90_tile >= 0) {
+    const FwdSm90Tile& tile = kFwdSm90Tiles[plan.sm90_tile];
+    plan.tile_heads = p.heads;
+    plan.row_tiles = ceil_div(p.seqlen_q, tile.block_q());
+    plan.blocks = p.batch * plan.tile_heads * plan.row_tiles;
+    plan.mask_tiles = plan_mask_tiles(p, tile.block_q(), tile.block_k, plan.group);
+    return plan;
+  }
   const FwdTile& tile = kFwdTiles[plan.tile];
   const int64_t block_q = tile.block_q();
   plan.group = heads_packed(p);
@@ -131,6 +177,23 @@ const char* launch_fwd(const FwdPlan& plan, const AttentionFwdArgs& args, cudaSt
   return launch_combine_splits<Element>(args, stream);
 }
 
+template <typename Element>
+const char* launch_fwd_hopper(const FwdPlan& plan, const AttentionFwdArgs& args, const DeviceLaunch& launch) {
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  switch (kFwdSm90Tiles[plan.sm90_tile].head_dim) {
+    case 64:
+      return launch_fwd_sm90_tile<Element, 64>(plan.sm90_tile, args, launch.multiprocessors, stream);
+    case 96:
+      return launch_fwd_sm90_tile<Element, 96>(plan.sm90_tile, args, launch.multiprocessors, stream);
+    case 128:
+      return launch_fwd_sm90_tile<Element, 128>(plan.sm90_tile, args, launch.multiprocessors, stream);
+    case 192:
+      return launch_fwd_sm90_tile<Element, 192>(plan.sm90_tile, args, launch.multiprocessors, stream);
+    default:
+      return launch_fwd_sm90_tile<Element, 256>(plan.sm90_tile, args, launch.multiprocessors, stream);
+  }
+}
+
 }  // namespace
 
 size_t attention_fwd_cuda_workspace_bytes(const AttentionParams& p, const DeviceLaunch& launch) {
@@ -164,6 +227,10 @@ const char* attention_fwd_cuda(const AttentionParams& p, const DeviceLaunch& lau
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   args.mask_tiles = mask_tiles(plan.mask_tiles, p, mask_states);
   if (const char* error = launch_mask_tiles(plan.mask_tiles, args.scores, mask_states, stream)) return error;
+  if (plan.sm90_tile >= 0) {
+    return p.dtype == DType::kFloat16 ? launch_fwd_hopper<half_t>(plan, args, launch)
+                                      : launch_fwd_hopper<bfloat16_t>(plan, args, launch);
+  }
   return p.dtype == DType::kFloat16 ? launch_fwd<half_t>(plan, args, stream)
                                     : launch_fwd<bfloat16_t>(plan, args, stream);
 }

@@ -55,16 +55,15 @@ struct FwdWork {
 
 // Sections of heads, in them the row tiles from the last to the first, then the heads: the tiles of the causal
 // triangle that take longest start first, and blocks that run at the same time share their k and v in the L2 cache.
-FASTATTN_DEVICE FwdWork fwd_work(const AttentionFwdArgs& args) {
+FASTATTN_DEVICE FwdWork fwd_work(const AttentionFwdArgs& args, int block, int split) {
   const int total = args.batch * args.tile_heads;
   const int section_blocks = args.heads_per_section * args.row_tiles;
-  const int section = static_cast<int>(blockIdx.x) / section_blocks;
-  const int within = static_cast<int>(blockIdx.x) % section_blocks;
+  const int section = block / section_blocks, within = block % section_blocks;
   const int first_head = section * args.heads_per_section;
   const int section_heads = min(args.heads_per_section, total - first_head);
   const int batch_head = first_head + within % section_heads;
   return {batch_head / args.tile_heads, batch_head % args.tile_heads, args.row_tiles - 1 - within / section_heads,
-          static_cast<int>(blockIdx.y)};
+          split};
 }
 
 // Key tiles [begin, end) to visit, and those of them [full_begin, full_end) that the band does not cut.
@@ -79,9 +78,11 @@ FASTATTN_DEVICE KeyTiles key_tiles(const AttentionFwdArgs& args, IndexRange quer
   const IndexRange any = band.keys_seen_by_any(queries), all = band.keys_seen_by_all(queries);
   int begin = static_cast<int>(any.begin) / kBlockK;
   int end = any.end > any.begin ? (static_cast<int>(any.end) + kBlockK - 1) / kBlockK : begin;
-  const int count = end - begin;
-  end = begin + static_cast<int>(int64_t{count} * (split + 1) / args.splits);
-  begin += static_cast<int>(int64_t{count} * split / args.splits);
+  if (args.splits > 1) {
+    const int count = end - begin;
+    end = begin + static_cast<int>(int64_t{count} * (split + 1) / args.splits);
+    begin += static_cast<int>(int64_t{count} * split / args.splits);
+  }
   return {begin, end, (static_cast<int>(all.begin) + kBlockK - 1) / kBlockK, static_cast<int>(all.end) / kBlockK};
 }
 
@@ -180,7 +181,7 @@ FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args) {
 
   // ---- what this block does
   const ScoreArgs& scores = args.scores;
-  const FwdWork work = fwd_work(args);
+  const FwdWork work = fwd_work(args, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y));
   const int batch = work.batch, lane = static_cast<int>(threadIdx.x) % 32;
   // Packing is for short sequences, which the plain tiles are too large for; a constant spares them the divisions.
   const int group = kPlain ? 1 : args.group;

@@ -141,7 +141,7 @@ FASTATTN_DEVICE void pack_a(uint32_t (&a)[kColTiles / 2][4], const float (&p)[1]
 template <typename Element, typename Tile, int kColTiles>
 FASTATTN_DEVICE void write_rows(Tile tile, int row, const float (&d)[1][kColTiles][4]) {
   static_assert(Tile::kCols >= 8 * kColTiles && kColTiles % 2 == 0, "the columns fit");
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = opaque(static_cast<int>(threadIdx.x) % 32);  // or the addresses take registers all along
   uint32_t fragments[kColTiles / 2][4];
   pack_a<Element>(fragments, d);
 #pragma unroll

@@ -20,6 +20,14 @@ FASTATTN_DEVICE uint32_t smem_address(const void* pointer FASTATTN_AND_CALLER) {
 #endif
 }
 
+// The same number, of which the compiler knows nothing: what is made of it is not computed ahead of a loop and kept.
+FASTATTN_DEVICE int opaque(int number) {
+#if !defined(FASTATTN_EMULATED)
+  asm volatile("" : "+r"(number));
+#endif
+  return number;
+}
+
 // ---- named barriers, "bar, barrier". Barrier 0 is the one of __syncthreads. `threads` counts all that sync or arrive,
 // in whole warps.
 

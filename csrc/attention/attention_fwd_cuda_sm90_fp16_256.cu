@@ -1,0 +1,5 @@
+#include "attention/attention_fwd_sm90_launch.cuh"
+
+namespace fastattn {
+template const char* launch_fwd_sm90_tile<half_t, 256>(int, const AttentionFwdArgs&, int, cudaStream_t);
+}  // namespace fastattn

@@ -1,0 +1,375 @@
+// Forward attention on Hopper:  out = softmax(scores) v,  lse = log-sum-exp of each row.
+// Work:    persistent blocks. One warp feeds rings of k and v tiles in shared memory by TMA; kGroups warpgroups have 64
+//          query rows each and multiply by wgmma. All of them visit the same key tiles.
+// Overlap: a warpgroup exponentiates the scores of one key tile while the tensor cores multiply the probabilities of
+//          the tile before by v; warpgroups take turns in issuing products, so that one's softmax runs under the
+//          other's products too. The rings run on across row tiles: the next one's q and first k arrive during the
+//          epilogue.
+// Memory:  q (kGroups tiles of 64 rows), kStages tiles of k and of v, and a tile of out where it fits, else in q's
+//          place. Probabilities never leave the registers; out leaves through shared memory by TMA.
+// Numbers: fp16/bf16 inputs, fp32 scores, softmax and accumulation; probabilities are rounded for the product with v.
+// Source:  Shah et al., "FlashAttention-3", arXiv:2407.08608, algorithms 1 and 2.
+#pragma once
+
+#include "attention/attention_fwd_sm80.cuh"
+#include "attention/attention_tile_sm90.cuh"
+
+namespace fastattn {
+
+template <typename Element_, int kHeadDim_, int kGroups_, int kBlockK_, ScoreKind kKind_>
+struct AttentionFwdSm90Traits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_, kBlockK = kBlockK_, kStages = 2;
+  static constexpr ScoreKind kKind = kKind_;
+  static constexpr int kThreads = 128 * (1 + kGroups), kBlockQ = 64 * kGroups;
+  using TileQ = TileSm90<64, kHeadDim>;  // of one warpgroup, as is the output's
+  using TileK = TileSm90<kBlockK, kHeadDim>;
+
+  static constexpr int kMinSmemBytes = kGroups * TileQ::kBytes + 2 * kStages * TileK::kBytes;
+  // With a tile of its own, out need not have left when the next q arrives.
+  static constexpr bool kOutHasTile = kMinSmemBytes + kGroups * TileQ::kBytes <= 224 * 1024;
+  // 65536 registers for all warpgroups: what the producer gives up, the others get.
+  static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32, kConsumerRegisters = kGroups == 2 ? 232 : 160;
+
+  static_assert(kGroups == 2 || kGroups == 3, "the warpgroups' shares of the registers");
+  static_assert(kBlockK % 16 == 0 && kBlockK <= 256, "wgmma's columns");
+  static_assert(kBlockK % 32 == 0 || kKind != ScoreKind::kEverything, "a draw of dropout serves 32 columns");
+};
+
+template <typename Traits>
+struct AttentionFwdSm90Smem {
+  static constexpr int kStages = Traits::kStages, kGroups = Traits::kGroups;
+  static constexpr int kQBytes = Traits::TileQ::kBytes, kKBytes = Traits::TileK::kBytes;
+  alignas(1024) uint8_t q[kGroups][kQBytes];
+  alignas(1024) uint8_t k[kStages][kKBytes];
+  alignas(1024) uint8_t v[kStages][kKBytes];
+  alignas(1024) uint8_t own_out[Traits::kOutHasTile ? kGroups : 1][Traits::kOutHasTile ? kQBytes : 16];
+  uint64_t q_full[kGroups], q_empty[kGroups];
+  uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+
+  FASTATTN_DEVICE uint8_t* out(int group) { return Traits::kOutHasTile ? own_out[group] : q[group]; }
+};
+
+struct AttentionFwdMaps {
+  TensorMap q, k, v, out;  // boxes of 64 rows, of kBlockK rows twice, and of a warp's 16 rows
+};
+
+// ---- what a block does
+
+// One row tile of one head, and the key tiles that it visits.
+template <typename Traits>
+struct FwdTileWork {
+  FwdWork at;
+  int first_row, head_kv;
+  KeyTiles keys;
+};
+
+// The block's row tile of this round, of `row_tiles` in all. They are ordered from long to short (fwd_work); every
+// other round goes through the blocks backwards, so that no block gets the longest of each round.
+FASTATTN_DEVICE int row_tile_of_round(int round) {
+  const int place = static_cast<int>(round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+  return round * static_cast<int>(gridDim.x) + place;
+}
+
+template <typename Traits>
+FASTATTN_DEVICE FwdTileWork<Traits> fwd_tile_work(const AttentionFwdArgs& args, int row_tile) {
+  FwdTileWork<Traits> work;
+  work.at = fwd_work(args, row_tile, 0);
+  work.first_row = work.at.row_tile * Traits::kBlockQ;
+  work.head_kv = work.at.tile_head / (args.heads / args.heads_kv);
+  const int end_row = min(work.first_row + Traits::kBlockQ, args.scores.seqlen_q);
+  work.keys = key_tiles<Traits::kBlockK>(args, {work.first_row, end_row}, 0);
+  return work;
+}
+
+// ---- producer: one warp, of which one lane waits and copies
+
+template <typename Traits>
+FASTATTN_DEVICE void produce_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const AttentionFwdArgs& args,
+                                       const AttentionFwdMaps& maps, int row_tiles) {
+  using TileQ = typename Traits::TileQ;
+  using TileK = typename Traits::TileK;
+  const bool copies = threadIdx.x == 0;
+  RingPosition<Traits::kStages> k_at, v_at;
+  RingPosition<1> q_at;
+  for (int round = 0; row_tile_of_round(round) < row_tiles; ++round, ++q_at.count) {
+    const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, row_tile_of_round(round));
+    // The first round finds every stage empty.
+    const auto load_k = [&](int tile) {
+      uint64_t* const full = &smem.k_full[k_at.stage()];
+      if (copies) {
+        mbarrier_wait(&smem.k_empty[k_at.stage()], k_at.parity() ^ 1);
+        mbarrier_arrive_expect_tx(full, TileK::kBytes);
+        load_tile_sm90<TileK>(smem.k[k_at.stage()], &maps.k, full, tile * Traits::kBlockK, work.head_kv, work.at.batch);
+      }
+      ++k_at.count;
+    };
+    const auto load_v = [&](int tile) {
+      uint64_t* const full = &smem.v_full[v_at.stage()];
+      if (copies) {
+        mbarrier_wait(&smem.v_empty[v_at.stage()], v_at.parity() ^ 1);
+        mbarrier_arrive_expect_tx(full, TileK::kBytes);
+        load_tile_sm90<TileK>(smem.v[v_at.stage()], &maps.v, full, tile * Traits::kBlockK, work.head_kv, work.at.batch);
+      }
+      ++v_at.count;
+    };
+
+    MaskTileReader<Traits::kKind == ScoreKind::kPlain> visible(args.mask_tiles, work.at.batch, work.at.tile_head,
+                                                               work.at.row_tile, work.keys.end);
+    int tile = visible.next(work.keys.begin);
+    if (tile < work.keys.end) load_k(tile);
+    if (copies) {
+#pragma unroll
+      for (int group = 0; group < Traits::kGroups; ++group) {
+        mbarrier_wait(&smem.q_empty[group], q_at.parity() ^ 1);
+        mbarrier_arrive_expect_tx(&smem.q_full[group], TileQ::kBytes);
+        load_tile_sm90<TileQ>(smem.q[group], &maps.q, &smem.q_full[group], work.first_row + 64 * group,
+                              work.at.tile_head, work.at.batch);
+      }
+    }
+    // In the order in which the consumers need them: k of one tile before v of the tile before.
+#pragma unroll 1
+    while (tile < work.keys.end) {
+      const int next = visible.next(tile + 1);
+      if (next < work.keys.end) load_k(next);
+      load_v(tile);
+      tile = next;
+    }
+  }
+}
+
+// ---- consumers: warpgroups
+
+// Turns in issuing products: a warpgroup waits for the one before it, which hands over when its own are under way.
+template <typename Traits>
+FASTATTN_DEVICE void wait_for_products_turn(int group) {
+  bar_sync(1 + group, 256);
+}
+template <typename Traits>
+FASTATTN_DEVICE void give_products_turn(int group) {
+  bar_arrive(1 + group, 256);
+}
+
+// What one warpgroup knows of its row tile.
+template <typename Traits>
+struct FwdRows {
+  static constexpr int kBlockK = Traits::kBlockK;
+  using Scores = float[1][kBlockK / 8][4];
+  const AttentionFwdArgs& args;
+  const FwdTileWork<Traits>& work;
+  QueryRows rows;  // of this lane
+  OnlineSoftmax<1> softmax;
+  DropoutState dropout;
+
+  // A lambda's worth of state, so that the loop below reads as its timeline.
+  FASTATTN_DEVICE bool probabilities(Scores& s, int tile, bool masked, float (&correction)[1][2]) {
+    constexpr bool kPlain = Traits::kKind == ScoreKind::kPlain, kEverything = Traits::kKind == ScoreKind::kEverything;
+    const int col0 = tile * kBlockK;
+    const bool cut = tile < work.keys.full_begin || tile >= work.keys.full_end;
+    modify_scores<Traits::kKind>(s, args.scores, rows, work.at.batch, col0, masked, cut);
+    const float factor = kPlain ? args.scores.scale_log2 : 1.0f;
+    const bool raised = softmax.raise(s, factor, correction);
+    softmax.exponentiate(s, factor);
+    if constexpr (kEverything) {
+      if (args.scores.dropout_threshold > 0) drop_probabilities(s, args.scores, dropout, rows, work.at.batch, col0);
+    }
+    return raised;
+  }
+};
+
+// One pass over the keys: o = sum of p v, not normalised. `at` moves past the key tiles' stages.
+template <typename Traits>
+FASTATTN_DEVICE void attend(float (&o)[1][Traits::kHeadDim / 8][4], FwdRows<Traits>& rows,
+                            AttentionFwdSm90Smem<Traits>& smem, RingPosition<Traits::kStages>& at, int group) {
+  using Element = typename Traits::Element;
+  using TileK = typename Traits::TileK;
+  using Position = RingPosition<Traits::kStages>;
+  const bool releases = threadIdx.x % 32 == 0;
+  const FwdTileWork<Traits>& work = rows.work;
+  const typename Traits::TileQ q_tile{smem_address(smem.q[group])};
+  const uint32_t k_smem = smem_address(smem.k[0]), v_smem = smem_address(smem.v[0]);
+  float s[1][Traits::kBlockK / 8][4];
+  uint32_t p[Traits::kBlockK / 16][4];
+
+  const auto issue_scores = [&](Position position) {
+    wgmma_fence();
+    issue_abt<Element>(s, q_tile, 0, TileK{k_smem + position.stage() * TileK::kBytes});
+    wgmma_commit_group();
+  };
+  const auto issue_output = [&](Position position) {
+    mbarrier_wait(&smem.v_full[position.stage()], position.parity());
+    wgmma_fence();
+    issue_ab<Element>(o, p, TileK{v_smem + position.stage() * TileK::kBytes});
+    wgmma_commit_group();
+  };
+
+  MaskTileReader<Traits::kKind == ScoreKind::kPlain> visible(rows.args.mask_tiles, work.at.batch, work.at.tile_head,
+                                                             work.at.row_tile, work.keys.end);
+  int tile = visible.next(work.keys.begin);
+  const bool any = tile < work.keys.end;
+  Position before = at;  // of the last tile that s was made of
+  for (bool first = true; tile < work.keys.end; first = false) {
+    const bool masked = visible.is_partial(tile);
+    mbarrier_wait(&smem.k_full[at.stage()], at.parity());
+    if (!first) wait_for_products_turn<Traits>(group);
+    issue_scores(at);
+    // s of this tile is exponentiated under o += p v of the tile before; of the first, there is none.
+    if (!first) {
+      issue_output(before);
+      give_products_turn<Traits>((group + 1) % Traits::kGroups);
+      wgmma_wait_group<1>();
+    } else {
+      wgmma_wait_group<0>();
+    }
+    pin_accumulators(wgmma_registers(s));
+    if (releases) mbarrier_arrive(&smem.k_empty[at.stage()]);
+    float correction[1][2];
+    const bool raised = rows.probabilities(s, tile, masked, correction);
+
+    if (raised && !first) {
+      wgmma_wait_group<0>();
+      pin_accumulators(wgmma_registers(o));
+      for_each_score(o, [&](float& x, int m, int half, int, int) { x *= correction[m][half]; });
+    }
+    // Behind a branch, over which the compiler does not move it: else it waits first and exponentiates afterwards.
+    wgmma_wait_group<0>();
+    pin_accumulators(wgmma_registers(o));
+    if (releases && !first) mbarrier_arrive(&smem.v_empty[before.stage()]);
+    pack_a<Element>(p, s);
+    before = at;
+    ++at.count;
+    tile = visible.next(tile + 1);
+  }
+  if constexpr (Traits::kOutHasTile) {
+    // Without keys, lanes may still wait for q: were it given back, its barrier's phase would pass them by.
+    __syncwarp();
+    if (releases) mbarrier_arrive(&smem.q_empty[group]);
+  }
+  if (any) {
+    issue_output(before);
+    wgmma_wait_group<0>();
+    pin_accumulators(wgmma_registers(o));
+    if (releases) mbarrier_arrive(&smem.v_empty[before.stage()]);
+  }
+}
+
+// ---- writing the result
+
+// Normalises o and writes lse.
+template <typename Traits>
+FASTATTN_DEVICE void finish_fwd_rows(float (&o)[1][Traits::kHeadDim / 8][4], const FwdRows<Traits>& rows) {
+  const AttentionFwdArgs& args = rows.args;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float total = rows.softmax.total(0, half);
+    // A row that saw nothing has o = 0. Not total > 0, which would turn NaN into 0.
+    const float normaliser = total == 0.0f ? 0.0f : args.scores.dropout_scale / total;
+#pragma unroll
+    for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
+      o[0][n][2 * half] *= normaliser;
+      o[0][n][2 * half + 1] *= normaliser;
+    }
+    const int row = rows.rows.row(0, half);
+    if (row >= args.scores.seqlen_q || threadIdx.x % 4 != 0) continue;
+    const int64_t batch_head = int64_t{rows.work.at.batch} * args.heads + rows.work.at.tile_head;
+    args.lse[batch_head * args.scores.seqlen_q + row] = rows.softmax.lse_log2(0, half, total) * kLn2;
+  }
+}
+
+// Each warp stores its own 16 rows: no warp waits for another.
+template <typename Traits>
+FASTATTN_DEVICE void store_fwd_rows(const float (&o)[1][Traits::kHeadDim / 8][4], const FwdTileWork<Traits>& work,
+                                    AttentionFwdSm90Smem<Traits>& smem, const AttentionFwdArgs& args,
+                                    const TensorMap& out_map, int group) {
+  using TileQ = typename Traits::TileQ;
+  const int warp_row = static_cast<int>(threadIdx.x) / 32 % 4 * 16;
+  const bool stores = threadIdx.x % 32 == 0;
+  uint8_t* const out_smem = smem.out(group);
+  if (Traits::kOutHasTile) {
+    if (stores) bulk_wait_group_read<0>();  // the last row tile's result has left
+    __syncwarp();
+  }
+  write_rows<typename Traits::Element>(TileQ{smem_address(out_smem)}, warp_row, o);
+  fence_proxy_async();
+  __syncwarp();
+  if (!stores) return;
+#pragma unroll
+  for (int panel = 0; panel < TileQ::kPanels; ++panel) {
+    if (panel * TileQ::kPanelCols >= args.head_dim_v) break;
+    tma_store(&out_map, out_smem + panel * TileQ::kPanelBytes + warp_row * TileQ::kRowBytes,
+              {panel * TileQ::kPanelCols, work.first_row + 64 * group + warp_row, work.at.tile_head, work.at.batch});
+  }
+  bulk_commit_group();
+  if (!Traits::kOutHasTile) {
+    bulk_wait_group_read<0>();
+    mbarrier_arrive(&smem.q_empty[group]);  // and q may come into its place
+  }
+}
+
+template <typename Traits>
+FASTATTN_DEVICE void consume_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const AttentionFwdArgs& args,
+                                       const TensorMap& out_map, int row_tiles) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  // From lane 0, which tells the compiler that it is the same for all lanes: descriptors are made of it.
+  const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 32 - 4, 0), group = warp / 4;
+  DropoutState dropout;
+  if (Traits::kKind == ScoreKind::kEverything && args.scores.dropout_threshold > 0) {
+    dropout = load_dropout_state(args.scores.rng_state);
+  }
+  RingPosition<Traits::kStages> at;
+  RingPosition<1> q_at;
+  if (group == Traits::kGroups - 1) give_products_turn<Traits>(0);
+  for (int round = 0; row_tile_of_round(round) < row_tiles; ++round, ++q_at.count) {
+    const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, row_tile_of_round(round));
+    const int first_row = work.first_row + 64 * group + 16 * (warp % 4) + lane / 4;
+    FwdRows<Traits> rows{args, work, {first_row, work.at.tile_head, 1}, {}, dropout};
+    const float sink = args.sinks != nullptr ? args.sinks[work.at.tile_head] * kLog2E : -INFINITY;
+    rows.softmax.start(0, 0, sink);
+    rows.softmax.start(0, 1, sink);
+    float o[1][Traits::kHeadDim / 8][4] = {};
+    mbarrier_wait(&smem.q_full[group], q_at.parity());
+    attend(o, rows, smem, at, group);
+    finish_fwd_rows(o, rows);
+    store_fwd_rows<Traits>(o, work, smem, args, out_map, group);
+  }
+  if (group == 0) wait_for_products_turn<Traits>(0);  // takes back the turn that nobody needs any more
+  if (lane == 0) bulk_wait_group_read<0>();           // shared memory outlives the stores that read it
+}
+
+// ---- kernel
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    attention_fwd_sm90_kernel(const __grid_constant__ AttentionFwdArgs args,
+                              const __grid_constant__ AttentionFwdMaps maps, int row_tiles) {
+  FASTATTN_DYNAMIC_SMEM(bytes);
+  auto& smem = *reinterpret_cast<AttentionFwdSm90Smem<Traits>*>(bytes);
+  if (threadIdx.x == 0) {
+    prefetch_tensor_map(&maps.q);
+    prefetch_tensor_map(&maps.k);
+    prefetch_tensor_map(&maps.v);
+    prefetch_tensor_map(&maps.out);
+    constexpr int kWarps = 4 * Traits::kGroups;
+    for (int group = 0; group < Traits::kGroups; ++group) {
+      mbarrier_init(&smem.q_full[group], 1);
+      mbarrier_init(&smem.q_empty[group], 4);
+    }
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      mbarrier_init(&smem.k_full[stage], 1);
+      mbarrier_init(&smem.v_full[stage], 1);
+      mbarrier_init(&smem.k_empty[stage], kWarps);
+      mbarrier_init(&smem.v_empty[stage], kWarps);
+    }
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    setmaxnreg_dec<Traits::kProducerRegisters>();
+    if (threadIdx.x < 32) produce_fwd_tiles(smem, args, maps, row_tiles);
+  } else {
+    setmaxnreg_inc<Traits::kConsumerRegisters>();
+    consume_fwd_tiles(smem, args, maps.out, row_tiles);
+  }
+}
+
+}  // namespace fastattn

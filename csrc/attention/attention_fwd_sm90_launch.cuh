@@ -1,0 +1,79 @@
+// Starts attention_fwd_sm90_kernel: the table of tiles, and for each element type and head_dim one unit
+// (attention_fwd_cuda_sm90_*.cu) that instantiates its kernels.
+#pragma once
+
+#include "attention/attention_fwd_sm90.cuh"
+#include "common/device.h"
+#include "common/launch.cuh"
+
+namespace fastattn {
+
+struct FwdSm90Tile {
+  int head_dim;
+  ScoreKind kind;
+  int groups, block_k;
+
+  constexpr int block_q() const { return 64 * groups; }
+  constexpr bool serves(int64_t head_dim_asked, ScoreKind kind_asked, int64_t seqlen_q) const {
+    return head_dim >= head_dim_asked && kind >= kind_asked && seqlen_q > block_q() - 64;  // no warpgroup is idle
+  }
+};
+
+// The first tile that fits is taken. A thread holds block_k / 2 scores, half as many registers of probabilities and
+// head_dim / 2 of the output; of 160 registers with three warpgroups, of 232 with two.
+constexpr FwdSm90Tile kFwdSm90Tiles[] = {
+    {64, ScoreKind::kPlain, 3, 128},  {64, ScoreKind::kMask, 2, 128},  {64, ScoreKind::kEverything, 2, 128},
+    {96, ScoreKind::kPlain, 2, 128},  {96, ScoreKind::kMask, 2, 128},  {96, ScoreKind::kEverything, 2, 128},
+    {128, ScoreKind::kPlain, 2, 128}, {128, ScoreKind::kMask, 2, 128}, {128, ScoreKind::kEverything, 2, 128},
+    {192, ScoreKind::kPlain, 2, 96},  {192, ScoreKind::kMask, 2, 96},  {192, ScoreKind::kEverything, 2, 96},
+    {256, ScoreKind::kPlain, 2, 80},  {256, ScoreKind::kMask, 2, 64},  {256, ScoreKind::kEverything, 2, 64},
+};
+constexpr int kFwdSm90TileCount = static_cast<int>(sizeof(kFwdSm90Tiles) / sizeof(kFwdSm90Tiles[0]));
+
+template <typename Traits>
+const char* make_fwd_maps(AttentionFwdMaps& maps, const AttentionFwdArgs& args) {
+  using Element = typename Traits::Element;
+  using TileQ = typename Traits::TileQ;
+  using TileK = typename Traits::TileK;
+  const int batch = args.batch, seqlen_q = args.scores.seqlen_q, seqlen_k = args.scores.seqlen_k;
+  const char* errors[] = {
+      make_rows_map<TileQ, Element>(maps.q, args.q, batch, args.heads, seqlen_q, args.head_dim, 64),
+      make_rows_map<TileK, Element>(maps.k, args.k, batch, args.heads_kv, seqlen_k, args.head_dim, Traits::kBlockK),
+      make_rows_map<TileK, Element>(maps.v, args.v, batch, args.heads_kv, seqlen_k, args.head_dim_v, Traits::kBlockK),
+      make_rows_map<TileQ, Element>(maps.out, args.out, batch, args.heads, seqlen_q, args.head_dim_v, 16),
+  };
+  for (const char* error : errors) {
+    if (error != nullptr) return error;
+  }
+  return nullptr;
+}
+
+template <typename Traits>
+const char* launch_fwd_sm90(const AttentionFwdArgs& args, int multiprocessors, cudaStream_t stream) {
+  constexpr size_t kSmemBytes = sizeof(AttentionFwdSm90Smem<Traits>);
+  static_assert(kSmemBytes <= 227 * 1024, "what a block of compute capability 9.0 can have");
+  AttentionFwdMaps maps;
+  if (const char* error = make_fwd_maps<Traits>(maps, args)) return error;
+  const int64_t row_tiles = int64_t{args.batch} * args.tile_heads * args.row_tiles;
+  if (row_tiles > INT32_MAX - 2 * multiprocessors) return "there are more than 2^31 row tiles";
+  const auto blocks = static_cast<unsigned>(row_tiles < multiprocessors ? row_tiles : multiprocessors);
+  return launch_kernel(attention_fwd_sm90_kernel<Traits>, blocks, Traits::kThreads, kSmemBytes, stream, args, maps,
+                       static_cast<int>(row_tiles));
+}
+
+// Starts the kernel of kFwdSm90Tiles[tile], which has this head_dim.
+template <typename Element, int kHeadDim, int kTile = 0>
+const char* launch_fwd_sm90_tile(int tile, const AttentionFwdArgs& args, int multiprocessors, cudaStream_t stream) {
+  if constexpr (kTile == kFwdSm90TileCount) {
+    return "there is no kernel for this tile";
+  } else {
+    constexpr FwdSm90Tile kFacts = kFwdSm90Tiles[kTile];
+    if constexpr (kFacts.head_dim == kHeadDim) {
+      using Traits = AttentionFwdSm90Traits<Element, kHeadDim, kFacts.groups, kFacts.block_k, kFacts.kind>;
+      if (tile == kTile) return launch_fwd_sm90<Traits>(args, multiprocessors, stream);
+    }
+    return launch_fwd_sm90_tile<Element, kHeadDim, kTile + 1>(tile, args, multiprocessors, stream);
+  }
+}
+
+}  // namespace fastattn
