@@ -41,7 +41,11 @@ def cases() -> Iterator[Case]:
 
 
 def decoding_step(batch: int, length: int, int8: bool) -> Case:
-    """One token for each sequence behind ``length`` cached ones, logits included: the whole of a generated token."""
+    """One token for each sequence behind ``length`` cached ones, logits included: the whole of a generated token.
+
+    Peers, all in float32: SDPA on a cache that is written in place; plain PyTorch's attention on a cache that grows by
+    torch.cat; the same on ours (fastattn's definition); and, once, a model that computes the whole sequence again.
+    """
 
     def build() -> Subject:
         eager = set_backend(random_gpt(), "eager")
@@ -63,8 +67,9 @@ def decoding_step(batch: int, length: int, int8: bool) -> Case:
             wide = copy.deepcopy(eager).double()
             return step(wide, [KeyValueCache(cache.key.double(), cache.value.double()) for cache in caches])
 
-        run = {model: partial(step, model, copy.deepcopy(caches)) for model in (ours, eager, sdpa)}
-        peers = {"SDPA, cache": run[sdpa], "eager, cache": run[eager]}
+        grown = with_growing_cache(copy.deepcopy(eager))
+        run = {model: partial(step, model, copy.deepcopy(caches)) for model in (ours, eager, sdpa, grown)}
+        peers = {"SDPA, cache": run[sdpa], "eager, torch.cat": run[grown], "eager, cache": run[eager]}
         if batch == 1 and not int8:
             peers["eager, no cache"] = without_cache
         check = similar_logits(run[ours], exact) if int8 else as_accurate_as_eager(run[ours], run[eager], exact)
@@ -110,6 +115,22 @@ def with_sdpa(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Attention):
             module.attend = MethodType(attend, module)
+            module.attend_cached = MethodType(attend_cached, module)
+    return model
+
+
+def with_growing_cache(model: nn.Module) -> nn.Module:
+    """The model as one writes it first: scores, softmax and values one by one, on a cache that torch.cat makes anew."""
+
+    def attend_cached(self, query, key, value, cache, lengths):
+        key, value = torch.cat([cache.key[:, :lengths], key], 1), torch.cat([cache.value[:, :lengths], value], 1)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        assert query.shape[2] == 1 and key.shape[1] == query.shape[1], "one query sees every key of its own head"
+        weights = (query @ key.transpose(-1, -2) * self.head_dim**-0.5).softmax(-1)
+        return (weights @ value).transpose(1, 2)
+
+    for module in model.modules():
+        if isinstance(module, Attention):
             module.attend_cached = MethodType(attend_cached, module)
     return model
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastattn
-from bench import bench_attention, bench_int8_matmul, bench_layer_norm, gpu_peers
+from bench import bench_attention, bench_int8_matmul, bench_layer_norm, gpu_models, gpu_peers
 from bench.case import Case, Subject, Verdict, as_accurate_as_eager, gradients, like, seeded_generator, torch_dtype
 
 Shape = bench_attention.Shape
@@ -35,6 +35,7 @@ def cases() -> Iterator[Case]:
     for rows in (1, 16, 128, 4096):
         yield int8_linear(rows, 4096, 4096)
     yield int8_linear(8192, 4096, 14336)
+    yield from gpu_models.cases()
 
 
 # --- Attention -------------------------------------------------------------------------------------------------------

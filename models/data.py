@@ -41,10 +41,10 @@ def load_text(path: Path | None) -> list[str]:
     return paragraphs
 
 
-def load_pairs(path: Path | None) -> list[tuple[str, str]]:
-    """(source, target) sentences of a tab-separated file; Django's English-German messages without one."""
+def load_pairs(path: Path | None, language: str = "de") -> list[tuple[str, str]]:
+    """(source, target) sentences of a tab-separated file; Django's English and ``language`` messages without one."""
     if path is None:
-        return _django_messages("de")
+        return _django_messages(language)
     pairs = [tuple(line.split("\t")) for line in _read(path).splitlines() if line.strip()]
     for number, pair in enumerate(pairs, 1):
         if len(pair) != 2:
@@ -94,6 +94,8 @@ def _django_messages(language: str) -> list[tuple[str, str]]:
     import polib
 
     root = _package_file("django", "", "Django")
+    if not (root / "conf" / "locale" / language / "LC_MESSAGES").is_dir():
+        raise DataError(f"Django has no messages in {language!r}: pass --data, or a language such as de or fr.")
     pairs = {}
     for path in sorted(root.glob(f"**/locale/{language}/LC_MESSAGES/*.po")):
         for entry in polib.pofile(str(path)):

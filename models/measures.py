@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -14,7 +16,7 @@ from models import data
 from models.bert_heads import IGNORED, classification_scores, mask_words, pretraining_loss, replace_words
 from models.gpt import causal_lm_loss
 from models.training import Batch
-from models.transformer import translation_loss
+from models.transformer import Transformer, translation_loss
 
 # --- Measures: what a model is worth on data that it was not trained on ----------------------------------------------
 
@@ -51,11 +53,46 @@ def pretraining_measure(validation: data.Examples, corrupt: Callable[[Batch, tor
     return measure
 
 
-def translation_measure(validation: data.Examples) -> Measure:
+def translation_measure(validation: data.Examples, tokenizer: Tokenizer, most: int = 100) -> Measure:
+    """The loss, and BLEU of the greedy translations of the first ``most`` pairs."""
+
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         return translation_loss(model, batch["source"], batch["target"], data.PAD, 0.0)
 
-    return lambda model: {"validation_loss": mean_loss(model, loss, validation.in_order())}
+    def measure(model: nn.Module) -> dict[str, float]:
+        whole: Transformer = getattr(model, "module", model)  # type: ignore[assignment]
+        sources, targets = (validation.fields[name][:most] for name in ("source", "target"))
+        ids = data.pad(sources).to(whole.positions.device)
+        found = [tokenizer.decode(tokens) for tokens in whole.translate(ids, whole.config.max_positions)]
+        score = bleu(found, [tokenizer.decode(tokens) for tokens in targets])
+        return {"validation_loss": mean_loss(model, loss, validation.in_order()), "bleu": score}
+
+    return measure
+
+
+def bleu(candidates: Sequence[str], references: Sequence[str], longest: int = 4) -> float:
+    """Corpus BLEU, 0 to 100, of words and punctuation marks; one reference each (Papineni et al. 2002, section 2.3)."""
+    hits, counts = [0] * longest, [0] * longest
+    pairs = [
+        tuple(re.findall(r"\w+|[^\w\s]", text) for text in pair) for pair in zip(candidates, references, strict=True)
+    ]
+    for candidate, reference in pairs:
+        for n in range(longest):
+            ours, theirs = (
+                Counter(tuple(words[i : i + n + 1]) for i in range(len(words) - n)) for words in (candidate, reference)
+            )
+            hits[n] += (ours & theirs).total()
+            counts[n] += ours.total()
+    if min(hits) == 0:
+        return 0.0
+    lengths = [sum(len(pair[i]) for pair in pairs) for i in (0, 1)]
+    brevity = min(0.0, 1 - lengths[1] / lengths[0])
+    precision = sum(math.log(hit / count) for hit, count in zip(hits, counts, strict=True)) / longest
+    return 100 * math.exp(brevity + precision)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", text)
 
 
 def classification_measure(validation: data.Examples, num_classes: int) -> Measure:

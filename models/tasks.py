@@ -106,10 +106,11 @@ def _bert_config(tokenizer: Tokenizer, positions: int, options: dict[str, Any]) 
 
 
 def translation(
-    path: Path | None, options: dict[str, Any], *, context: int = 64, batch_size: int = 32, vocab_size: int = 4096
-) -> Task:
+    path: Path | None, options: dict[str, Any], *, context: int = 64, batch_size: int = 32, vocab_size: int = 4096,
+    language: str = "de",
+) -> Task:  # fmt: skip
     """An encoder-decoder, with label smoothing."""
-    training, held_out = data.split(data.load_pairs(path))
+    training, held_out = data.split(data.load_pairs(path, language))
     tokenizer = data.train_tokenizer((text for pair in training for text in pair), vocab_size, framed=True)
     config = TransformerConfig(
         vocab_size=tokenizer.get_vocab_size(), max_positions=context, pad_id=data.PAD, start_id=data.START,
@@ -122,8 +123,9 @@ def translation(
     source, validation = (
         measures.translation_data(tokenizer, part, context, batch_size) for part in (training, held_out)
     )
-    measure = measures.translation_measure(validation)
-    return Task("translation", Transformer(config), config, tokenizer, source, loss, measure, {"context": context})
+    measure = measures.translation_measure(validation, tokenizer)
+    extra = {"context": context, "language": language}
+    return Task("translation", Transformer(config), config, tokenizer, source, loss, measure, extra)
 
 
 # --- Classification --------------------------------------------------------------------------------------------------
@@ -224,9 +226,8 @@ def held_out_measure(folder: Path, path: Path | None, tokenizer: Tokenizer, batc
     description = describe(folder)
     kind, sizes = description["kind"], (description["context"], batch_size)
     if kind == "translation":
-        return measures.translation_measure(
-            measures.translation_data(tokenizer, data.split(data.load_pairs(path))[1], *sizes)
-        )
+        held_out = data.split(data.load_pairs(path, description.get("language", "de")))[1]
+        return measures.translation_measure(measures.translation_data(tokenizer, held_out, *sizes), tokenizer)
     if kind == "classifier":
         texts, labels, classes = data.load_labelled(path)
         if classes != description["classes"]:

