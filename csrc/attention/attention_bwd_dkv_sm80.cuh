@@ -267,8 +267,8 @@ FASTATTN_DEVICE void attention_bwd_dkv_block(const AttentionBwdArgs& args) {
   const TileOutput<Element> output = {
       head_gmem<Element>(tensor, batch, head_kv) + (first_key + pair_key) * tensor.stride_row, tensor.stride_row,
       keys - pair_key, makes_dk ? args.head_dim : args.head_dim_v, makes_dk ? args.dk_is_aligned : args.dv_is_aligned};
-  store_accumulators<Element>(gradient, makes_dk ? args.scale : scores.dropout_scale, makes_dk ? k_tile : v_tile,
-                              smem + (makes_dk ? 0 : TileK::kBytes), pair_key, output);
+  store_accumulators(gradient, makes_dk ? args.scale : scores.dropout_scale, makes_dk ? k_tile : v_tile,
+                     smem + (makes_dk ? 0 : TileK::kBytes), pair_key, output);
 }
 
 template <typename Traits, typename Cards>

@@ -162,7 +162,7 @@ FASTATTN_DEVICE void attention_bwd_dq_block(const AttentionBwdArgs& args) {
     const TileOutput<Element> output = {
         head_gmem<Element>(args.dq, batch, head) + (first_query + warp_row) * args.dq.stride_row, args.dq.stride_row,
         scores.seqlen_q - first_query - warp_row, args.head_dim, args.dq_is_aligned};
-    store_accumulators<Element>(dq, args.scale, q_tile, smem, warp_row, output);
+    store_accumulators(dq, args.scale, q_tile, smem, warp_row, output);
   }
 }
 

@@ -103,23 +103,25 @@ FASTATTN_DEVICE void modify_scores(float (&s)[kRowTiles][kColTiles][4], const Sc
 
 // ---- writing the result
 
-// Where store_accumulators writes the output: heads that are packed into the rows of a tile lie apart.
-template <typename Element>
-struct FwdOutput {
-  const AttentionFwdArgs& args;
-  int batch;
-  QueryRows rows;  // from this warp's first to end_row
-  int end_row;
-  int cols = args.head_dim_v;
-  bool is_aligned = args.out_is_aligned;
-
-  FASTATTN_DEVICE Element* row_gmem(int i) const {
-    const int row = rows.first + i;
-    if (row >= end_row) return nullptr;
-    return static_cast<Element*>(args.out.data) + batch * args.out.stride_batch +
-           rows.head_of(row) * args.out.stride_head + rows.query_of(row) * args.out.stride_row;
+// Through q's tile, of which a warp reads and writes its own rows alone. Rows are addressed here and not by an object
+// that store_accumulators asks, which cost the largest tiles registers that they do not have.
+template <typename Traits>
+FASTATTN_DEVICE void store_out(const float (&o)[Traits::kRowTiles][Traits::kHeadDim / 8][4],
+                               typename Traits::TileQ tile, uint8_t* tile_smem, const AttentionFwdArgs& args, int batch,
+                               const QueryRows& tile_rows, int warp_row, int rows) {
+  using Element = typename Traits::Element;
+  stage_accumulators<Element>(o, 1.0f, tile, tile_smem, warp_row);
+  Element* out_gmem = static_cast<Element*>(args.out.data) + batch * args.out.stride_batch;
+  constexpr int kChunks = Traits::kHeadDim / 8;
+  for (int i = static_cast<int>(threadIdx.x) % 32; i < 16 * Traits::kRowTiles * kChunks; i += 32) {
+    const int row = warp_row + i / kChunks, col = i % kChunks * 8;
+    if (row >= rows || col >= args.head_dim_v) continue;
+    const int tile_row = tile_rows.first + row;
+    Element* dst = out_gmem + tile_rows.head_of(tile_row) * args.out.stride_head +
+                   tile_rows.query_of(tile_row) * args.out.stride_row + col;
+    store_staged_chunk(dst, staged_place(tile, tile_smem, row, col), args.head_dim_v - col, args.out_is_aligned);
   }
-};
+}
 
 // A part of the keys' result, for combine_splits_kernel.
 template <int kColTiles>
@@ -274,12 +276,7 @@ FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args) {
   __syncthreads();  // where no key was visible, q has arrived only now; its tile becomes the output's
 
   finish_rows(o, softmax, args, work, lane_rows, first_row + rows, lane);
-  if (args.splits == 1) {
-    const QueryRows warp_rows = {first_row + warp_row, tile_rows.head, group};
-    // A warp reads and writes its own rows of q's tile alone.
-    store_accumulators<Element>(o, 1.0f, q_tile, smem, warp_row,
-                                FwdOutput<Element>{args, batch, warp_rows, first_row + rows});
-  }
+  if (args.splits == 1) store_out<Traits>(o, q_tile, smem, args, work.batch, tile_rows, warp_row, rows);
 }
 
 template <typename Traits, typename Cards>

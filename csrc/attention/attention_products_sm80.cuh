@@ -53,51 +53,64 @@ FASTATTN_DEVICE void multiply_accumulators(float (&acc)[kRowTiles][kColTiles][4]
   }
 }
 
-// Where store_accumulators writes: `rows` rows of `cols` elements from `gmem`.
-template <typename Element>
-struct TileOutput {
-  Element* gmem = nullptr;
-  int64_t stride_row = 0;
-  int rows = 0, cols = 0;
-  bool is_aligned = false;  // rows can be written 16 bytes at a time
+// ---- accumulators to global memory
 
-  // Of the warp's row i; null for a row that does not exist.
-  FASTATTN_DEVICE Element* row_gmem(int i) const { return i < rows ? gmem + i * stride_row : nullptr; }
-};
+template <typename Tile>
+FASTATTN_DEVICE uint8_t* staged_place(Tile tile, uint8_t* smem, int row, int col) {
+  return smem + (tile.chunk_address(row, col) - tile.address);
+}
 
-// Writes factor * acc through `tile`, whose rows from `tile_row` on are this warp's to use: there the accumulators
-// become whole rows, which leave 16 bytes a lane. `smem` is where the tile lies.
-template <typename Element, typename Tile, typename Output, int kRowTiles, int kColTiles>
-FASTATTN_DEVICE void store_accumulators(const float (&acc)[kRowTiles][kColTiles][4], float factor, Tile tile,
-                                        uint8_t* smem, int tile_row, const Output& output) {
+// Writes factor * acc, rounded, into `tile`, which lies at `smem` and whose rows from `tile_row` on are this warp's to
+// use. There accumulators become whole rows, which leave 16 bytes a lane.
+template <typename Element, typename Tile, int kRowTiles, int kColTiles>
+FASTATTN_DEVICE void stage_accumulators(const float (&acc)[kRowTiles][kColTiles][4], float factor, Tile tile,
+                                        uint8_t* smem, int tile_row) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const auto place = [&](int row, int col) { return smem + (tile.chunk_address(row, col) - tile.address); };
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
     for (int n = 0; n < kColTiles; ++n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        uint8_t* chunk = place(tile_row + 16 * m + 8 * half + lane / 4, 8 * n);
+        uint8_t* chunk = staged_place(tile, smem, tile_row + 16 * m + 8 * half + lane / 4, 8 * n);
         const uint32_t bits = pack2<Element>(factor * acc[m][n][2 * half], factor * acc[m][n][2 * half + 1]);
         *reinterpret_cast<uint32_t*>(chunk + lane % 4 * 4) = bits;
       }
     }
   }
   __syncwarp();
+}
 
-  for (int i = lane; i < 16 * kRowTiles * kColTiles; i += 32) {
+// The first `cols` of eight elements of a row.
+template <typename Element>
+FASTATTN_DEVICE void store_staged_chunk(Element* dst, const uint8_t* chunk_smem, int cols, bool is_aligned) {
+  const Vec<Element> chunk = load_vec<8>(reinterpret_cast<const Element*>(chunk_smem));
+  if (is_aligned) {
+    store_vec(dst, chunk);
+  } else {
+    for (int e = 0; e < min(8, cols); ++e) dst[e] = chunk[e];
+  }
+}
+
+// Where a warp's accumulators go: `rows` rows of `cols` columns from `gmem`. Vectors of eight if `is_aligned`.
+template <typename Element>
+struct TileOutput {
+  Element* gmem = nullptr;
+  int64_t stride_row = 0;
+  int rows = 0, cols = 0;
+  bool is_aligned = false;
+};
+
+// Writes factor * acc to `output` through `tile`, as stage_accumulators takes it.
+template <typename Element, typename Tile, int kRowTiles, int kColTiles>
+FASTATTN_DEVICE void store_accumulators(const float (&acc)[kRowTiles][kColTiles][4], float factor, Tile tile,
+                                        uint8_t* smem, int tile_row, const TileOutput<Element>& output) {
+  stage_accumulators<Element>(acc, factor, tile, smem, tile_row);
+  for (int i = static_cast<int>(threadIdx.x) % 32; i < 16 * kRowTiles * kColTiles; i += 32) {
     const int row = i / kColTiles, col = i % kColTiles * 8;
-    if (col >= output.cols) continue;
-    Element* row_gmem = output.row_gmem(row);
-    if (row_gmem == nullptr) continue;
-    Element* dst = row_gmem + col;
-    const Vec<Element> chunk = load_vec<8>(reinterpret_cast<const Element*>(place(tile_row + row, col)));
-    if (output.is_aligned) {
-      store_vec(dst, chunk);
-    } else {
-      for (int e = 0; e < min(8, output.cols - col); ++e) dst[e] = chunk[e];
-    }
+    if (row >= output.rows || col >= output.cols) continue;
+    Element* dst = output.gmem + row * output.stride_row + col;
+    store_staged_chunk(dst, staged_place(tile, smem, tile_row + row, col), output.cols - col, output.is_aligned);
   }
 }
 
