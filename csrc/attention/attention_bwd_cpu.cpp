@@ -351,6 +351,7 @@ class AttentionBackward {
           }
           place.kept = kept;
         }
+        mask.prefetch(batch, head_index, place);
         const auto take_turn = [&] { dq_turns.wait(query_block, dq_turn); };
         backward_tile(p_, scores, head, tile_at(first, key0 - key_begin), buffers, place,
                       static_cast<T>(dropout_.keep_scale), mask.kind() != MaskGradientKind::kNone, add_to_mask,

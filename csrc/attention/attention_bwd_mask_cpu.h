@@ -48,6 +48,16 @@ class MaskGradient {
                                 (p_.stride_dmask_head == 0 ? head : 0));
   }
 
+  // Asks for the tile's place, if it has one of its own, well before add_tile.
+  FASTATTN_INLINE void prefetch(int64_t batch, int64_t head, const TilePlace& place) const {
+    constexpr int kLine = 64 / static_cast<int>(sizeof(T));
+    if (kind_ != MaskGradientKind::kFull) return;
+    for (int r = 0; r < place.rows; ++r) {
+      const T* row = tile_row(batch, head, place, r);
+      for (int key = 0; key < place.keys; key += kLine) __builtin_prefetch(row + key, /*to write=*/1);
+    }
+  }
+
   // ds: kTileKeys columns a row; nullptr for a hidden tile, whose gradients are 0.
   FASTATTN_INLINE void add_tile(const T* ds, int64_t batch, int64_t head, const TilePlace& place) const {
     const int64_t batch_head = batch * p_.heads + head;
@@ -90,12 +100,16 @@ class MaskGradient {
   }
 
  private:
+  FASTATTN_INLINE T* tile_row(int64_t batch, int64_t head, const TilePlace& place, int r) const {
+    return static_cast<T*>(p_.dmask) + batch * p_.stride_dmask_batch + head * p_.stride_dmask_head +
+           (place.row0 + r) * p_.stride_dmask_q + place.key0;
+  }
+
   FASTATTN_INLINE void add_full(const T* ds, int64_t batch, int64_t head, const TilePlace& place) const {
     using V = Vec<T>;
     const bool first = turn(batch, head) == 0;
     if (ds == nullptr && !first) return;
-    T* row = static_cast<T*>(p_.dmask) + batch * p_.stride_dmask_batch + head * p_.stride_dmask_head +
-             place.row0 * p_.stride_dmask_q + place.key0;
+    T* row = tile_row(batch, head, place, 0);
     for (int r = 0; r < place.rows; ++r, row += p_.stride_dmask_q) {
       for (int key = 0; key < place.keys; key += V::kLanes) {
         const int lanes = place.keys - key;

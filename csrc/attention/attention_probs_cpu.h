@@ -16,16 +16,21 @@ struct TilePlace {
   const uint64_t *visible, *kept;
 };
 
-// p = e^(factor * dot - lse) where visible, else 0. In base 2 the rounding of factor * log2(e) and of lse * log2(e)
-// would cost as much accuracy again.
-template <typename T, bool kPartial>
-FASTATTN_INLINE void probabilities(T* p, const T* lse, T factor, const TilePlace& place) {
+// p = e^(factor * dot + mask - lse) where visible, else 0. In base 2 the rounding of factor * log2(e) and of
+// lse * log2(e) would cost as much accuracy again.
+template <typename T, bool kPartial, bool kMask = false>
+FASTATTN_INLINE void probabilities(T* p, const T* lse, T factor, const TilePlace& place, const MaskRows<T>& mask = {}) {
   using V = Vec<T>;
   const V scale = V::set1(factor);
   for (int r = 0; r < place.rows; ++r, p += kTileKeys) {
     const V minus_lse = V::set1(-lse[r]);
     for (int key = 0; key < kTileKeys; key += V::kLanes) {
-      V x = exp(fma(V::load(p + key), scale, minus_lse));
+      V x;
+      if constexpr (kMask) {
+        x = exp(fma(V::load(p + key), scale, V::load(mask.row(r) + key)) + minus_lse);
+      } else {
+        x = exp(fma(V::load(p + key), scale, minus_lse));
+      }
       if constexpr (kPartial) {
         x = select(V::mask_from_bits(static_cast<uint32_t>(place.visible[r] >> key)), x, V::zero());
       }
@@ -53,8 +58,11 @@ template <typename T, bool kPartial, typename Operand>
 FASTATTN_INLINE void recompute_probabilities(T* p, T* slope, const HeadScores<T>& scores, Rows<const Operand> q,
                                              const Operand* k_t, const T* lse, const TilePlace& place,
                                              const StripLimits& limits) {
+  const MaskRows<T> mask = scores.mask_rows(place.row0, place.key0);
+  mask.prefetch(place.rows);
   gemm<T, Operand>({p, kTileKeys}, {q.data, q.stride, 1}, {k_t, kTileKeys}, place.rows, kTileKeys, false, limits);
   if (!scores.has_terms()) return probabilities<T, kPartial>(p, lse, scores.dot_factor, place);
+  if (mask.data) return probabilities<T, kPartial, true>(p, lse, scores.dot_factor, place, mask);
   using V = Vec<T>;
   const V factor = V::set1(scores.dot_factor);
   for (int at = 0; at < place.rows * kTileKeys; at += V::kLanes) (V::load(p + at) * factor).store(p + at);

@@ -63,6 +63,26 @@ FASTATTN_INLINE void load_mask_row(T* dst, const Element* mask, int64_t stride_k
   for (int key = keys; key < kTileKeys; ++key) dst[key] = 0;
 }
 
+// Rows of a tile of an additive mask that can be added in vectors where they are. data == nullptr: there is none.
+template <typename T>
+struct MaskRows {
+  const T* data = nullptr;
+  int64_t stride = 0;
+  int rows = 0;
+
+  // Row r, or the last one for rows that only fill up a register tile.
+  FASTATTN_INLINE const T* row(int r) const { return data + min_of(r, rows - 1) * stride; }
+  // Rows of a mask are far apart, which the hardware's own prefetchers do not follow. The product before their use
+  // takes longer than the hint.
+  FASTATTN_INLINE void prefetch(int count) const {
+    constexpr int kLine = 64 / static_cast<int>(sizeof(T));
+    if (data == nullptr || stride == 0) return;
+    for (int r = 0; r < count; ++r) {
+      for (int key = 0; key < kTileKeys; key += kLine) __builtin_prefetch(row(r) + key);
+    }
+  }
+};
+
 // The rules of one (batch, head). T is float, or double for fp64 inputs.
 template <typename T>
 struct HeadScores {
@@ -79,6 +99,18 @@ struct HeadScores {
 
   // Whether dot_factor * q.k needs more than hiding to become a score.
   FASTATTN_INLINE bool has_terms() const { return softcap != 0 || alibi_slope != 0 || additive_mask != nullptr; }
+
+  // The mask at rows from row0 on and keys [key0, key0 + 64), if adding it is all that dot_factor * q.k needs and it
+  // lies in memory as the arithmetic reads it: in T, neighbour by neighbour, the tile whole.
+  FASTATTN_INLINE MaskRows<T> mask_rows(int64_t row0, int64_t key0) const {
+    constexpr DType kOwn = sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat64;
+    const bool readable = additive_mask != nullptr && additive_dtype == kOwn && mask_stride_k == 1;
+    if (!readable || softcap != 0 || alibi_slope != 0 || key0 + kTileKeys > band.seqlen_k || row0 >= band.seqlen_q) {
+      return {};
+    }
+    return {static_cast<const T*>(additive_mask) + row0 * mask_stride_q + key0, mask_stride_q,
+            static_cast<int>(min_of<int64_t>(band.seqlen_q - row0, 1 << 20))};
+  }
 
   // How much of rows x [key0, key0 + 64) is visible. For kPartial, bits[r] says which keys row rows.begin + r sees;
   // bits past seqlen_k are never set.

@@ -101,7 +101,9 @@ __attribute__((noinline)) void score_tile(const RowBlock<T, Operand>& rows, cons
   constexpr int kLanes = V::kLanes;
   constexpr int kProductVecs = kVecs < kTileVecs ? kVecs : kTileVecs;
   const int lane0 = tile.vec_begin * kLanes;
-  const bool has_terms = rows.scores->has_terms();
+  const MaskRows<T> mask = rows.scores->mask_rows(rows.row0, tile.key0);
+  mask.prefetch(kRows);
+  const bool has_terms = mask.data == nullptr && rows.scores->has_terms();
   const bool stays_in_registers = kVecs == kProductVecs && !has_terms;
   V acc[kRows][kProductVecs];
   for (int vec = 0; vec < kVecs; vec += kProductVecs) {
@@ -133,6 +135,9 @@ __attribute__((noinline)) void score_tile(const RowBlock<T, Operand>& rows, cons
       unroll<kProductVecs>(FASTATTN_LAMBDA(v) { x[v] = acc[r][v]; });
     } else {
       unroll<kVecs>(FASTATTN_LAMBDA(v) { x[v] = V::load(rows.raw + r * kTileKeys + lane0 + v * kLanes); });
+    }
+    if (mask.data) {
+      unroll<kVecs>(FASTATTN_LAMBDA(v) { x[v] = x[v] + V::load(mask.row(r) + lane0 + v * kLanes); });
     }
     if constexpr (kHide) keep_lanes(x, tile.visible[r] >> lane0, -std::numeric_limits<T>::infinity());
     softmax_step(x, rows, r, tile.first);
