@@ -152,15 +152,23 @@ def test_split_sums_are_exact(library, tile, splits):
 
 
 @pytest.mark.parametrize("tile", HOPPER, ids=lambda tile: tile.name)
-@pytest.mark.parametrize("depth, blocks", [(100, 2), (300, 2), (900, 1)])
+@pytest.mark.parametrize("depth, blocks", [(100, 2), (300, 2), (512, 2), (900, 1)])
 def test_persistent_blocks_take_several_tiles(library, tile, depth, blocks):
     """Five tiles, of which two blocks take three and two: the ring, its phases and the staging area are used again.
 
-    900 of k are more stages than the ring has: a warpgroup that ran ahead of the other would be two phases ahead.
+    900 of k are more stages than the ring has: a warpgroup that ran ahead of the other would be two phases ahead. From
+    400 of k on, 128x256 tiles are written by halves: 512 are no more stages than those at both ends.
     """
     columns = 128 if tile == Tile.HOPPER_128X128 else 256
     a, b = random_int8(7, depth), random_int8(4 * columns + 3, depth)
     assert torch.equal(multiply(library, a, b, tile, multiprocessors=blocks), exact(a, b))
+
+
+@pytest.mark.parametrize("depth", [385, 4096, 4097])
+def test_tiles_by_halves_and_whole(plain_library, depth):
+    """The fewest and the most stages of a tile that is written by halves, and one more."""
+    a, b = random_int8(130, depth), random_int8(300, depth)
+    assert torch.equal(multiply(plain_library, a, b, Tile.HOPPER_128X256, multiprocessors=1), exact(a, b))
 
 
 def test_many_tiles_are_each_computed_once(plain_library):
@@ -210,9 +218,10 @@ def test_strided_rows(plain_library, tile, depth, stride, offset):
 )
 def test_epilogue_is_as_accurate_as_eager(plain_library, tile, splits, activation, out_dtype):
     rows = 13 if tile in FEW_ROWS else 70
+    depth = 600 if tile in HOPPER else 300
     # 132 columns are stored as vectors, 75 one by one.
     for columns, bias_dtype in ((132, torch.float32), (75, torch.bfloat16), (132, torch.float16), (75, None)):
-        a, b = random_int8(rows, 300), random_int8(columns, 300)
+        a, b = random_int8(rows, depth), random_int8(columns, depth)
         a_scale, b_scale = torch.rand(rows) * 0.01, torch.rand(columns) * 0.01
         bias = None if bias_dtype is None else torch.randn(columns, dtype=bias_dtype)
         actual = multiply(plain_library, a, b, tile, splits, a_scale, b_scale, bias, activation, out_dtype)

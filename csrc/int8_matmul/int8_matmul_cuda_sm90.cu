@@ -6,8 +6,14 @@ namespace fastattn {
 namespace {
 
 // What fits 227 KiB beside the staging area: 4 stages of 48 KiB, 6 of 32.
-using Cooperative128x256 = Int8Sm90Shape<128, 256, false, 4>;
-using PingPong128x128 = Int8Sm90Shape<128, 128, true, 6>;
+using Cooperative128x256 = Int8Sm90Shape<128, 256, Int8Schedule::kCooperative, 4>;
+using Halves128x256 = Int8Sm90Shape<128, 256, Int8Schedule::kHalves, 4>;
+using PingPong128x128 = Int8Sm90Shape<128, 128, Int8Schedule::kPingPong, 6>;
+
+// Of the 128x256 tiles' schedules. Writing a tile out takes about as long as three stages of products. kHalves hides
+// that, but reads a twice from shared memory, a fifth more in all, which is then about as busy as the tensor cores: it
+// is for tiles of up to so many stages. Fewer than the fewest do not have stages for both ends of a tile.
+constexpr int kFewestHalvesStages = 2 * Halves128x256::kHalfStages, kMostHalvesStages = 32;
 
 // Rows of k, of which a copy takes `box_rows` times 128 bytes. A single row may have any stride.
 const char* make_rows_map(TensorMap& map, const int8_t* rows, int64_t count, int64_t stride, int depth, int box_rows) {
@@ -35,8 +41,11 @@ const char* launch(const Int8KernelParams& p, int multiprocessors, cudaStream_t 
 
 template <typename Out>
 const char* launch_int8_hopper(Int8Tile tile, const Int8KernelParams& p, int multiprocessors, cudaStream_t stream) {
-  return tile == Int8Tile::kHopper128x256 ? launch<Cooperative128x256, Out>(p, multiprocessors, stream)
-                                          : launch<PingPong128x128, Out>(p, multiprocessors, stream);
+  if (tile == Int8Tile::kHopper128x128) return launch<PingPong128x128, Out>(p, multiprocessors, stream);
+  const int stages = (p.depth + Halves128x256::kDepth - 1) / Halves128x256::kDepth;
+  return stages >= kFewestHalvesStages && stages <= kMostHalvesStages
+             ? launch<Halves128x256, Out>(p, multiprocessors, stream)
+             : launch<Cooperative128x256, Out>(p, multiprocessors, stream);
 }
 
 template const char* launch_int8_hopper<float>(Int8Tile, const Int8KernelParams&, int, cudaStream_t);
