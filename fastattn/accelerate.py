@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fastattn._joint_projection import JointProjection
 from fastattn.modules import Int8Linear, LayerNorm, RMSNorm
 from fastattn.modules_foreign import ForeignNorm, conv1d_as_linear, is_conv1d, looks_like_norm, norm_swap
 from fastattn.multi_head_attention import MultiHeadAttention
@@ -143,8 +144,11 @@ class Int8MultiHeadAttention(MultiHeadAttention):
     q_proj: Int8Linear
     k_proj: Int8Linear
     v_proj: Int8Linear
+    _joint_projection: JointProjection
 
     def _in_projection(self, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
+        if query is key and key is value:
+            return self._joint_projection((self.q_proj, self.k_proj, self.v_proj), query)
         return self.q_proj(query), self.k_proj(key), self.v_proj(value)
 
     # nn.TransformerEncoder asks these two whether they require grad.
@@ -300,7 +304,8 @@ def _int8_attention(module: nn.MultiheadAttention) -> tuple[type[nn.Module], dic
     projections["out_proj"] = Int8Linear.from_linear(module.out_proj)
     parameters: dict[str, Tensor | None] = dict.fromkeys(module._parameters)
     parameters |= {"bias_k": module.bias_k, "bias_v": module.bias_v}
-    return Int8MultiHeadAttention, attributes | {"_parameters": parameters, "_modules": projections}
+    attributes |= {"_parameters": parameters, "_modules": projections, "_joint_projection": JointProjection()}
+    return Int8MultiHeadAttention, attributes
 
 
 def _int8_projection(weight: Tensor, bias: Tensor | None) -> Int8Linear:

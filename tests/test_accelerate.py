@@ -442,6 +442,60 @@ def test_a_linear_layer_of_two_homes_keeps_the_activation_outside():
     assert model.layers[0].activation is F.gelu
 
 
+def self_attention(bias=True):
+    attention = randomised(nn.MultiheadAttention(EMBED, HEADS, bias=bias, batch_first=True)).requires_grad_(False)
+    return fastattn.accelerate(attention, int8=True), torch.randn(BATCH, SEQLEN_Q, EMBED)
+
+
+def attend_one_by_one(attention, x):
+    # Different objects: three projections, each by its own layer.
+    return attention(x, x.clone(), x.clone(), need_weights=False)[0]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("change", [None, "weight", "scale", "bias", "replaced", "loaded", "copied", "hooked", "eager"])
+def test_int8_self_attention_projects_jointly_what_its_layers_hold_now(change, bias):
+    attention, x = self_attention(bias)
+    attention(x, x, x)  # makes the joint layer
+    joint = attention._joint_projection._layer
+    assert fastattn.available_backends()["cpu"] is not None or joint is not None
+    calls = []
+    if change in ("weight", "scale", "bias"):
+        layer = attention.v_proj
+        {"weight": layer.weight, "scale": layer.weight_scale, "bias": layer.bias if bias else layer.weight}[
+            change
+        ].mul_(-1)
+    elif change == "replaced":
+        attention.k_proj.weight = -attention.k_proj.weight
+    elif change == "loaded":
+        attention.load_state_dict({name: -value for name, value in attention.state_dict().items()})
+    elif change == "copied":
+        attention = pickle.loads(pickle.dumps(copy.deepcopy(attention)))
+        assert attention._joint_projection._layer is None
+        attention.q_proj.weight.neg_()
+    elif change == "hooked":
+        attention.q_proj.register_forward_hook(lambda *_: calls.append("q_proj"))
+    with fastattn.use_backend("eager" if change == "eager" else "auto"):
+        out = attention(x, x, x, need_weights=False)[0]
+    assert (change == "hooked") == bool(calls)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if change == "eager" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(out, attend_one_by_one(attention, x), **tolerance)
+    assert (attention._joint_projection._layer is joint) == (change in (None, "eager", "hooked"))
+    assert "joint" not in "".join(attention.state_dict())
+    assert "_joint_projection" not in fastattn.restore(attention).__dict__
+
+
+def test_int8_self_attention_gives_its_biases_their_gradients():
+    attention, x = self_attention()
+    attention.requires_grad_()
+    attention(x, x, x, need_weights=False)[0].sum().backward()
+    assert all(layer.bias.grad is not None for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
+    with torch.no_grad():
+        attention(x, x, x)
+        attention.q_proj.bias.zero_()
+        assert torch.equal(attention(x, x, x, need_weights=False)[0], attend_one_by_one(attention, x))
+
+
 def test_int8_after_float_restores_to_the_first_modules():
     model = fastattn.accelerate(nn.Sequential(nn.MultiheadAttention(EMBED, HEADS)))
     fastattn.accelerate(model, int8=True)

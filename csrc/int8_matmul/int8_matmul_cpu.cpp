@@ -23,13 +23,13 @@ namespace {
 constexpr int64_t kSliceGroups = 256;
 // Half of a 1 MiB L2 for the A panels of a block.
 constexpr int64_t kBlockBytes = 512 * 1024;
+constexpr int64_t kMaxBlockRows = 384;
 // B comes from L3 or memory the first time, in a stream that the hardware prefetcher leaves at each 4 KiB page. But a
-// row or two ask so little of each line that prefetching is most of the work: it only pays where a thread's share of B
+// row or two ask so little of each line that the prefetches themselves cost: they only pay where a thread's share of B
 // is too large for most of it to have stayed in L2 since the last call.
 constexpr int64_t kPrefetchBytes = 4096;
 constexpr int64_t kMaxRowsOfLittleWork = 2;
 constexpr int64_t kMostlyInL2Bytes = 3 << 19;
-constexpr int64_t kMaxBlockRows = 384;
 // Products (or, when quantising, elements) that are not worth a second thread.
 constexpr int64_t kSerialProducts = 1 << 18;
 constexpr int64_t kSerialElements = 1 << 13;

@@ -1,0 +1,78 @@
+"""One INT8 product for layers that have the same input, as the projections of self-attention do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastattn.modules import Int8Linear
+
+_Key = list[tuple[int, int]]
+
+# Bytes of float32 results. The kernel streams outputs of 1 MiB past the caches, where attention would soon look for
+# them, and rows that far apart are read more slowly: from there on this costs more than two calls.
+_MAX_BYTES = 1 << 20
+
+
+class JointProjection:
+    """`Int8Linear` layers as one layer of all their outputs: one call, which quantises their input once.
+
+    The joint layer is a cache: it is made again when a weight, a scale or a bias changes, and copies and pickles of
+    this object hold none.
+    """
+
+    def __init__(self) -> None:
+        self._layer: Int8Linear | None = None
+        self._key: _Key | None = None
+
+    def __reduce__(self) -> tuple[type[JointProjection], tuple[()]]:
+        return JointProjection, ()
+
+    def __call__(self, layers: Sequence[Int8Linear], input: Tensor) -> Sequence[Tensor]:
+        """What each layer makes of ``input``; each result is a view of the joint one where there is one."""
+        rows = [layer.out_features for layer in layers]
+        small = not torch.compiler.is_compiling() and input.numel() * sum(rows) * 4 < layers[0].in_features * _MAX_BYTES
+        key = _key(layers) if small else None
+        if key is None:
+            return [layer(input) for layer in layers]
+        if self._layer is None or key != self._key:
+            self._layer, self._key = _join(layers), key
+        return self._layer(input).split(rows, dim=-1)
+
+
+def _key(layers: Sequence[Int8Linear]) -> _Key | None:
+    """Identifies what the layers hold. None if they are to be called one by one: off the CPU, because nothing would
+    tell of a change (inference mode), for the gradients of their biases, or because somebody watches one of them."""
+    first, key = layers[0], []
+    for layer in layers:
+        watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        if layer._packed is None or watched or layer.activation is not None or layer.backend != first.backend:
+            return None
+        bias = layer._parameters["bias"]
+        if (bias is None) != (first._parameters["bias"] is None):
+            return None
+        for tensor in (layer._buffers["weight"], layer._buffers["weight_scale"], bias):
+            if tensor is None:
+                continue
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
+                return None
+            if tensor.requires_grad and torch.is_grad_enabled():
+                return None
+            key.append((tensor.data_ptr(), tensor._version))
+    return key
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _join(layers: Sequence[Int8Linear]) -> Int8Linear:
+    first = layers[0]
+    joint = Int8Linear(first.in_features, 0, bias=False, backend=first.backend)
+    joint.out_features = sum(layer.out_features for layer in layers)
+    joint.weight = torch.cat([layer.weight for layer in layers])
+    joint.weight_scale = torch.cat([layer.weight_scale for layer in layers])
+    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+    if biases:
+        joint.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+    return joint
