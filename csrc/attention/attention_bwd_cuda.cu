@@ -2,6 +2,7 @@
 #include "attention/attention_bwd_dmask_sm80.cuh"
 #include "attention/attention_bwd_launch.cuh"
 #include "attention/attention_bwd_rows_sm80.cuh"
+#include "attention/attention_bwd_sm90_launch.cuh"
 #include "attention/attention_mask_tiles_launch.cuh"
 
 namespace fastattn {
@@ -17,6 +18,12 @@ FASTATTN_EXTERN_BWD(bfloat16_t, 64);
 FASTATTN_EXTERN_BWD(bfloat16_t, 128);
 FASTATTN_EXTERN_BWD(bfloat16_t, 256);
 #undef FASTATTN_EXTERN_BWD
+FASTATTN_BWD_SM90_UNIT(extern, half_t, 64)
+FASTATTN_BWD_SM90_UNIT(extern, half_t, 96)
+FASTATTN_BWD_SM90_UNIT(extern, half_t, 128)
+FASTATTN_BWD_SM90_UNIT(extern, bfloat16_t, 64)
+FASTATTN_BWD_SM90_UNIT(extern, bfloat16_t, 96)
+FASTATTN_BWD_SM90_UNIT(extern, bfloat16_t, 128)
 
 namespace {
 
@@ -26,8 +33,10 @@ size_t aligned_bytes(int64_t bytes) { return static_cast<size_t>(ceil_div(bytes,
 
 // Everything about a call that its workspace and its launches must agree on.
 struct BwdPlan {
-  int dkv_tile = -1, dq_tile = -1;
+  BwdSm90Tile sm90_tile;            // serves dq, dk and dv where it has a head_dim, else
+  int dkv_tile = -1, dq_tile = -1;  // these
   int64_t padded_rows = 0;
+  int64_t dq_sum_bytes = 0, turns_bytes = 0;  // of Hopper's dq
   MaskTilesPlan dkv_mask_tiles, dq_mask_tiles;
   TileIndex dmask_places = {1, 1, 1, 1}, dmask_sharers = {1, 1, 1, 1};
   int dmask_splits = 1;
@@ -36,8 +45,11 @@ struct BwdPlan {
   size_t row_bytes(const AttentionParams& p) const { return aligned_bytes(p.batch * p.heads * padded_rows * 4); }
   size_t dmask_bytes() const { return dmask_splits > 1 ? aligned_bytes(dmask_splits * dmask_elements * 4) : 0; }
   size_t workspace_bytes(const AttentionParams& p) const {
-    return 2 * row_bytes(p) + aligned_bytes(dkv_mask_tiles.bytes) + aligned_bytes(dq_mask_tiles.bytes) + dmask_bytes();
+    return 2 * row_bytes(p) + aligned_bytes(dkv_mask_tiles.bytes) + aligned_bytes(dq_mask_tiles.bytes) + dmask_bytes() +
+           aligned_bytes(dq_sum_bytes) + aligned_bytes(turns_bytes);
   }
+  bool is_on_hopper() const { return sm90_tile.head_dim > 0; }
+  bool has_kernels() const { return is_on_hopper() || (dkv_tile >= 0 && dq_tile >= 0); }
 };
 
 template <typename Tile, int kCount, typename SmemBytes>
@@ -74,15 +86,23 @@ void plan_dmask(BwdPlan& plan, const AttentionBwdParams& p, const DeviceLaunch& 
 
 BwdPlan plan_bwd(const AttentionBwdParams& p, const DeviceLaunch& launch) {
   BwdPlan plan;
+  plan.padded_rows = ceil_div(p.seqlen_q, kRowPadding) * kRowPadding;
+  if (p.dmask != nullptr) plan_dmask(plan, p, launch);
+  plan.sm90_tile = choose_bwd_sm90_tile(p, launch);
+  if (plan.is_on_hopper()) {
+    plan.dkv_mask_tiles = plan_mask_tiles(p, plan.sm90_tile.block_q(), BwdSm90Tile::kBlockK, 1);
+    const int64_t rows = p.batch * p.heads * plan.padded_rows;
+    plan.dq_sum_bytes = rows * plan.sm90_tile.head_dim * 4;
+    plan.turns_bytes = launch.deterministic ? rows / DqSum::kRows * 2 * 4 : 0;
+    return plan;
+  }
   plan.dkv_tile = choose_tile(kBwdDkvTiles, [](int i) { return bwd_dkv_smem_bytes(i); }, p, launch);
   plan.dq_tile = choose_tile(kBwdDqTiles, [](int i) { return bwd_dq_smem_bytes(i); }, p, launch);
-  if (plan.dkv_tile < 0 || plan.dq_tile < 0) return plan;
-  plan.padded_rows = ceil_div(p.seqlen_q, kRowPadding) * kRowPadding;
+  if (!plan.has_kernels()) return plan;
   const BwdDkvTile& dkv = kBwdDkvTiles[plan.dkv_tile];
   const BwdDqTile& dq = kBwdDqTiles[plan.dq_tile];
   plan.dkv_mask_tiles = plan_mask_tiles(p, dkv.block_q, dkv.block_k(), 1);
   plan.dq_mask_tiles = plan_mask_tiles(p, dq.block_q(), dq.block_k, 1);
-  if (p.dmask != nullptr) plan_dmask(plan, p, launch);
   return plan;
 }
 
@@ -98,8 +118,12 @@ AttentionBwdArgs make_args(const BwdPlan& plan, const AttentionBwdParams& p, con
   args.dq_is_aligned = rows_are_aligned(p.dq, p.head_dim);
   args.dk_is_aligned = rows_are_aligned(p.dk, p.head_dim);
   args.dv_is_aligned = rows_are_aligned(p.dv, p.head_dim_v);
-  args.query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kBwdDqTiles[plan.dq_tile].block_q()));
-  args.key_tiles = static_cast<int>(ceil_div(p.seqlen_k, kBwdDkvTiles[plan.dkv_tile].block_k()));
+  if (plan.is_on_hopper()) {
+    args.key_tiles = static_cast<int>(ceil_div(p.seqlen_k, BwdSm90Tile::kBlockK));
+  } else {
+    args.query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kBwdDqTiles[plan.dq_tile].block_q()));
+    args.key_tiles = static_cast<int>(ceil_div(p.seqlen_k, kBwdDkvTiles[plan.dkv_tile].block_k()));
+  }
   return args;
 }
 
@@ -129,6 +153,38 @@ const char* launch_dq(const BwdPlan& plan, const AttentionBwdArgs& args, unsigne
   return launch_choice<64, 128, 256>(kBwdDqTiles[plan.dq_tile].head_dim, [&](auto head_dim) {
     return launch_bwd_dq_tile<Element, head_dim()>(plan.dq_tile, args, blocks, stream);
   });
+}
+
+// dq, dk and dv by one kernel, and dq once more to round it.
+template <typename Element>
+const char* launch_hopper(const BwdPlan& plan, const AttentionBwdParams& p, const AttentionBwdArgs& bwd,
+                          const RowStatistics& rows, unsigned blocks, cudaStream_t stream) {
+  AttentionBwdSm90Args args;
+  args.bwd = bwd;
+  args.dq.sum = rows.dq_sum, args.dq.turns = rows.turns;
+  args.dq.padded_rows = rows.padded_rows, args.dq.columns = rows.dq_columns;
+  const char* error = nullptr;
+  switch (plan.sm90_tile.head_dim) {
+    case 64:
+      error = launch_bwd_sm90<Element, 64>(plan.sm90_tile.kind, args, p.batch, blocks, stream);
+      break;
+    case 96:
+      error = launch_bwd_sm90<Element, 96>(plan.sm90_tile.kind, args, p.batch, blocks, stream);
+      break;
+    default:
+      error = launch_bwd_sm90<Element, 128>(plan.sm90_tile.kind, args, p.batch, blocks, stream);
+  }
+  if (error != nullptr) return error;
+  DqFinishArgs finish;
+  finish.dq = args.dq;
+  finish.out = p.dq;
+  finish.heads = bwd.heads, finish.seqlen_q = bwd.scores.seqlen_q, finish.head_dim = bwd.head_dim;
+  finish.items = p.batch * p.heads * rows.padded_rows / 2 * (args.dq.columns / 8);
+  finish.scale = bwd.scale;
+  finish.is_aligned = bwd.dq_is_aligned;
+  return launch_kernel(attention_bwd_dq_finish_kernel<Element>,
+                       static_cast<unsigned>(ceil_div(finish.items, kDqFinishThreads)), kDqFinishThreads, 0, stream,
+                       finish);
 }
 
 template <typename Element>
@@ -168,6 +224,11 @@ const char* launch_bwd(const BwdPlan& plan, const AttentionBwdParams& p, const D
   auto* dkv_states = reinterpret_cast<MaskTileState*>(take(aligned_bytes(plan.dkv_mask_tiles.bytes)));
   auto* dq_states = reinterpret_cast<MaskTileState*>(take(aligned_bytes(plan.dq_mask_tiles.bytes)));
   auto* dmask_partial = reinterpret_cast<float*>(take(plan.dmask_bytes()));
+  if (plan.is_on_hopper()) {
+    rows.dq_sum = reinterpret_cast<float*>(take(aligned_bytes(plan.dq_sum_bytes)));
+    rows.dq_columns = plan.sm90_tile.head_dim;
+    if (plan.turns_bytes > 0) rows.turns = reinterpret_cast<int*>(take(aligned_bytes(plan.turns_bytes)));
+  }
 
   AttentionBwdArgs args = make_args(plan, p, rows);
   const char* error = make_score_args(args.scores, p);
@@ -177,11 +238,17 @@ const char* launch_bwd(const BwdPlan& plan, const AttentionBwdParams& p, const D
 
   if (error == nullptr) error = launch_rows<Element>(p, rows, stream);
   if (error == nullptr) error = launch_mask_tiles(plan.dkv_mask_tiles, args.scores, dkv_states, stream);
-  if (error == nullptr) error = launch_mask_tiles(plan.dq_mask_tiles, args.scores, dq_states, stream);
   args.mask_tiles = mask_tiles(plan.dkv_mask_tiles, p, dkv_states);
-  if (error == nullptr) error = launch_dkv<Element>(plan, args, static_cast<unsigned>(dkv_blocks), stream);
-  args.mask_tiles = mask_tiles(plan.dq_mask_tiles, p, dq_states);
-  if (error == nullptr) error = launch_dq<Element>(plan, args, static_cast<unsigned>(dq_blocks), stream);
+  if (plan.is_on_hopper()) {
+    if (error == nullptr) {
+      error = launch_hopper<Element>(plan, p, args, rows, static_cast<unsigned>(dkv_blocks), stream);
+    }
+  } else {
+    if (error == nullptr) error = launch_dkv<Element>(plan, args, static_cast<unsigned>(dkv_blocks), stream);
+    if (error == nullptr) error = launch_mask_tiles(plan.dq_mask_tiles, args.scores, dq_states, stream);
+    args.mask_tiles = mask_tiles(plan.dq_mask_tiles, p, dq_states);
+    if (error == nullptr) error = launch_dq<Element>(plan, args, static_cast<unsigned>(dq_blocks), stream);
+  }
   if (error == nullptr && p.dmask != nullptr) error = launch_dmask<Element>(plan, p, args, dmask_partial, stream);
   return error;
 }
@@ -190,12 +257,12 @@ const char* launch_bwd(const BwdPlan& plan, const AttentionBwdParams& p, const D
 
 size_t attention_bwd_cuda_workspace_bytes(const AttentionBwdParams& p, const DeviceLaunch& launch) {
   const BwdPlan plan = plan_bwd(p, launch);
-  return plan.dq_tile < 0 || plan.dkv_tile < 0 ? 0 : plan.workspace_bytes(p);
+  return plan.has_kernels() ? plan.workspace_bytes(p) : 0;
 }
 
 const char* attention_bwd_cuda(const AttentionBwdParams& p, const DeviceLaunch& launch) {
   const BwdPlan plan = plan_bwd(p, launch);
-  if (plan.dq_tile < 0 || plan.dkv_tile < 0) return "no tile of the backward fits head_dim and this card";
+  if (!plan.has_kernels()) return "no tile of the backward fits head_dim and this card";
   return p.dtype == DType::kFloat16 ? launch_bwd<half_t>(plan, p, launch) : launch_bwd<bfloat16_t>(plan, p, launch);
 }
 

@@ -17,6 +17,11 @@ struct RowStatistics {
   float* lse_log2 = nullptr;
   float* delta = nullptr;
   int64_t padded_rows = 0;
+  // Also written, with zeros, where not null: dq_columns floats and a turn counter a warpgroup and 64 rows; see
+  // attention_bwd_dq_sum_sm90.cuh.
+  float* dq_sum = nullptr;
+  int* turns = nullptr;
+  int dq_columns = 0;
 };
 
 constexpr int kRowStatisticsThreads = 128;
@@ -52,7 +57,12 @@ __global__ void __launch_bounds__(kRowStatisticsThreads)
   // All lanes of a warp meet in the sum, those of rows that do not exist included.
   const float dot = row_dot<Element, kAligned ? 8 : 1>(row_of(p.dout), row_of(p.out),
                                                        exists ? static_cast<int>(p.head_dim_v) : 0, lane);
+  if (stats.dq_sum != nullptr) {
+    auto* zeros = reinterpret_cast<float4*>(stats.dq_sum + index * stats.dq_columns);
+    for (int i = lane; i < stats.dq_columns / 4; i += kLanesPerRow) zeros[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
   if (lane != 0) return;
+  if (stats.turns != nullptr && index % 64 < 2) stats.turns[index / 64 * 2 + index % 64] = 0;
   const int64_t source = batch_head * p.seqlen_q + row;
   const float lse = exists ? static_cast<const float*>(p.lse)[source] : -INFINITY;
   // Not lse > -inf, which would hide a NaN.

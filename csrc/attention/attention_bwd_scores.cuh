@@ -72,7 +72,7 @@ FASTATTN_DEVICE void hide_outside_band_transposed(float (&x)[kRowTiles][1][4], c
   for (int e = 0; e < 2; ++e) {
     const int position = place.first_query + e + args.diagonal;
     const int first = position - args.window_left - place.first_key;
-    const int last = position + args.window_right - place.first_key;
+    const int last = min(position + args.window_right, args.seqlen_k - 1) - place.first_key;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll

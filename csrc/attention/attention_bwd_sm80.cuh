@@ -85,4 +85,47 @@ FASTATTN_DEVICE void make_score_gradients(float (&s)[kColTiles][4], float (&dp)[
   });
 }
 
+// Walks the query tiles that see a block of keys, for one head of the group after another. Traits: kKind, kBlockQ.
+template <typename Traits>
+struct QueryTileWalk {
+  static constexpr bool kNoMask = Traits::kKind == ScoreKind::kPlain;
+  const AttentionBwdArgs& args;
+  int batch, key_tile, begin, end, head, end_head;
+  MaskTileReader<kNoMask> reader;
+  int tile;
+
+  FASTATTN_DEVICE QueryTileWalk(const AttentionBwdArgs& args_, int batch_, int head_kv, int key_tile_, IndexRange keys)
+      : args(args_),
+        batch(batch_),
+        key_tile(key_tile_),
+        head(head_kv * (args_.heads / args_.heads_kv)),
+        end_head(head + args_.heads / args_.heads_kv),
+        reader(MaskTiles{}, 0, 0, 0, 0) {
+    const IndexRange rows = band_of(args.scores).rows_that_see(keys);
+    begin = static_cast<int>(rows.begin) / Traits::kBlockQ;
+    end = rows.end > rows.begin ? (static_cast<int>(rows.end) + Traits::kBlockQ - 1) / Traits::kBlockQ : begin;
+    start_head();
+    find();
+  }
+  FASTATTN_DEVICE bool done() const { return head >= end_head; }
+  FASTATTN_DEVICE bool is_partial() const { return reader.is_partial(tile); }
+  FASTATTN_DEVICE void advance() {
+    ++tile;
+    find();
+  }
+
+ private:
+  FASTATTN_DEVICE void start_head() {
+    reader = MaskTileReader<kNoMask>::down_column(args.mask_tiles, batch, head, key_tile, end);
+    tile = begin;
+  }
+  FASTATTN_DEVICE void find() {
+    tile = reader.next(tile);
+    while (tile >= end && ++head < end_head) {
+      start_head();
+      tile = reader.next(tile);
+    }
+  }
+};
+
 }  // namespace fastattn

@@ -13,16 +13,16 @@
 
 namespace fastattn {
 
-template <int kRows_, int kCols_>
+template <int kRows_, int kCols_, int kPanelCols_ = kCols_ % 64 == 0 ? 64 : 32>
 struct TileSm90 {
-  static constexpr int kRows = kRows_, kCols = kCols_;
-  static constexpr int kPanelCols = kCols % 64 == 0 ? 64 : 32;
+  static constexpr int kRows = kRows_, kCols = kCols_, kPanelCols = kPanelCols_;
   static constexpr Swizzle kSwizzle = kPanelCols == 64 ? Swizzle::k128 : Swizzle::k64;
   static constexpr int kRowBytes = 2 * kPanelCols;
   static constexpr int kPatternBytes = 8 * kRowBytes;  // after which the swizzle repeats
   static constexpr int kPanels = kCols / kPanelCols;
   static constexpr int kPanelBytes = kRows * kRowBytes, kBytes = kPanels * kPanelBytes;
-  static_assert(kCols % 32 == 0 && kRows % 8 == 0, "whole panels of whole patterns");
+  static_assert((kPanelCols == 64 || kPanelCols == 32) && kCols % kPanelCols == 0 && kRows % 8 == 0,
+                "whole panels of whole patterns");
 
   uint32_t address = 0;  // of shared memory, a multiple of 1024
 

@@ -260,6 +260,31 @@ FASTATTN_DEVICE void bulk_wait_group_read(FASTATTN_CALLER) {
 #endif
 }
 
+// ---- turns of blocks: a counter in global memory. A block may only wait for blocks with smaller indices, which have
+// started before it.
+
+// Waits until the counter holds `turn`. What bulk copies of the blocks before have done is then done for this thread's.
+FASTATTN_DEVICE void wait_for_turn(const int* counter_gmem, int turn FASTATTN_AND_CALLER) {
+#if defined(FASTATTN_EMULATED)
+  emu::wait_for_value(counter_gmem, turn, {"wait for a turn", caller});
+#else
+  int value;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter_gmem) : "memory");
+  } while (value != turn);
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+#endif
+}
+
+// Gives the turn to the next one. This thread's bulk copies must be complete in global memory.
+FASTATTN_DEVICE void pass_turn(int* counter_gmem) {
+#if defined(FASTATTN_EMULATED)
+  emu::release_add(counter_gmem, 1);
+#else
+  asm volatile("fence.proxy.async.global;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter_gmem) : "memory");
+#endif
+}
+
 // ---- warps and registers
 
 // True for one lane of the warp, always the same one, "elect.sync".

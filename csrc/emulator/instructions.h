@@ -16,6 +16,10 @@ uint32_t shared_address(const void* pointer, Site site);
 void bar_sync(int id, int threads, Site site);
 void bar_arrive(int id, int threads, Site site);
 
+// ---- turns.cpp
+void wait_for_value(const int* counter, int value, Site site);
+void release_add(int* counter, int value);
+
 // ---- warp.cpp, mma.cpp
 void ldmatrix(uint32_t* destination, int matrices, bool transposed, uint32_t row_address, Site site);
 void stmatrix(uint32_t row_address, const uint32_t* source, int matrices, bool transposed, Site site);

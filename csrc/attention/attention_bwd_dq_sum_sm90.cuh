@@ -1,0 +1,87 @@
+// dq while it is being added up: in fp32, 64 rows at a time, in the order of the accumulators of the warpgroups that
+// add to it. Columns that a warpgroup holds lie together, so that it leaves by one bulk copy that adds; neither the
+// copy nor the warpgroup permutes anything. The kernel below does it once, when all is added up.
+#pragma once
+
+#include "attention/attention_bwd_sm80.cuh"
+
+namespace fastattn {
+
+struct DqSum {
+  static constexpr int kRows = 64;
+
+  float* sum =
+      nullptr;  // (batch * heads, padded_rows / 64, columns / 8, 128 threads, 4), zero before the first addition
+  // (batch * heads, padded_rows / 64, 2 warpgroups): how many blocks of keys have added; null where any order will do.
+  int* turns = nullptr;
+  int64_t padded_rows = 0;
+  int columns = 0;  // a multiple of 8
+
+  FASTATTN_HOST_DEVICE int64_t row_tile(int64_t batch_head, int64_t row) const {
+    return (batch_head * padded_rows + row) / kRows;
+  }
+  // Of `column`, a multiple of 8, and those behind it.
+  FASTATTN_DEVICE float* piece(int64_t row_tile, int column) const {
+    return sum + (row_tile * columns + column) * kRows;
+  }
+  FASTATTN_DEVICE int* turn(int64_t row_tile, int group) const { return turns + row_tile * 2 + group; }
+};
+
+struct AttentionBwdSm90Args {
+  AttentionBwdArgs bwd;
+  DqSum dq;
+};
+
+constexpr int kDqFinishThreads = 256;
+
+struct DqFinishArgs {
+  DqSum dq;
+  AttentionTensor out;
+  int heads = 0, seqlen_q = 0, head_dim = 0;
+  int64_t items = 0;
+  float scale = 0.0f;
+  bool is_aligned = false;
+};
+
+// dq = scale * sum. A thread has eight columns of two rows, 64 bytes that lie together; neighbours have the next
+// columns.
+template <typename Element>
+__global__ void __launch_bounds__(kDqFinishThreads)
+    attention_bwd_dq_finish_kernel(const __grid_constant__ DqFinishArgs args) {
+  const int64_t item = int64_t{blockIdx.x} * kDqFinishThreads + threadIdx.x;
+  if (item >= args.items) return;
+  const int chunks = args.dq.columns / 8, col = static_cast<int>(item % chunks) * 8;
+  const int64_t pair = item / chunks;  // of rows: eight pairs to 16 rows
+  const int64_t padded_row = pair / 8 * 16 + pair % 8;
+  const int64_t batch_head = padded_row / args.dq.padded_rows;
+  const int row = static_cast<int>(padded_row % args.dq.padded_rows);
+  if (row >= args.seqlen_q || col >= args.head_dim) return;
+
+  // Rows g and g + 8 of eight columns lie together: of lanes 4 g to 4 g + 3 of a warp.
+  const int first_lane = row % DqSum::kRows / 16 * 32 + row % 8 * 4;
+  const float4* source =
+      reinterpret_cast<const float4*>(args.dq.piece(args.dq.row_tile(batch_head, row), col)) + first_lane;
+  Vec<Element> upper, lower;
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    const float4 quad = source[t];
+    upper[2 * t] = from_float<Element>(args.scale * quad.x),
+              upper[2 * t + 1] = from_float<Element>(args.scale * quad.y);
+    lower[2 * t] = from_float<Element>(args.scale * quad.z),
+              lower[2 * t + 1] = from_float<Element>(args.scale * quad.w);
+  }
+  Element* out = head_gmem<Element>(args.out, static_cast<int>(batch_head / args.heads),
+                                    static_cast<int>(batch_head % args.heads)) +
+                 row * args.out.stride_row + col;
+  const auto store = [&](Element* dst, const Vec<Element>& chunk) {
+    if (args.is_aligned) {
+      store_vec(dst, chunk);
+    } else {
+      for (int e = 0; e < min(8, args.head_dim - col); ++e) dst[e] = chunk[e];
+    }
+  };
+  store(out, upper);
+  if (row + 8 < args.seqlen_q) store(out + 8 * args.out.stride_row, lower);
+}
+
+}  // namespace fastattn

@@ -1,0 +1,486 @@
+// Attention backward on Hopper: dq, dk and dv in one kernel.
+// Work:    a block owns 128 keys of a key head and visits the visible query tiles of every query head of the group. One
+//          warp feeds it by TMA; two warpgroups have 64 keys each; two more warps add what the block knows of dq to
+//          global memory. README.md draws the timeline.
+//            S^T = k q^T, dP^T = v dO^T      keys are the rows of both accumulators, so that
+//            dv += P^T dO, dk += dX^T q      take P^T and dX^T from registers, as they are;
+//            dq  = dX k                      takes dX of both warpgroups from shared memory, each one half of dq.
+// Memory:  k and v stay; q with lse, dO with delta arrive in two stages. dX^T is stored as it lies in registers, a key
+// a
+//          row: read with the queries as its rows, it needs no transposition. dq leaves in fp32, 16 KiB a warpgroup, by
+//          a bulk copy that adds: in any order, or in the order of the keys where results must be the same in every
+//          run.
+// Numbers: fp16/bf16 inputs, fp32 scores, P, dX and sums; P and dX are rounded for the products with dO, q and k.
+// Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 2; Shah et al., "FlashAttention-3", arXiv:2407.08608.
+#pragma once
+
+#include "attention/attention_bwd_dq_sum_sm90.cuh"
+#include "attention/attention_tile_sm90.cuh"
+
+namespace fastattn {
+
+template <typename Element_, int kHeadDim_, ScoreKind kKind_>
+struct AttentionBwdSm90Traits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr ScoreKind kKind = kKind_;
+  // Of 240 registers two gradients take 64, 96 or 128, S and dP 128 or 64, P and dX, rounded, half as much.
+  static constexpr int kBlockK = 128, kBlockQ = kHeadDim == 64 && kKind == ScoreKind::kPlain ? 128 : 64;
+  static constexpr int kGroups = 2, kGroupKeys = 64, kStages = 2;
+  static constexpr int kThreads = 128 * (1 + kGroups);
+  static constexpr int kColTiles = kBlockQ / 8;
+  // What runs under what depends on the registers that are left. dP while P is made: not where P takes many. dv is
+  // started with P, else with dX; then P is rounded as late as dX is, and takes none while S and dP do.
+  static constexpr bool kFewLeft = kHeadDim == 128 && kKind != ScoreKind::kPlain;
+  static constexpr bool kEarlyDp = kKind != ScoreKind::kEverything;
+  static constexpr bool kEarlyDv = kBlockQ == 64 && !(kFewLeft && kKind == ScoreKind::kMask);
+  // Whether dv runs while dX is made; else it is done before dP begins, and P's registers are dP's.
+  static constexpr bool kOverlapsDv = kEarlyDv && !kFewLeft;
+
+  // Each warpgroup's part of dq: 64 rows of all columns, or all rows of some columns, of which the second may have
+  // less.
+  static constexpr bool kSplitsRows = kBlockQ == 128;
+  static constexpr int kDqCols = kSplitsRows || kHeadDim > 64 ? 64 : 32;
+  static constexpr int kLastDqCols = kSplitsRows ? kDqCols : kHeadDim - kDqCols;
+  // At head_dim 96 the second computes 64 as well, of which 32 are of what follows k in shared memory, the first panel
+  // of v, and are dropped: both warpgroups must run the same instructions, or ptxas waits after each product.
+  FASTATTN_DEVICE static int dq_column(int group) { return kSplitsRows ? 0 : group * kDqCols; }
+  FASTATTN_DEVICE static int dq_row(int group) { return kSplitsRows ? group * DqSum::kRows : 0; }
+
+  // A part's columns start with a panel of k.
+  using TileK = TileSm90<kBlockK, kHeadDim, kDqCols == 64 && kHeadDim % 64 == 0 ? 64 : 32>;
+  using TileV = TileSm90<kBlockK, kHeadDim>;
+  using TileQ = TileSm90<kBlockQ, kHeadDim>;  // and of dO
+  using TileDx = TileSm90<kBlockK, kBlockQ>;
+  using Scores = float[1][kColTiles][4];
+  using Operand = uint32_t[kColTiles / 2][4];
+  using Gradient = float[1][kHeadDim / 8][4];
+  using DqPiece = float[1][kDqCols / 8][4];
+
+  // 65536 registers for three warpgroups: what the first gives up, the others get. It needs more where it looks for
+  // visible tiles of a mask.
+  static constexpr int kFeedingRegisters = kKind == ScoreKind::kPlain ? 24 : kFewLeft ? 40 : 56;
+  static constexpr int kMultiplyingRegisters = (512 - kFeedingRegisters) / 2 / 8 * 8;
+  static_assert(kFeedingRegisters + kGroups * kMultiplyingRegisters <= 512, "of a multiprocessor's");
+};
+
+// What the feeding warp tells the others of a stage.
+struct BwdStageInfo {
+  int head = -1, query_tile = 0;  // no head: there are no more stages
+  int is_partial = 0;             // attn_mask must be looked at
+};
+
+template <typename Traits>
+struct AttentionBwdSm90Smem {
+  alignas(1024) uint8_t k[Traits::TileK::kBytes];
+  alignas(1024) uint8_t v[Traits::TileV::kBytes];
+  alignas(1024) uint8_t q[Traits::kStages][Traits::TileQ::kBytes];
+  alignas(1024) uint8_t dout[Traits::kStages][Traits::TileQ::kBytes];
+  alignas(1024) uint8_t dx[Traits::kStages][Traits::TileDx::kBytes];
+  alignas(1024) float dq[Traits::kGroups][DqSum::kRows * Traits::kDqCols];
+  alignas(16) float lse[Traits::kStages][Traits::kBlockQ];
+  alignas(16) float delta[Traits::kStages][Traits::kBlockQ];
+  BwdStageInfo info[Traits::kStages], dq_info[Traits::kGroups];
+  uint64_t k_full, v_full;
+  uint64_t q_full[Traits::kStages], q_empty[Traits::kStages];        // and lse
+  uint64_t dout_full[Traits::kStages], dout_empty[Traits::kStages];  // and delta
+  uint64_t dq_full[Traits::kGroups], dq_empty[Traits::kGroups];
+};
+
+// The block's keys.
+template <typename Traits>
+struct BwdKeys {
+  int batch, head_kv, tile, first, count;
+
+  FASTATTN_DEVICE explicit BwdKeys(const AttentionBwdArgs& args) {
+    // The causal diagonal lets the first keys be seen by most queries: they go first. Where blocks take turns, those
+    // before this one have started earlier.
+    tile = static_cast<int>(blockIdx.x) % args.key_tiles;
+    const int batch_head = static_cast<int>(blockIdx.x) / args.key_tiles;
+    batch = batch_head / args.heads_kv, head_kv = batch_head % args.heads_kv;
+    first = tile * Traits::kBlockK, count = min(Traits::kBlockK, args.scores.seqlen_k - first);
+  }
+};
+
+// ---- the feeding warp
+
+template <typename Traits>
+FASTATTN_DEVICE void feed_bwd_stages(AttentionBwdSm90Smem<Traits>& smem, const AttentionBwdArgs& args,
+                                     const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map,
+                                     const TensorMap* dout_map) {
+  using TileK = typename Traits::TileK;
+  using TileV = typename Traits::TileV;
+  using TileQ = typename Traits::TileQ;
+  constexpr uint32_t kRowBytes = Traits::kBlockQ * 4;  // of lse or delta
+  const BwdKeys<Traits> keys(args);
+  const bool is_leader = threadIdx.x % 32 == 0;
+  if (is_leader) {
+    mbarrier_arrive_expect_tx(&smem.k_full, TileK::kBytes);
+    load_tile_sm90<TileK>(smem.k, k_map, &smem.k_full, keys.first, keys.head_kv, keys.batch);
+    mbarrier_arrive_expect_tx(&smem.v_full, TileV::kBytes);
+    load_tile_sm90<TileV>(smem.v, v_map, &smem.v_full, keys.first, keys.head_kv, keys.batch);
+  }
+  RingPosition<Traits::kStages> at;
+  // The lanes look for the next tile together.
+  for (QueryTileWalk<Traits> walk(args, keys.batch, keys.head_kv, keys.tile, {keys.first, keys.first + keys.count});
+       !walk.done(); walk.advance(), ++at.count) {
+    if (is_leader) {
+      const int stage = at.stage(), query = walk.tile * Traits::kBlockQ;
+      const int64_t row = (int64_t{keys.batch} * args.heads + walk.head) * args.padded_rows + query;
+      mbarrier_wait(&smem.q_empty[stage], at.parity() ^ 1);  // the first round finds every stage empty
+      smem.info[stage] = {walk.head, walk.tile, walk.is_partial() ? 1 : 0};
+      mbarrier_arrive_expect_tx(&smem.q_full[stage], TileQ::kBytes + kRowBytes);
+      load_tile_sm90<TileQ>(smem.q[stage], q_map, &smem.q_full[stage], query, walk.head, keys.batch);
+      bulk_load(smem.lse[stage], args.lse_log2 + row, kRowBytes, &smem.q_full[stage]);
+      mbarrier_wait(&smem.dout_empty[stage], at.parity() ^ 1);
+      mbarrier_arrive_expect_tx(&smem.dout_full[stage], TileQ::kBytes + kRowBytes);
+      load_tile_sm90<TileQ>(smem.dout[stage], dout_map, &smem.dout_full[stage], query, walk.head, keys.batch);
+      bulk_load(smem.delta[stage], args.delta + row, kRowBytes, &smem.dout_full[stage]);
+    }
+    __syncwarp();
+  }
+  if (is_leader) {
+    mbarrier_wait(&smem.q_empty[at.stage()], at.parity() ^ 1);
+    smem.info[at.stage()] = {};
+    mbarrier_arrive(&smem.q_full[at.stage()]);
+  }
+}
+
+// ---- the storing warps, one for each warpgroup
+
+// How many blocks of keys add to these queries before this one: the visible ones among those of smaller keys.
+template <typename Traits>
+FASTATTN_DEVICE int turn_of_block(const AttentionBwdArgs& args, const BwdKeys<Traits>& keys, BwdStageInfo info) {
+  const int query = info.query_tile * Traits::kBlockQ;
+  const IndexRange seen =
+      band_of(args.scores).keys_seen_by_any({query, min(query + Traits::kBlockQ, args.scores.seqlen_q)});
+  const int first_tile = static_cast<int>(seen.begin) / Traits::kBlockK;
+  int turn = keys.tile - first_tile;
+  const MaskTiles& tiles = args.mask_tiles;
+  if (Traits::kKind != ScoreKind::kPlain && tiles.state != nullptr) {
+    const MaskTileState* state = tiles.state + keys.batch * tiles.stride_batch + info.head * tiles.stride_head +
+                                 info.query_tile * tiles.stride_row_tile;
+    for (int tile = first_tile; tile < keys.tile; ++tile) turn -= state[tile] == MaskTileState::kHidden ? 1 : 0;
+  }
+  return turn;
+}
+
+// By one thread: adds the warpgroup's parts of dq to global memory as they come.
+template <typename Traits>
+FASTATTN_DEVICE void add_dq_pieces(AttentionBwdSm90Smem<Traits>& smem, const AttentionBwdSm90Args& args, int group) {
+  const BwdKeys<Traits> keys(args.bwd);
+  const uint32_t bytes = DqSum::kRows * 4 * (group == 0 ? Traits::kDqCols : Traits::kLastDqCols);
+  const bool takes_turns = args.dq.turns != nullptr;
+  for (uint32_t step = 0;; ++step) {
+    mbarrier_wait(&smem.dq_full[group], step & 1);
+    const BwdStageInfo info = smem.dq_info[group];
+    if (info.head < 0) break;
+    const int row = info.query_tile * Traits::kBlockQ + Traits::dq_row(group);
+    const int64_t row_tile = args.dq.row_tile(int64_t{keys.batch} * args.bwd.heads + info.head, row);
+    if (takes_turns) wait_for_turn(args.dq.turn(row_tile, group), turn_of_block<Traits>(args.bwd, keys, info));
+    bulk_reduce_add(args.dq.piece(row_tile, Traits::dq_column(group)), smem.dq[group], bytes);
+    bulk_commit_group();
+    bulk_wait_group_read<0>();
+    mbarrier_arrive(&smem.dq_empty[group]);
+    if (takes_turns) {
+      bulk_wait_group<0>();
+      pass_turn(args.dq.turn(row_tile, group));
+    }
+  }
+}
+
+// ---- the multiplying warpgroups
+
+// Column tile n of an operand, from its four elements of this lane.
+template <typename Element, int kDepthTiles>
+FASTATTN_DEVICE void pack_column_tile(uint32_t (&operand)[kDepthTiles][4], int n, const float (&x)[4]) {
+  operand[n / 2][n % 2 * 2] = pack2<Element>(x[0], x[1]);
+  operand[n / 2][n % 2 * 2 + 1] = pack2<Element>(x[2], x[3]);
+}
+
+// Scores become probabilities: `p` is the operand of the product with dO, 0 where dropped; `s` what the gradient of the
+// scores needs, p (1 - t^2), negative where dropped.
+template <typename Traits>
+FASTATTN_DEVICE void make_probabilities(typename Traits::Scores& s, typename Traits::Operand& p,
+                                        const ScoreArgs& scores, const DropoutState& dropout, TransposedPlace place,
+                                        bool is_masked, bool is_cut, const float* lse_smem) {
+  constexpr bool kPlain = Traits::kKind == ScoreKind::kPlain, kEverything = Traits::kKind == ScoreKind::kEverything;
+#pragma unroll
+  for (int n = 0; n < Traits::kColTiles; ++n) {
+    float x[1][1][4], derivative[4], kept_p[4];
+    for_each_transposed(x, [&](float& element, int, int half, int e) { element = s[0][n][2 * half + e]; });
+    if constexpr (!kPlain) scale_scores<kEverything>(x, scores);
+    if constexpr (kEverything) {
+      if (scores.softcap_log2 > 0.0f) {
+        for_each_transposed(x, [&](float& element, int, int half, int e) {
+          derivative[2 * half + e] = softcap_derivative(element, scores);
+        });
+      }
+      if (scores.alibi_slopes != nullptr) add_alibi_transposed(x, scores, place);
+    }
+    if (!kPlain && is_masked) apply_mask_transposed(x, scores, place);
+    if (is_cut) hide_outside_band_transposed(x, scores, place);
+
+    const float2 lse = *reinterpret_cast<const float2*>(lse_smem + 8 * n + lane_column());
+    for_each_transposed(x, [&](float& element, int, int half, int e) {
+      element = ex2_approx(fmaf(element, kPlain ? scores.scale_log2 : 1.0f, e == 0 ? -lse.x : -lse.y));
+      kept_p[2 * half + e] = element;
+    });
+    if constexpr (kEverything) {
+      if (scores.softcap_log2 > 0.0f) {
+        for_each_transposed(x, [&](float& element, int, int half, int e) { element *= derivative[2 * half + e]; });
+      }
+      if (scores.dropout_threshold > 0) {
+        const uint32_t kept = kept_transposed<1>(scores, dropout, place);
+        for_each_transposed(x, [&](float& element, int, int half, int e) {
+          if (((kept >> (2 * half + e)) & 1) == 0) {
+            element = -element;
+            kept_p[2 * half + e] = 0.0f;
+          }
+        });
+      }
+    }
+    for_each_transposed(x, [&](float& element, int, int half, int e) { s[0][n][2 * half + e] = element; });
+    if constexpr (Traits::kEarlyDv) pack_column_tile<typename Traits::Element>(p, n, kept_p);
+    place.first_query += 8;
+  }
+}
+
+// dP becomes dX, rounded, with what make_probabilities left in `s`; and P is rounded here if dv comes late.
+template <typename Traits>
+FASTATTN_DEVICE void make_score_gradients(typename Traits::Operand& dx, [[maybe_unused]] typename Traits::Operand& p,
+                                          const typename Traits::Scores& dp, const typename Traits::Scores& s,
+                                          const ScoreArgs& scores, const float* delta_smem) {
+#pragma unroll
+  for (int n = 0; n < Traits::kColTiles; ++n) {
+    const float2 delta = *reinterpret_cast<const float2*>(delta_smem + 8 * n + lane_column());
+    float x[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float row_delta = i % 2 == 0 ? delta.x : delta.y;
+      if constexpr (Traits::kKind == ScoreKind::kEverything) {
+        // Without dropout nothing is negative and the scale is 1.
+        x[i] = fabsf(s[0][n][i]) * fmaf(dp[0][n][i], s[0][n][i] < 0.0f ? 0.0f : scores.dropout_scale, -row_delta);
+      } else {
+        x[i] = s[0][n][i] * (dp[0][n][i] - row_delta);
+      }
+    }
+    if constexpr (!Traits::kEarlyDv) pack_column_tile<typename Traits::Element>(p, n, s[0][n]);
+    pack_column_tile<typename Traits::Element>(dx, n, x);
+  }
+}
+
+// dq = dX k, this warpgroup's part: 64 queries from `query` on, the columns of dq from `col` on.
+template <typename Element, typename TileDx, typename TileK, int kColTiles>
+FASTATTN_DEVICE void issue_dq(float (&dq)[1][kColTiles][4], TileDx dx, int query, TileK k, int col) {
+  const uint64_t dx_descriptor = advance_descriptor(dx.mn_major(), query / TileDx::kPanelCols * TileDx::kPanelBytes);
+  const uint64_t k_descriptor = advance_descriptor(k.mn_major(), col / TileK::kPanelCols * TileK::kPanelBytes);
+#pragma unroll
+  for (int key = 0; key < TileK::kRows; key += 16) {
+    wgmma_m64k16<Element, Major::kMN, Major::kMN>(wgmma_registers(dq),
+                                                  advance_descriptor(dx_descriptor, key * TileDx::kRowBytes),
+                                                  advance_descriptor(k_descriptor, key * TileK::kRowBytes), key > 0);
+  }
+}
+
+constexpr int kBothGroupsBarrier = 1;
+
+// Everything a multiplying warpgroup keeps from step to step.
+template <typename Traits>
+struct BwdGroup {
+  using Element = typename Traits::Element;
+  using TileK = typename Traits::TileK;
+  using TileV = typename Traits::TileV;
+  using TileQ = typename Traits::TileQ;
+  using TileDx = typename Traits::TileDx;
+
+  AttentionBwdSm90Smem<Traits>& smem;
+  const AttentionBwdArgs& args;
+  const BwdKeys<Traits> keys;
+  const int group, first_key, warp_row, lane;  // first_key and warp_row count from the block's first key
+  DropoutState dropout;
+
+  FASTATTN_DEVICE BwdGroup(AttentionBwdSm90Smem<Traits>& smem_, const AttentionBwdArgs& args_, int group_)
+      : smem(smem_),
+        args(args_),
+        keys(args_),
+        group(group_),
+        first_key(group_ * Traits::kGroupKeys),
+        warp_row(first_key + static_cast<int>(threadIdx.x) / 32 % 4 * 16),
+        lane(static_cast<int>(threadIdx.x) % 32) {
+    if (Traits::kKind == ScoreKind::kEverything && args.scores.dropout_threshold > 0) {
+      dropout = load_dropout_state(args.scores.rng_state);
+    }
+  }
+
+  FASTATTN_DEVICE TileK k_tile() const { return {smem_address(smem.k)}; }
+  FASTATTN_DEVICE TileV v_tile() const { return {smem_address(smem.v)}; }
+  FASTATTN_DEVICE TileQ q_tile(int stage) const { return {smem_address(smem.q[stage])}; }
+  FASTATTN_DEVICE TileQ dout_tile(int stage) const { return {smem_address(smem.dout[stage])}; }
+  FASTATTN_DEVICE void arrive_by_warp(uint64_t* barrier) const {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(barrier);
+  }
+
+  // P of S, in registers.
+  FASTATTN_DEVICE void probabilities(typename Traits::Scores& s, typename Traits::Operand& p, BwdStageInfo info,
+                                     const float* lse_smem) {
+    const ScoreArgs& scores = args.scores;
+    const int query = info.query_tile * Traits::kBlockQ;
+    const IndexRange all = band_of(scores).keys_seen_by_all({query, query + Traits::kBlockQ});
+    // Keys that do not exist count as hidden too: k is 0 there, but dX must not be infinite.
+    const bool is_cut = all.begin > keys.first || all.end < keys.first + Traits::kBlockK;
+    const TransposedPlace place = {keys.first + warp_row + lane / 4, query + lane_column(), keys.batch, info.head};
+    make_probabilities<Traits>(s, p, scores, dropout, place, info.is_partial != 0, is_cut, lse_smem);
+  }
+
+  // dX to shared memory, where both warpgroups' next product reads it once they have met.
+  FASTATTN_DEVICE void publish(const typename Traits::Operand& dx, TileDx tile) {
+#pragma unroll
+    for (int n = 0; n < Traits::kColTiles / 2; ++n) {
+      stmatrix(tile.chunk_address(warp_row + lane % 16, 16 * n + lane / 16 * 8), dx[n]);
+    }
+    fence_proxy_async();
+  }
+  FASTATTN_DEVICE void meet() const { bar_sync(kBothGroupsBarrier, 128 * Traits::kGroups); }
+
+  // Hands a part of dq to the storing warp.
+  FASTATTN_DEVICE void hand_over_dq(const typename Traits::DqPiece& dq, BwdStageInfo info, uint32_t step) {
+    mbarrier_wait(&smem.dq_empty[group], (step & 1) ^ 1);
+    const int thread = static_cast<int>(threadIdx.x) % 128;
+    if (thread == 0) smem.dq_info[group] = info;
+    auto* piece = reinterpret_cast<float4*>(smem.dq[group]) + thread;
+#pragma unroll
+    for (int n = 0; n < Traits::kDqCols / 8; ++n) {
+      piece[128 * n] = make_float4(dq[0][n][0], dq[0][n][1], dq[0][n][2], dq[0][n][3]);
+    }
+    fence_proxy_async();
+    arrive_by_warp(&smem.dq_full[group]);
+  }
+
+  FASTATTN_DEVICE void store_gradients(const typename Traits::Gradient& dk, const typename Traits::Gradient& dv) {
+    const int rows = keys.count - warp_row, key = keys.first + warp_row;
+    const auto output = [&](const AttentionTensor& tensor, int cols, bool is_aligned) {
+      return TileOutput<Element>{head_gmem<Element>(tensor, keys.batch, keys.head_kv) + key * tensor.stride_row,
+                                 tensor.stride_row, rows, cols, is_aligned};
+    };
+    meet();  // neither reads k any more, nor v, which at head_dim 96 lends k columns
+    store_accumulators<Element>(dv, args.scores.dropout_scale, v_tile(), smem.v, warp_row,
+                                output(args.dv, args.head_dim_v, args.dv_is_aligned));
+    store_accumulators<Element>(dk, args.scale, k_tile(), smem.k, warp_row,
+                                output(args.dk, args.head_dim, args.dk_is_aligned));
+  }
+};
+
+template <typename Traits>
+FASTATTN_DEVICE void multiply_bwd_tiles(AttentionBwdSm90Smem<Traits>& smem, const AttentionBwdArgs& args, int group_) {
+  using Element = typename Traits::Element;
+  BwdGroup<Traits> group(smem, args, group_);
+  typename Traits::Gradient dk = {}, dv = {};
+  RingPosition<Traits::kStages> at;
+  mbarrier_wait(&smem.k_full, 0);
+  mbarrier_wait(&smem.v_full, 0);
+
+  // What is in flight after a wait stands behind it, oldest first. All is done at the end of a step: accumulators that
+  // a loop carries in flight make ptxas wait after every product.
+  for (;; ++at.count) {
+    const int stage = at.stage();
+    mbarrier_wait(&smem.q_full[stage], at.parity());
+    const BwdStageInfo info = smem.info[stage];
+    if (info.head < 0) break;
+    typename Traits::Scores s, dp;
+    typename Traits::Operand p, dx;
+    typename Traits::DqPiece dq;
+    const auto issue_dp = [&] {
+      mbarrier_wait(&smem.dout_full[stage], at.parity());
+      wgmma_fence();
+      issue_abt<Element>(dp, group.v_tile(), group.first_key, group.dout_tile(stage));
+      wgmma_commit_group();
+    };
+    const auto issue_dv = [&] {
+      if constexpr (!Traits::kEarlyDp) mbarrier_wait(&smem.dout_full[stage], at.parity());
+      wgmma_fence();
+      issue_ab<Element>(dv, p, group.dout_tile(stage));
+      wgmma_commit_group();
+    };
+
+    wgmma_fence();
+    issue_abt<Element>(s, group.k_tile(), group.first_key, group.q_tile(stage));
+    wgmma_commit_group();
+    if constexpr (Traits::kEarlyDp) issue_dp();
+    wgmma_wait_group<Traits::kEarlyDp ? 1 : 0>();  // dp
+    pin_accumulators(wgmma_registers(s));
+    group.probabilities(s, p, info, smem.lse[stage]);
+    if constexpr (Traits::kEarlyDv) issue_dv();
+    if constexpr (Traits::kEarlyDv && !Traits::kOverlapsDv) wgmma_wait_group<0>();
+    if constexpr (!Traits::kEarlyDp) issue_dp();
+    wgmma_wait_group<Traits::kEarlyDp && Traits::kOverlapsDv ? 1 : 0>();  // dv
+    pin_accumulators(wgmma_registers(dp));
+    make_score_gradients<Traits>(dx, p, dp, s, args.scores, smem.delta[stage]);
+    const typename Traits::TileDx dx_tile{smem_address(smem.dx[stage])};
+    group.publish(dx, dx_tile);
+    if constexpr (!Traits::kEarlyDv) issue_dv();
+    group.meet();  // both have also read dX of the step before the last, whose place this one took
+
+    wgmma_fence();
+    issue_dq<Element>(dq, dx_tile, Traits::dq_row(group_), group.k_tile(), Traits::dq_column(group_));
+    wgmma_commit_group();
+    wgmma_fence();
+    issue_ab<Element>(dk, dx, group.q_tile(stage));
+    wgmma_commit_group();
+    wgmma_wait_group<2>();  // dq, dk
+    group.arrive_by_warp(&smem.dout_empty[stage]);
+    wgmma_wait_group<1>();  // dk
+    pin_accumulators(wgmma_registers(dq));
+    group.hand_over_dq(dq, info, at.count);
+    wgmma_wait_group<0>();
+    pin_accumulators(wgmma_registers(dk));
+    pin_accumulators(wgmma_registers(dv));
+    group.arrive_by_warp(&smem.q_empty[stage]);
+  }
+  group.hand_over_dq({}, {}, at.count);
+  group.store_gradients(dk, dv);
+}
+
+// ---- the kernel
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    attention_bwd_sm90_kernel(const __grid_constant__ AttentionBwdSm90Args args,
+                              const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+                              const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap dout_map) {
+  FASTATTN_DYNAMIC_SMEM(bytes);
+  auto& smem = *reinterpret_cast<AttentionBwdSm90Smem<Traits>*>(bytes);
+  if (threadIdx.x == 0) {
+    for (const TensorMap* map : {&q_map, &k_map, &v_map, &dout_map}) prefetch_tensor_map(map);
+    mbarrier_init(&smem.k_full, 1);
+    mbarrier_init(&smem.v_full, 1);
+    constexpr int kWarps = 4 * Traits::kGroups;
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      mbarrier_init(&smem.q_full[stage], 1);
+      mbarrier_init(&smem.q_empty[stage], kWarps);
+      mbarrier_init(&smem.dout_full[stage], 1);
+      mbarrier_init(&smem.dout_empty[stage], kWarps);
+    }
+    for (int group = 0; group < Traits::kGroups; ++group) {
+      mbarrier_init(&smem.dq_full[group], 4);
+      mbarrier_init(&smem.dq_empty[group], 1);
+    }
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  if (warp < 4) {
+    setmaxnreg_dec<Traits::kFeedingRegisters>();
+    if (warp == 0) {
+      feed_bwd_stages(smem, args.bwd, &q_map, &k_map, &v_map, &dout_map);
+    } else if (warp <= Traits::kGroups && threadIdx.x % 32 == 0) {
+      add_dq_pieces(smem, args, warp - 1);
+    }
+  } else {
+    setmaxnreg_inc<Traits::kMultiplyingRegisters>();
+    multiply_bwd_tiles(smem, args.bwd, warp / 4 - 1);
+  }
+}
+
+}  // namespace fastattn

@@ -1,0 +1,90 @@
+// Starts the attention backward of Hopper: which calls it serves, its tiles, and for each element type and head_dim one
+// unit (attention_bwd_cuda_sm90_*.cu) that instantiates its kernels.
+#pragma once
+
+#include "attention/attention_bwd_dq_sum_sm90.cuh"
+#include "attention/attention_bwd_sm90.cuh"
+#include "common/device.h"
+#include "common/launch.cuh"
+
+namespace fastattn {
+
+// Of attention_bwd_sm90_kernel: its head_dim, into which the call's two fit, and its tile of queries.
+struct BwdSm90Tile {
+  int head_dim = 0;  // 0: the kernels of sm_80 serve the call
+  ScoreKind kind = ScoreKind::kPlain;
+
+  int block_q() const { return head_dim == 64 && kind == ScoreKind::kPlain ? 128 : 64; }
+  static constexpr int kBlockK = 128;
+};
+
+// Hopper serves head_dim up to 128 in tensors that TMA can address. Larger ones would leave no registers for two
+// gradients of 64 keys a warpgroup; expanded operands, whose rows coincide, are not for TMA.
+inline BwdSm90Tile choose_bwd_sm90_tile(const AttentionBwdParams& p, const DeviceLaunch& launch) {
+  const int64_t head_dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
+  const bool served = launch.compute_capability == 90 && head_dim <= 128 &&
+                      tma_can_address(p.q, p.batch, p.heads, p.seqlen_q, p.head_dim) &&
+                      tma_can_address(p.k, p.batch, p.heads_kv, p.seqlen_k, p.head_dim) &&
+                      tma_can_address(p.v, p.batch, p.heads_kv, p.seqlen_k, p.head_dim_v) &&
+                      tma_can_address(p.dout, p.batch, p.heads, p.seqlen_q, p.head_dim_v);
+  if (!served) return {};
+  const bool everything = p.softcap != 0.0 || p.alibi_slopes != nullptr || p.dropout_p != 0.0 || p.scale <= 0.0;
+  return {head_dim <= 64   ? 64
+          : head_dim <= 96 ? 96
+                           : 128,
+          everything               ? ScoreKind::kEverything
+          : p.mask.data != nullptr ? ScoreKind::kMask
+                                   : ScoreKind::kPlain};
+}
+
+template <typename Traits>
+const char* launch_bwd_sm90_kernel(const AttentionBwdSm90Args& args, int64_t batch, unsigned blocks,
+                                   cudaStream_t stream) {
+  using Element = typename Traits::Element;
+  using TileQ = typename Traits::TileQ;
+  constexpr size_t kSmemBytes = sizeof(AttentionBwdSm90Smem<Traits>);
+  static_assert(kSmemBytes <= 227 * 1024, "what a block of compute capability 9.0 can have");
+  const AttentionBwdArgs& bwd = args.bwd;
+  const int64_t heads = bwd.heads, heads_kv = bwd.heads_kv;
+  const int64_t seqlen_q = bwd.scores.seqlen_q, seqlen_k = bwd.scores.seqlen_k;
+  TensorMap q_map, k_map, v_map, dout_map;
+  const char* error =
+      make_rows_map<TileQ, Element>(q_map, bwd.q, batch, heads, seqlen_q, bwd.head_dim, Traits::kBlockQ);
+  if (error == nullptr) {
+    error = make_rows_map<typename Traits::TileK, Element>(k_map, bwd.k, batch, heads_kv, seqlen_k, bwd.head_dim,
+                                                           Traits::kBlockK);
+  }
+  if (error == nullptr) {
+    error = make_rows_map<typename Traits::TileV, Element>(v_map, bwd.v, batch, heads_kv, seqlen_k, bwd.head_dim_v,
+                                                           Traits::kBlockK);
+  }
+  if (error == nullptr) {
+    error = make_rows_map<TileQ, Element>(dout_map, bwd.dout, batch, heads, seqlen_q, bwd.head_dim_v, Traits::kBlockQ);
+  }
+  if (error != nullptr) return error;
+  return launch_kernel(attention_bwd_sm90_kernel<Traits>, blocks, Traits::kThreads, kSmemBytes, stream, args, q_map,
+                       k_map, v_map, dout_map);
+}
+
+// Starts the kernel of `kind`; args are for its tile.
+template <typename Element, int kHeadDim>
+const char* launch_bwd_sm90(ScoreKind kind, const AttentionBwdSm90Args& args, int64_t batch, unsigned blocks,
+                            cudaStream_t stream) {
+  switch (kind) {
+    case ScoreKind::kPlain:
+      return launch_bwd_sm90_kernel<AttentionBwdSm90Traits<Element, kHeadDim, ScoreKind::kPlain>>(args, batch, blocks,
+                                                                                                  stream);
+    case ScoreKind::kMask:
+      return launch_bwd_sm90_kernel<AttentionBwdSm90Traits<Element, kHeadDim, ScoreKind::kMask>>(args, batch, blocks,
+                                                                                                 stream);
+    default:
+      return launch_bwd_sm90_kernel<AttentionBwdSm90Traits<Element, kHeadDim, ScoreKind::kEverything>>(args, batch,
+                                                                                                       blocks, stream);
+  }
+}
+
+#define FASTATTN_BWD_SM90_UNIT(declaration, Element, kHeadDim)                                                         \
+  declaration template const char* launch_bwd_sm90<Element, kHeadDim>(ScoreKind, const AttentionBwdSm90Args&, int64_t, \
+                                                                      unsigned, cudaStream_t);
+
+}  // namespace fastattn

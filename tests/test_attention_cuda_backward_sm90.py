@@ -1,0 +1,147 @@
+"""The backward of attention on an emulated Hopper: the fused kernel of attention_bwd_sm90.cuh, its order of additions,
+and which calls it leaves to the kernels of sm_80."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from attention_cases import FEATURES, Case, check, run
+from emulated import MODES, AsyncMode, Mode, Schedule
+
+import fastattn
+
+pytestmark = pytest.mark.skipif(
+    fastattn.available_backends()["emulated"] is not None, reason=str(fastattn.available_backends()["emulated"])
+)
+HALF = [torch.bfloat16, torch.float16]
+HEAD_DIMS = [64, 96, 128]
+ADVERSARIAL = MODES[1:]
+
+
+def on_hopper(mode: Mode) -> None:
+    mode.apply(compute_capability=90, multiprocessors=4)
+
+
+@pytest.fixture(autouse=True)
+def plain_mode_afterwards():
+    yield
+    torch.use_deterministic_algorithms(False)
+    Mode().apply(compute_capability=80, multiprocessors=108)
+
+
+def resized(name: str, head_dim: int, **changes: int) -> Case:
+    case = FEATURES[name]
+    narrower = head_dim - 8 if case.head_dim_v is not None else None
+    return dataclasses.replace(case, batch=1, heads=2, head_dim=head_dim, head_dim_v=narrower, **changes)
+
+
+# --- Every variant under every schedule ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("name", ["causal", "float_mask", "everything"])
+def test_every_variant(name, head_dim, mode):
+    """Plain, with a mask, with everything; tiles whole, cut by the diagonal, past the end of both lengths."""
+    on_hopper(mode)
+    case = resized(name, head_dim, seqlen_q=150, seqlen_k=140, heads_kv=None if name == "float_mask" else 1)
+    check(case, HALF[mode.seed % 2], "emulated")
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features(name):
+    index = list(FEATURES).index(name)
+    on_hopper(ADVERSARIAL[index % 3])
+    case = dataclasses.replace(FEATURES[name], batch=min(FEATURES[name].batch, 1 + index % 2))
+    check(case, HALF[index % 2], "emulated")
+
+
+@pytest.mark.parametrize(
+    "seqlen_q, seqlen_k", [(1, 1), (1, 129), (129, 1), (64, 128), (65, 127), (128, 256), (300, 40)]
+)
+@pytest.mark.parametrize("head_dim", [40, 72, 128])
+def test_odd_lengths(seqlen_q, seqlen_k, head_dim):
+    on_hopper(ADVERSARIAL[head_dim % 3])
+    case = Case(batch=1, heads=2, seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=head_dim, options={"is_causal": True})
+    check(case, HALF[seqlen_q % 2], "emulated")
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_keys_past_the_end_do_not_disturb(head_dim):
+    """Scores far below 0: without a mask, exp(0 - lse) of a key that does not exist would be infinite."""
+    on_hopper(MODES[1])
+    case = Case(batch=1, heads=1, seqlen_q=40, seqlen_k=70, head_dim=head_dim)
+    inputs = case.inputs(torch.bfloat16)
+    inputs["query"] = torch.full_like(inputs["query"], 8.0)
+    inputs["key"] = inputs["key"] - 8.0
+    for name, result in run(case, inputs, "emulated").items():
+        assert result.isfinite().all(), name
+
+
+# --- The order of additions to dq ------------------------------------------------------------------------------------
+
+ORDERED = {
+    "plain": Case(batch=1, heads=2, seqlen_q=150, seqlen_k=700, head_dim=64),
+    "causal_grouped": Case(batch=1, heads=2, heads_kv=1, seqlen_q=300, seqlen_k=300, head_dim=128,
+                           options={"is_causal": True}),
+    "window": Case(batch=1, heads=1, seqlen_q=300, seqlen_k=500, head_dim=96, options={"window": (140, 60)}),
+    # Tiles that the mask hides have no turn.
+    "hidden_tiles": Case(batch=1, heads=2, seqlen_q=100, seqlen_k=650, head_dim=64,
+                         tensors={"attn_mask": lambda case: torch.arange(650) // 128 % 2 == 0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ORDERED)
+def test_a_fixed_order_on_request(name):
+    case = ORDERED[name]
+    inputs = case.inputs(torch.bfloat16)
+    torch.use_deterministic_algorithms(True)
+    on_hopper(Mode())
+    expected = run(case, inputs, "emulated")
+    for mode in (
+        Mode(Schedule.PRIORITY, AsyncMode.LAZY, seed=11, os_threads=2),
+        Mode(Schedule.UNIFORM, AsyncMode.RANDOM, seed=12, os_threads=3),
+    ):
+        on_hopper(mode)
+        for key, result in run(case, inputs, "emulated").items():
+            assert torch.equal(result, expected[key]), f"{key} in {mode}"
+    check(case, torch.bfloat16, "emulated")
+
+
+# --- What is left to the kernels of sm_80 ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head_dim", [64, 136])
+def test_expanded_operands_and_large_heads(head_dim):
+    """TMA takes no rows that coincide; above 128 there is no kernel for Hopper. Both give what other cards give."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(1, 2, 70, head_dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        out = fastattn.attention(*leaves, backend="emulated")
+        return torch.autograd.grad(out, leaves, torch.ones(1, 1, 1, head_dim, dtype=out.dtype).expand_as(out))
+
+    Mode().apply(compute_capability=80)
+    expected = gradients()
+    on_hopper(Mode())
+    for actual, wanted in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_strided_operands_match_contiguous_ones():
+    on_hopper(MODES[1])
+    torch.manual_seed(0)
+    base = torch.randn(2, 65, 3, 3, 64, dtype=torch.float16)
+    views = [t.transpose(1, 2) for t in base.unbind(2)]
+    dout = torch.randn(2, 65, 3, 64, dtype=torch.float16).transpose(1, 2)
+
+    def gradients(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        return torch.autograd.grad(fastattn.attention(*leaves, backend="emulated"), leaves, dout)
+
+    results = gradients(views)
+    assert results[0].transpose(1, 2).is_contiguous(), "a gradient takes the layout of its operand"
+    for strided, contiguous in zip(results, gradients([t.contiguous() for t in views]), strict=True):
+        assert torch.equal(strided, contiguous)
