@@ -4,6 +4,7 @@
 //   attention_bwd_dkv_sm80.cuh     dk, dv:  a block owns keys and visits the queries    4 products of a tile
 //   attention_bwd_dq_sm80.cuh      dq:      a block owns queries and visits the keys    3 products
 //   attention_bwd_dmask_sm80.cuh   the gradient of a floating mask, where it is asked for    2 products
+// On Hopper attention_bwd_sm90.cuh takes the place of the second and third.
 //
 // Every sum has one owner and one order, so that results are bitwise the same in every run, without atomics and
 // without a copy of dq in fp32.
