@@ -45,13 +45,13 @@ def launches(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, var
     key, value, dk, dv = (
         torch.empty(batch, seqlen, heads_kv, head_dim, dtype=dtype, device="meta").transpose(1, 2) for _ in range(4)
     )
-    lse, delta = (torch.empty(batch, heads, seqlen, device="meta") for _ in range(2))
+    lse, row_lse, delta = (torch.empty(batch, heads, seqlen, device="meta") for _ in range(3))
     scoring, gpu = _scoring(variant, batch, heads, seqlen), Gpu(capability)
     yield plan.plan_forward(query, key, value, out, lse, scoring, gpu)
-    yield plan.plan_delta(out, dout, lse, lse, delta, scoring.sinks)[0]
-    inputs = plan.BackwardInputs(query, key, value, dout, lse, delta)
+    yield plan.plan_delta(out, dout, lse, lse, row_lse, delta, scoring.sinks)[0]
+    inputs = plan.BackwardInputs(query, key, value, dout, row_lse, delta)
     yield plan.plan_dq(inputs, dq, scoring, gpu)
-    yield plan.plan_dkdv(inputs, dk, dv, scoring, gpu)
+    yield from plan.plan_dkdv(inputs, dk, dv, scoring, gpu)
     if scoring.attn_mask is not None and scoring.attn_mask.is_floating_point():
         yield plan.plan_dmask(inputs, scoring, gpu)[0]
     weights = torch.empty(batch, seqlen, seqlen, dtype=dtype, device="meta")
@@ -59,11 +59,14 @@ def launches(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, var
 
 
 def aot_cases(capability: tuple[int, int], quick: bool) -> Iterator[tuple[str, Launch]]:
+    """Each kernel in each of the tables' tiles; head_dims that share one, in float16 alone."""
     for dtype in (torch.float16, torch.float32) if quick else (torch.float16, torch.bfloat16, torch.float32):
-        for head_dim in (64,) if quick else HEAD_DIMS:
+        for head_dim in (64,) if quick else HEAD_DIMS if dtype == torch.float16 else (64, 128, 256):
             for variant in ("everything",) if quick else VARIANTS:
                 for launch in launches(capability, dtype, head_dim, variant):
                     tile = f"{launch.arguments['BLOCK_Q']}x{launch.arguments.get('BLOCK_K', '-')}"
                     dtype_name = str(dtype).removeprefix("torch.")
                     name = launch.kernel.__name__.removesuffix("_kernel")
+                    if name == "attention_dkdv":
+                        name = "attention_" + "dk" * launch.arguments["DK"] + "dv" * launch.arguments["DV"]
                     yield f"{name} {dtype_name} {head_dim} {variant} {tile} s{launch.options['num_stages']}", launch

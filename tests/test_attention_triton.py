@@ -144,6 +144,15 @@ def test_hidden_tiles_are_not_visited(name):
     assert dk.isfinite().all() and dv.isfinite().all()
 
 
+@pytest.mark.parametrize("keys", [1, 33, 65])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_key_padding_that_ends_one_key_into_a_tile(side, keys):
+    visible = torch.arange(97) < keys
+    mask = visible if side == "right" else visible.flip(0)
+    case = Case(batch=1, heads=1, seqlen_q=5, seqlen_k=97, head_dim=8, tensors={"attn_mask": lambda _: mask})
+    check(case, torch.float32, "triton")
+
+
 # --- Rows that see nothing, dropout, weights -------------------------------------------------------------------------
 
 EMPTY_ROWS = {
@@ -165,6 +174,18 @@ def test_rows_that_see_nothing_are_zero(dropout_p, name):
     gradients = torch.autograd.grad((out, lse), (q, k, v), (torch.full_like(out, 1e2), torch.ones_like(lse)))
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert (gradients[0][:, :, :3] == 0).all()
+
+
+def test_a_gradient_of_lse_stops_at_rows_that_see_nothing():
+    """Their lse is -inf, and what is made of that often has a gradient of NaN."""
+    q, k, v = (torch.randn(1, 2, n, 8, requires_grad=True) for n in (9, 12, 12))
+    out, lse = fastattn.attention(q, k, v, **_here(EMPTY_ROWS["bool_mask"]), return_lse=True, backend="triton")
+    dlse = torch.randn_like(lse)
+    cotangents = torch.randn_like(out), dlse
+    expected = torch.autograd.grad((out, lse), (q, k, v), cotangents, retain_graph=True)
+    dlse[:, :, :3] = float("nan")
+    for gradient, other in zip(torch.autograd.grad((out, lse), (q, k, v), cotangents), expected, strict=True):
+        assert torch.equal(gradient, other)
 
 
 @pytest.mark.parametrize("seqlen_k", [0, 4], ids=["no_keys", "hidden_keys"])

@@ -15,10 +15,10 @@ from fastattn.ops import attention_triton_tiles as tiles
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize(("gpu", "wants"), [("80", 4), ("90", 4), ("100", 2)])
+@pytest.mark.parametrize(("gpu", "wants"), [("80", 5), ("90", 5), ("100", 2)])
 def test_kernels_compile_without_spills(gpu, wants):
     """In a process of its own, in which Triton does not interpret."""
-    kernels = "fwd|dq|delta|weights" if wants == 4 else "fwd|delta"
+    kernels = "fwd|dq|dkdv|delta|weights" if wants == 5 else "fwd|delta"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.triton_aot", "--gpus", gpu, "--filter", f"({kernels}) float16 64 causal"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -31,9 +31,9 @@ def test_kernels_compile_without_spills(gpu, wants):
 def test_tiles_suit_what_the_kernels_assume(capability, dtype):
     gpu = tiles.Gpu(capability)
     for block_d in (16, 64, 128, 256):
-        for light in (False, True):
+        for features in range(4):
             for choose in (tiles.forward, tiles.dq, tiles.dkdv):
-                tile = choose(gpu, dtype, block_d, light)
+                tile = choose(gpu, dtype, block_d, features)
                 # Dropout draws for 32 keys at once; tl.dot wants 16 rows.
                 assert tile.block_k % 32 == 0 and tile.block_q >= 16
         assert tiles.scores(gpu, dtype, block_d).block_k % 32 == 0

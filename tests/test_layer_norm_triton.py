@@ -121,6 +121,13 @@ def test_a_large_mean_costs_no_accuracy(cols):
     torch.testing.assert_close(out.double(), F.layer_norm(x.double(), (cols,)), rtol=0, atol=tolerance)
 
 
+def test_what_pads_a_row_does_not_count_in_its_variance():
+    """Deviations of half an ulp of the mean: the rounded mean is as far off, and 127 elements of 256 are padding."""
+    x = (2.0**23 + torch.arange(129, device=DEVICE) % 2).expand(3, 129)
+    out = fastattn.layer_norm(x, 129, backend="triton")
+    torch.testing.assert_close(out.double(), F.layer_norm(x.double(), (129,)), rtol=0, atol=1e-4)
+
+
 def test_a_constant_row_gives_the_bias(short_limits):
     for cols in (50, 97):
         weight, bias = torch.randn(cols, device=DEVICE), torch.randn(cols, device=DEVICE)

@@ -1,10 +1,10 @@
 """Compiles planned launches of Triton kernels for GPUs that are not there, and reads what came out.
 
-    python -m tests.triton_aot [--quick] [--filter TEXT] [--gpus 80,90,100]
+    python -m tests.triton_aot [--quick] [--filter TEXT] [--gpus 80,90,100] [--jobs N]
 
 prints registers, spills and shared memory of every kernel of fastattn in every default configuration, and fails if one
-spills, asks for more shared memory than its GPU has, or for sm_90 does not use wgmma where it multiplies matrices of 64
-rows or more.
+spills, asks for more shared memory than its GPU has, was compiled to nothing, or for sm_90 does not use wgmma where it
+multiplies matrices of 64 rows or more.
 Every module of tests named in MODULES has ``aot_cases(capability, quick)``, which yields ``(name, Launch)``.
 
 Kernels must be compiled by a process in which Triton does not interpret them: tests run this file as a subprocess.
@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -50,12 +53,15 @@ class Compiled:
     num_warps: int
     has_wide_dot: bool
     has_wgmma: bool
+    stores: bool
     seconds: float
 
     def complaints(self) -> list[str]:
         found = []
         if self.spilled_bytes:
             found.append(f"spills {self.spilled_bytes} bytes a thread")
+        if not self.stores:
+            found.append("compiled to nothing: it writes no result")
         if self.shared_bytes > SHARED_MEMORY[self.capability]:
             found.append(f"asks for {self.shared_bytes} bytes of shared memory of {SHARED_MEMORY[self.capability]}")
         if self.capability == (9, 0) and self.has_wide_dot and not self.has_wgmma:
@@ -105,7 +111,8 @@ def compile_launch(name: str, launch: Launch, capability: tuple[int, int]) -> Co
     registers, spilled = _resource_usage(compiled.asm["cubin"])
     return Compiled(
         name, capability, registers, spilled, compiled.metadata.shared, launch.options["num_warps"],
-        _has_wide_dot(compiled.asm["ttir"]), "wgmma.mma_async" in compiled.asm["ptx"], seconds,
+        _has_wide_dot(compiled.asm["ttir"]), "wgmma.mma_async" in compiled.asm["ptx"],
+        "st.global" in compiled.asm["ptx"], seconds,
     )  # fmt: skip
 
 
@@ -132,21 +139,39 @@ def all_cases(capability: tuple[int, int], quick: bool) -> Iterator[tuple[str, L
         yield from importlib.import_module(module).aot_cases(capability, quick)
 
 
+def compile_share(gpu: str, quick: bool, pattern: str, share: int, shares: int) -> Iterator[Compiled]:
+    """One of every ``shares`` kernels."""
+    capability = (int(gpu[:-1]), int(gpu[-1]))
+    cases = (case for case in all_cases(capability, quick) if re.search(pattern, case[0]))
+    for name, launch in itertools.islice(cases, share, None, shares):
+        yield compile_launch(name, launch, capability)
+
+
+def report_share(arguments: tuple[str, bool, str, int, int]) -> tuple[int, int]:
+    """(kernels compiled, those with complaints)"""
+    count = failed = 0
+    for compiled in compile_share(*arguments):
+        print(compiled, flush=True)
+        count += 1
+        failed += bool(compiled.complaints())
+    return count, failed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few kernels in a few configurations")
     parser.add_argument("--filter", default="", help="a regular expression that the names must match")
     parser.add_argument("--gpus", default="80,90,100", help="compute capabilities without the dot")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile side by side")
     arguments = parser.parse_args()
-    failed = count = 0
-    for gpu in arguments.gpus.split(","):
-        capability = (int(gpu[:-1]), int(gpu[-1]))
-        for name, launch in all_cases(capability, arguments.quick):
-            if re.search(arguments.filter, name):
-                compiled = compile_launch(name, launch, capability)
-                print(compiled, flush=True)
-                count += 1
-                failed += bool(compiled.complaints())
+    shares = [
+        (gpu, arguments.quick, arguments.filter, share, arguments.jobs)
+        for gpu in arguments.gpus.split(",")
+        for share in range(arguments.jobs)
+    ]
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
+        counts = pool.map(report_share, shares, chunksize=1)
+    count, failed = (sum(numbers) for numbers in zip(*counts, strict=True))
     print(f"{count} kernels compiled, {failed} with complaints")
     return 1 if failed or not count else 0
 

@@ -113,11 +113,13 @@ def _backward(dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, val
 
     out, dout = _rows(out), _rows(dout)
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-    gpu, delta = tiles.gpu_of(query), torch.empty_like(lse)
-    inputs = plan.BackwardInputs(_rows(query), _rows(key), _rows(value), dout, lse, delta)
-    launch, sink_sums = plan.plan_delta(out, dout, dlse, lse, delta, learned_sinks)
+    gpu = tiles.gpu_of(query)
+    row_lse, delta = (lse.new_empty(*lse.shape[:2], plan.padded_rows(lse.shape[2])) for _ in range(2))
+    inputs = plan.BackwardInputs(_rows(query), _rows(key), _rows(value), dout, row_lse, delta)
+    launch, sink_sums = plan.plan_delta(out, dout, dlse, lse, row_lse, delta, learned_sinks)
     launch.run(query)
-    plan.plan_dkdv(inputs, dk, dv, call, gpu).run(query)
+    for launch in plan.plan_dkdv(inputs, dk, dv, call, gpu):
+        launch.run(query)
     plan.plan_dq(inputs, dq, call, gpu).run(query)
     if learned_mask is not None:
         launch, partial, sums = plan.plan_dmask(inputs, call, gpu)

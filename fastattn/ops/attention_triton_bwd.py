@@ -18,15 +18,15 @@ import triton.language as tl
 
 from fastattn.ops.attention_triton_scores import (
     MASK_NONE,
-    cap_scores,
+    WHOLE_WALK,
     clip_to_visible_keys,
     load_lse,
     load_tile,
     mask_hides,
-    mask_scores,
-    probabilities,
     store_tile,
+    tile_probabilities,
     tile_range,
+    walk_part,
 )
 from fastattn.ops.philox_triton import dropout_keep
 
@@ -35,60 +35,37 @@ _LENGTHS = ["seqlen_q", "seqlen_k", "diagonal", "window_left", "window_right", "
 
 @triton.jit(do_not_specialize=["seqlen_q"])
 def attention_delta_kernel(
-    out_ptr, dout_ptr, dlse_ptr, lse_ptr, delta_ptr, sinks_ptr, dsinks_ptr,
+    out_ptr, dout_ptr, dlse_ptr, lse_ptr, row_lse_ptr, delta_ptr, sinks_ptr, dsinks_ptr,
     stride_out_batch, stride_out_head, stride_out_row, stride_dout_batch, stride_dout_head, stride_dout_row,
-    heads, seqlen_q,
+    heads, seqlen_q, padded_rows,
     HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_DV: tl.constexpr, DLSE: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """delta of each row; with SINKS also each program's share of the sink's gradient, to be added up.
+    """delta and lse of each row as the other kernels want them: (batch * heads, padded_rows) float32, with lse +inf, so
+    that every probability is 0, where a row sees nothing or does not exist.
 
-    Grid: (batch * heads * row tiles,).
+    With SINKS also each program's share of the sink's gradient, to be added up. Grid: (batch * heads * row tiles,).
     """
-    row_tiles = tl.cdiv(seqlen_q, BLOCK_Q)
+    row_tiles = padded_rows // BLOCK_Q
     batch_head = tl.program_id(0) // row_tiles
     first_row = tl.program_id(0) % row_tiles * BLOCK_Q
     batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
     out = load_tile(out_ptr + batch * stride_out_batch + head * stride_out_head, first_row, seqlen_q, stride_out_row,
-                    BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True, False).to(tl.float32)  # fmt: skip
+                    BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True).to(tl.float32)  # fmt: skip
     dout = load_tile(dout_ptr + batch * stride_dout_batch + head * stride_dout_head, first_row, seqlen_q,
-                     stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True, False).to(tl.float32)  # fmt: skip
+                     stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True).to(tl.float32)  # fmt: skip
     delta = tl.sum(out * dout, 1)
     rows = first_row + tl.arange(0, BLOCK_Q)
-    statistics = batch_head.to(tl.int64) * seqlen_q + rows
     if DLSE:
-        delta -= tl.load(dlse_ptr + statistics, mask=rows < seqlen_q, other=0.0)
+        delta -= tl.load(dlse_ptr + batch_head.to(tl.int64) * seqlen_q + rows, mask=rows < seqlen_q, other=0.0)
     # A row that sees nothing passes nothing on, whatever reaches it.
     lse = load_lse(lse_ptr + batch_head.to(tl.int64) * seqlen_q, rows, seqlen_q)
     delta = tl.where(lse == float("inf"), 0.0, delta)
-    tl.store(delta_ptr + statistics, delta, mask=rows < seqlen_q)
+    statistics = batch_head.to(tl.int64) * padded_rows + rows
+    tl.store(row_lse_ptr + statistics, lse)
+    tl.store(delta_ptr + statistics, delta)
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32)
         tl.store(dsinks_ptr + tl.program_id(0), -tl.sum(tl.exp(sink - lse) * delta))
-
-
-@triton.jit
-def score_gradients(dots, dp, lse, delta, first_row, first_col, row, col, mask_ptr, stride_mask_q, stride_mask_k,
-                    slope, seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap,
-                    keep, keep_scale, MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
-                    DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PLAIN: tl.constexpr,
-                    BOUNDARY: tl.constexpr):  # fmt: skip
-    """(p, ds, dx) of a tile: its probabilities, and the gradients of its scores after and before softcap.
-
-    lse, delta, row, col broadcast to the tile, which starts at (first_row, first_col). keep: which probabilities
-    dropout kept, if DROPOUT.
-    """
-    scores, ratio = cap_scores(dots, scale, softcap, SOFTCAP, PLAIN)
-    scores = mask_scores(scores, first_row, first_col, row, col, mask_ptr, stride_mask_q, stride_mask_k, slope,
-                         seqlen_q, seqlen_k, diagonal, window_left, window_right, MASK, ALIBI, LEFT, RIGHT,
-                         BOUNDARY)  # fmt: skip
-    p = probabilities(scores, lse, unit, MASK)
-    if DROPOUT:
-        dp = tl.where(keep, dp * keep_scale, 0.0)
-    ds = p * (dp - delta)
-    dx = ds
-    if SOFTCAP:
-        dx = ds * (1.0 - ratio * ratio)
-    return p, ds, dx
 
 
 # --- dq --------------------------------------------------------------------------------------------------------------
@@ -96,17 +73,17 @@ def score_gradients(dots, dp, lse, delta, first_row, first_col, row, col, mask_p
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, mask_ptr, alibi_ptr, rng_state_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, row_lse_ptr, delta_ptr, dq_ptr, mask_ptr, alibi_ptr, rng_state_ptr,
     stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
     stride_v_batch, stride_v_head, stride_v_row, stride_dout_batch, stride_dout_head, stride_dout_row,
     stride_dq_batch, stride_dq_head, stride_dq_row,
     stride_mask_batch, stride_mask_head, stride_mask_q, stride_mask_k, stride_alibi_batch,
-    heads, group, seqlen_q, seqlen_k, diagonal, window_left, window_right,
+    heads, group, seqlen_q, seqlen_k, padded_rows, diagonal, window_left, window_right,
     scale, unit, softcap, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    PLAIN: tl.constexpr, PRECISION: tl.constexpr, ONE_WALK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch * heads * row tiles,), the last rows first."""
     row_tiles = tl.cdiv(seqlen_q, BLOCK_Q)
@@ -124,12 +101,11 @@ def attention_dq_kernel(
     row, col = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     rows = first_row + row
     q = load_tile(q_ptr + batch * stride_q_batch + head * stride_q_head, first_row, seqlen_q, stride_q_row,
-                  BLOCK_Q, HEAD_DIM, BLOCK_D, True, False)  # fmt: skip
+                  BLOCK_Q, HEAD_DIM, BLOCK_D, True)  # fmt: skip
     dout = load_tile(dout_ptr + batch * stride_dout_batch + head * stride_dout_head, first_row, seqlen_q,
-                     stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True, False)  # fmt: skip
-    statistics = batch_head.to(tl.int64) * seqlen_q
-    lse = load_lse(lse_ptr + statistics, rows, seqlen_q)
-    delta = tl.load(delta_ptr + statistics + rows, mask=rows < seqlen_q, other=0.0)
+                     stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True)  # fmt: skip
+    lse = tl.load(row_lse_ptr + batch_head.to(tl.int64) * padded_rows + rows)
+    delta = tl.load(delta_ptr + batch_head.to(tl.int64) * padded_rows + rows)
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
 
     last_row = tl.minimum(first_row + BLOCK_Q, seqlen_q)
@@ -144,28 +120,28 @@ def attention_dq_kernel(
             mask_ptr, stride_mask_k, begin, full_begin, full_end, end, MASK, BLOCK_K
         )
 
-    for part in tl.static_range(0 if LEFT else 1, 3):
-        if part == 0:
-            start, stop = begin, tl.minimum(full_begin, end)
-        elif part == 1:
-            start, stop = full_begin, full_end
-        else:
-            start, stop = full_end, end
+    FIRST_PART: tl.constexpr = WHOLE_WALK if ONE_WALK else 0 if LEFT else 1
+    LAST_PART: tl.constexpr = WHOLE_WALK if ONE_WALK else 2
+    for part in tl.static_range(FIRST_PART, LAST_PART + 1):
+        start, stop = walk_part(begin, full_begin, full_end, end, part)
         for first_col in tl.range(start, stop, BLOCK_K, num_stages=STAGES if part != 1 else None):
             first_col = tl.multiple_of(tl.to_tensor(first_col), BLOCK_K)
-            k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, part != 1, True)
-            v = load_tile(v_ptr, first_col, seqlen_k, stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, part != 1, True)
-            keep = True
+            k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, part != 1)
+            dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            v = load_tile(v_ptr, first_col, seqlen_k, stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, part != 1)
+            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+            p, ratio = tile_probabilities(
+                dots, lse[:, None], first_row, first_col, row[:, None], col[None, :], mask_ptr, stride_mask_q,
+                stride_mask_k, slope, seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap,
+                MASK, ALIBI, SOFTCAP, LEFT, RIGHT, PLAIN, part != 1,
+            )  # fmt: skip
             if DROPOUT:
                 keep = dropout_keep(rng_state_ptr, batch_head, rows, first_col, threshold, BLOCK_K)
-            dots = tl.dot(q, k, input_precision=PRECISION)
-            dp = tl.dot(dout, v, input_precision=PRECISION)
-            p, ds, dx = score_gradients(  # noqa: RUF059 (what a loop assigns keeps its type in Triton: no _)
-                dots, dp, lse[:, None], delta[:, None], first_row, first_col, row[:, None], col[None, :], mask_ptr,
-                stride_mask_q, stride_mask_k, slope, seqlen_q, seqlen_k, diagonal, window_left, window_right, scale,
-                unit, softcap, keep, keep_scale, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PLAIN, part != 1,
-            )  # fmt: skip
-            dq = tl.dot(dx.to(k.dtype), tl.trans(k), dq, input_precision=PRECISION)
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            ds = p * (dp - delta[:, None])
+            if SOFTCAP:
+                ds *= 1.0 - ratio * ratio
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     store_tile(dq_ptr + batch * stride_dq_batch + head * stride_dq_head, dq * scale, first_row, seqlen_q,
                stride_dq_row, BLOCK_Q, HEAD_DIM, BLOCK_D)  # fmt: skip
 
@@ -175,19 +151,21 @@ def attention_dq_kernel(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def attention_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, mask_ptr, alibi_ptr, rng_state_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, row_lse_ptr, delta_ptr, dk_ptr, dv_ptr, mask_ptr, alibi_ptr, rng_state_ptr,
     stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
     stride_v_batch, stride_v_head, stride_v_row, stride_dout_batch, stride_dout_head, stride_dout_row,
     stride_dk_batch, stride_dk_head, stride_dk_row, stride_dv_batch, stride_dv_head, stride_dv_row,
     stride_mask_batch, stride_mask_head, stride_mask_q, stride_mask_k, stride_alibi_batch,
-    heads, group, seqlen_q, seqlen_k, diagonal, window_left, window_right,
+    heads, group, seqlen_q, seqlen_k, padded_rows, diagonal, window_left, window_right,
     scale, unit, softcap, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    PLAIN: tl.constexpr, PRECISION: tl.constexpr, ONE_WALK: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """Tiles are (BLOCK_K, BLOCK_Q), so that p^T and ds^T come out as left operands of the products that need them.
+    """Writes dk if DK, dv if DV: where the sums of both do not fit the registers, two launches share the work.
+
+    Tiles are (BLOCK_K, BLOCK_Q), so that p^T and ds^T come out as left operands of the products that need them.
 
     Grid: (batch * kv heads * key tiles,), the first keys, which causal masks leave to most rows, first.
     """
@@ -199,11 +177,13 @@ def attention_dkdv_kernel(
     row, col = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     cols = first_col + col
     k = load_tile(k_ptr + batch * stride_k_batch + head_kv * stride_k_head, first_col, seqlen_k, stride_k_row,
-                  BLOCK_K, HEAD_DIM, BLOCK_D, True, False)  # fmt: skip
-    v = load_tile(v_ptr + batch * stride_v_batch + head_kv * stride_v_head, first_col, seqlen_k, stride_v_row,
-                  BLOCK_K, HEAD_DIM_V, BLOCK_DV, True, False)  # fmt: skip
-    dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_K, BLOCK_DV), tl.float32)
+                  BLOCK_K, HEAD_DIM, BLOCK_D, True)  # fmt: skip
+    if DK:
+        v = load_tile(v_ptr + batch * stride_v_batch + head_kv * stride_v_head, first_col, seqlen_k, stride_v_row,
+                      BLOCK_K, HEAD_DIM_V, BLOCK_DV, True)  # fmt: skip
+        dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    if DV:
+        dv = tl.zeros((BLOCK_K, BLOCK_DV), tl.float32)
 
     last_col = tl.minimum(first_col + BLOCK_K, seqlen_k)
     STAGES: tl.constexpr = 1 if MASK != MASK_NONE else None
@@ -211,13 +191,19 @@ def attention_dkdv_kernel(
     begin, full_begin, full_end, end = tile_range(
         first_col, last_col, seqlen_q, -diagonal, window_right, window_left, is_full, RIGHT, LEFT, BLOCK_Q
     )
+    # Rows past the end have lse +inf: without a mask, which ends where they do, they need no comparison.
+    CUT_AT_END: tl.constexpr = LEFT or MASK != MASK_NONE
+    if not CUT_AT_END:
+        full_end = end
+    FIRST_PART: tl.constexpr = WHOLE_WALK if ONE_WALK else 0 if RIGHT else 1
+    LAST_PART: tl.constexpr = WHOLE_WALK if ONE_WALK else 2 if CUT_AT_END else 1
     for member in range(0, group):
         head = head_kv * group + member
         batch_head = batch * heads + head
         q_head_ptr = q_ptr + batch * stride_q_batch + head * stride_q_head
         dout_head_ptr = dout_ptr + batch * stride_dout_batch + head * stride_dout_head
-        lse_head_ptr = lse_ptr + batch_head * seqlen_q
-        delta_head_ptr = delta_ptr + batch_head * seqlen_q
+        row_lse_head_ptr = row_lse_ptr + batch_head * padded_rows
+        delta_head_ptr = delta_ptr + batch_head * padded_rows
         mask_head_ptr = mask_ptr
         slope = 0.0
         if MASK != MASK_NONE:
@@ -230,40 +216,42 @@ def attention_dkdv_kernel(
             mask = tl.load(mask_head_ptr + cols.to(tl.int64) * stride_mask_k, mask=cols < seqlen_k, other=0)
             sees = tl.max(((cols < seqlen_k) & ~mask_hides(mask, MASK)).to(tl.int32)) > 0
 
-        for part in tl.static_range(0 if RIGHT else 1, 3):
-            if part == 0:
-                start, stop = begin, tl.minimum(full_begin, end)
-            elif part == 1:
-                start, stop = full_begin, full_end
-            else:
-                start, stop = full_end, end
+        for part in tl.static_range(FIRST_PART, LAST_PART + 1):
+            start, stop = walk_part(begin, full_begin, full_end, end, part)
             if KEY_MASK:
                 stop = tl.where(sees, stop, start)
             for first_row in tl.range(start, stop, BLOCK_Q, num_stages=STAGES if part != 1 else None):
                 first_row = tl.multiple_of(tl.to_tensor(first_row), BLOCK_Q)
                 rows = first_row + row
-                q = load_tile(q_head_ptr, first_row, seqlen_q, stride_q_row, BLOCK_Q, HEAD_DIM, BLOCK_D, part != 1,
-                              True)  # fmt: skip
-                dots = tl.dot(k, q, input_precision=PRECISION)
-                dout = load_tile(dout_head_ptr, first_row, seqlen_q, stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV,
-                                 part != 1, False)  # fmt: skip
-                dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-                lse = load_lse(lse_head_ptr, rows, seqlen_q)
-                delta = tl.load(delta_head_ptr + rows, mask=rows < seqlen_q, other=0.0)
-                keep = True
-                if DROPOUT:
-                    keep = tl.trans(dropout_keep(rng_state_ptr, batch_head, rows, first_col, threshold, BLOCK_K))
-                p, ds, dx = score_gradients(  # noqa: RUF059
-                    dots, dp, lse[None, :], delta[None, :], first_row, first_col, row[None, :], col[:, None],
-                    mask_head_ptr, stride_mask_q, stride_mask_k, slope, seqlen_q, seqlen_k, diagonal, window_left,
-                    window_right, scale, unit, softcap, keep, keep_scale, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT,
-                    RIGHT, PLAIN, part != 1,
+                q = load_tile(q_head_ptr, first_row, seqlen_q, stride_q_row, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
+                dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                lse = tl.load(row_lse_head_ptr + rows)
+                p, ratio = tile_probabilities(
+                    dots, lse[None, :], first_row, first_col, row[None, :], col[:, None], mask_head_ptr, stride_mask_q,
+                    stride_mask_k, slope, seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap,
+                    MASK, ALIBI, SOFTCAP, LEFT, RIGHT, PLAIN, part != 1,
                 )  # fmt: skip
                 if DROPOUT:
-                    p = tl.where(keep, p * keep_scale, 0.0)
-                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-                dk = tl.dot(dx.to(q.dtype), tl.trans(q), dk, input_precision=PRECISION)
-    store_tile(dk_ptr + batch * stride_dk_batch + head_kv * stride_dk_head, dk * scale, first_col, seqlen_k,
-               stride_dk_row, BLOCK_K, HEAD_DIM, BLOCK_D)  # fmt: skip
-    store_tile(dv_ptr + batch * stride_dv_batch + head_kv * stride_dv_head, dv, first_col, seqlen_k,
-               stride_dv_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV)  # fmt: skip
+                    keep = tl.trans(dropout_keep(rng_state_ptr, batch_head, rows, first_col, threshold, BLOCK_K))
+                dout = load_tile(dout_head_ptr, first_row, seqlen_q, stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV,
+                                 True)  # fmt: skip
+                if DV:
+                    kept = p
+                    if DROPOUT:
+                        kept = tl.where(keep, p * keep_scale, 0.0)
+                    dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
+                if DK:
+                    dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+                    if DROPOUT:
+                        dp = tl.where(keep, dp * keep_scale, 0.0)
+                    delta = tl.load(delta_head_ptr + rows)
+                    ds = p * (dp - delta[None, :])
+                    if SOFTCAP:
+                        ds *= 1.0 - ratio * ratio
+                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    if DK:
+        store_tile(dk_ptr + batch * stride_dk_batch + head_kv * stride_dk_head, dk * scale, first_col, seqlen_k,
+                   stride_dk_row, BLOCK_K, HEAD_DIM, BLOCK_D)  # fmt: skip
+    if DV:
+        store_tile(dv_ptr + batch * stride_dv_batch + head_kv * stride_dv_head, dv, first_col, seqlen_k,
+                   stride_dv_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV)  # fmt: skip

@@ -12,18 +12,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.ops.attention_triton_bwd import score_gradients
-from fastattn.ops.attention_triton_scores import load_lse, load_tile, tile_range
+from fastattn.ops.attention_triton_scores import load_tile, tile_probabilities, tile_range
 from fastattn.ops.philox_triton import dropout_keep
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "diagonal", "window_left", "window_right", "threshold"])
 def attention_dmask_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dmask_ptr, mask_ptr, alibi_ptr, rng_state_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, row_lse_ptr, delta_ptr, dmask_ptr, mask_ptr, alibi_ptr, rng_state_ptr,
     stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
     stride_v_batch, stride_v_head, stride_v_row, stride_dout_batch, stride_dout_head, stride_dout_row,
     stride_mask_batch, stride_mask_head, stride_mask_q, stride_mask_k, stride_alibi_batch,
-    heads, group, seqlen_q, seqlen_k, diagonal, window_left, window_right,
+    heads, group, seqlen_q, seqlen_k, padded_rows, diagonal, window_left, window_right,
     scale, unit, softcap, threshold, keep_scale, mask_batches, mask_heads, batches_shared, heads_shared, pairs,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr,
@@ -60,30 +59,30 @@ def attention_dmask_kernel(
         head = (mask_head + pair % heads_shared).to(tl.int64)
         batch_head = batch * heads + head
         q = load_tile(q_ptr + batch * stride_q_batch + head * stride_q_head, first_row, seqlen_q, stride_q_row,
-                      BLOCK_Q, HEAD_DIM, BLOCK_D, True, False)  # fmt: skip
+                      BLOCK_Q, HEAD_DIM, BLOCK_D, True)  # fmt: skip
         k = load_tile(k_ptr + batch * stride_k_batch + head // group * stride_k_head, first_col, seqlen_k,
-                      stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, True, True)  # fmt: skip
+                      stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, True)  # fmt: skip
         dout = load_tile(dout_ptr + batch * stride_dout_batch + head * stride_dout_head, first_row, seqlen_q,
-                         stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True, False)  # fmt: skip
+                         stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True)  # fmt: skip
         v = load_tile(v_ptr + batch * stride_v_batch + head // group * stride_v_head, first_col, seqlen_k,
-                      stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, True, True)  # fmt: skip
+                      stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, True)  # fmt: skip
         slope = 0.0
         if ALIBI:
             slope = tl.load(alibi_ptr + batch * stride_alibi_batch + head)
-        keep = True
+        dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        lse = tl.load(row_lse_ptr + batch_head * padded_rows + rows)
+        p, _ = tile_probabilities(
+            dots, lse[:, None], first_row, first_col, row[:, None], col[None, :],
+            mask_ptr + batch * stride_mask_batch + head * stride_mask_head, stride_mask_q, stride_mask_k, slope,
+            seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap, MASK, ALIBI, SOFTCAP, LEFT,
+            RIGHT, PLAIN, True,
+        )  # fmt: skip
         if DROPOUT:
             keep = dropout_keep(rng_state_ptr, batch_head, rows, first_col, threshold, BLOCK_K)
-        dots = tl.dot(q, k, input_precision=PRECISION)
-        dp = tl.dot(dout, v, input_precision=PRECISION)
-        lse = load_lse(lse_ptr + batch_head * seqlen_q, rows, seqlen_q)
-        delta = tl.load(delta_ptr + batch_head * seqlen_q + rows, mask=rows < seqlen_q, other=0.0)
-        p, ds, dx = score_gradients(  # noqa: RUF059
-            dots, dp, lse[:, None], delta[:, None], first_row, first_col, row[:, None], col[None, :],
-            mask_ptr + batch * stride_mask_batch + head * stride_mask_head, stride_mask_q, stride_mask_k, slope,
-            seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap, keep, keep_scale,
-            MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PLAIN, True,
-        )  # fmt: skip
-        total += ds
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        delta = tl.load(delta_ptr + batch_head * padded_rows + rows)
+        total += p * (dp - delta[:, None])
 
     if SUM_ROWS:
         total = tl.sum(total, 0)[None, :]

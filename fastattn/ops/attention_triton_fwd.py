@@ -16,15 +16,17 @@ import triton.language as tl
 
 from fastattn.ops.attention_triton_scores import (
     MASK_NONE,
+    WHOLE_WALK,
     cap_scores,
     clip_to_visible_keys,
     exponentials,
     load_lse,
     load_tile,
     mask_scores,
-    probabilities,
     store_tile,
+    tile_probabilities,
     tile_range,
+    walk_part,
 )
 from fastattn.ops.philox_triton import dropout_keep
 
@@ -44,8 +46,8 @@ def _visit_keys(acc, row_max, row_sum, q, begin, end, first_row, k_ptr, v_ptr, m
     STAGES: tl.constexpr = 1 if MASK != MASK_NONE and BOUNDARY else None
     for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         first_col = tl.multiple_of(tl.to_tensor(start), BLOCK_K)
-        k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, BOUNDARY, True)
-        dots = tl.dot(q, k, input_precision=PRECISION)
+        k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, BOUNDARY)
+        dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores, _ = cap_scores(dots, scale, softcap, SOFTCAP, PLAIN)
         scores = mask_scores(scores, first_row, first_col, row[:, None], col[None, :], mask_ptr, stride_mask_q,
                              stride_mask_k, slope, seqlen_q, seqlen_k, diagonal, window_left, window_right, MASK, ALIBI,
@@ -62,7 +64,7 @@ def _visit_keys(acc, row_max, row_sum, q, begin, end, first_row, k_ptr, v_ptr, m
             keep = dropout_keep(rng_state_ptr, batch_head, first_row + row, first_col, threshold, BLOCK_K)
             p = tl.where(keep, p, 0.0)
 
-        v = load_tile(v_ptr, first_col, seqlen_k, stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, BOUNDARY, False)
+        v = load_tile(v_ptr, first_col, seqlen_k, stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, BOUNDARY)
         acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
     return acc, row_max, row_sum
 
@@ -78,7 +80,7 @@ def attention_fwd_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    PLAIN: tl.constexpr, PRECISION: tl.constexpr, ONE_WALK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch * heads * row tiles,). Parameters: attention_triton.py; PLAIN, unit: attention_triton_scores.py."""
     row_tiles = tl.cdiv(seqlen_q, BLOCK_Q)
@@ -97,7 +99,7 @@ def attention_fwd_kernel(
         slope = tl.load(alibi_ptr + batch * stride_alibi_batch + head)
 
     rows = first_row + tl.arange(0, BLOCK_Q)
-    q = load_tile(q_ptr, first_row, seqlen_q, stride_q_row, BLOCK_Q, HEAD_DIM, BLOCK_D, True, False)
+    q = load_tile(q_ptr, first_row, seqlen_q, stride_q_row, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
     acc = tl.zeros((BLOCK_Q, BLOCK_DV), tl.float32)
     row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_Q,), tl.float32)
@@ -117,14 +119,10 @@ def attention_fwd_kernel(
             mask_ptr, stride_mask_k, begin, full_begin, full_end, end, MASK, BLOCK_K
         )
 
-    # Tiles cut by the window's left edge, tiles seen in full, tiles cut by the right edge, the diagonal or the end.
-    for part in tl.static_range(0 if LEFT else 1, 3):
-        if part == 0:
-            start, stop = begin, tl.minimum(full_begin, end)
-        elif part == 1:
-            start, stop = full_begin, full_end
-        else:
-            start, stop = full_end, end
+    FIRST_PART: tl.constexpr = WHOLE_WALK if ONE_WALK else 0 if LEFT else 1
+    LAST_PART: tl.constexpr = WHOLE_WALK if ONE_WALK else 2
+    for part in tl.static_range(FIRST_PART, LAST_PART + 1):
+        start, stop = walk_part(begin, full_begin, full_end, end, part)
         acc, row_max, row_sum = _visit_keys(
             acc, row_max, row_sum, q, start, stop, first_row, k_ptr, v_ptr, mask_ptr, rng_state_ptr,
             stride_k_row, stride_v_row, stride_mask_q, stride_mask_k, slope, batch_head,
@@ -173,22 +171,22 @@ def attention_weights_kernel(
         head = tl.to_tensor(head)
         batch64, head64, batch_head = batch.to(tl.int64), head.to(tl.int64), batch * heads + head
         q = load_tile(q_ptr + batch64 * stride_q_batch + head64 * stride_q_head, first_row, seqlen_q, stride_q_row,
-                      BLOCK_Q, HEAD_DIM, BLOCK_D, True, False)  # fmt: skip
+                      BLOCK_Q, HEAD_DIM, BLOCK_D, True)  # fmt: skip
         k = load_tile(k_ptr + batch64 * stride_k_batch + head64 // group * stride_k_head, first_col, seqlen_k,
-                      stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, True, True)  # fmt: skip
+                      stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, True)  # fmt: skip
         slope = 0.0
         mask_head_ptr = mask_ptr
         if MASK != MASK_NONE:
             mask_head_ptr = mask_ptr + batch64 * stride_mask_batch + head64 * stride_mask_head
         if ALIBI:
             slope = tl.load(alibi_ptr + batch64 * stride_alibi_batch + head64)
-        dots = tl.dot(q, k, input_precision=PRECISION)
-        scores, _ = cap_scores(dots, scale, softcap, SOFTCAP, PLAIN)
-        scores = mask_scores(scores, first_row, first_col, row[:, None], col[None, :], mask_head_ptr, stride_mask_q,
-                             stride_mask_k, slope, seqlen_q, seqlen_k, diagonal, window_left, window_right, MASK, ALIBI,
-                             LEFT, RIGHT, True)  # fmt: skip
+        dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         lse = load_lse(lse_ptr + batch_head.to(tl.int64) * seqlen_q, rows, seqlen_q)
-        weights = probabilities(scores, lse[:, None], unit, MASK)
+        weights, _ = tile_probabilities(
+            dots, lse[:, None], first_row, first_col, row[:, None], col[None, :], mask_head_ptr, stride_mask_q,
+            stride_mask_k, slope, seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap, MASK,
+            ALIBI, SOFTCAP, LEFT, RIGHT, PLAIN, True,
+        )  # fmt: skip
         if DROPOUT:
             keep = dropout_keep(rng_state_ptr, batch_head, rows, first_col, threshold, BLOCK_K)
             weights = tl.where(keep, weights * keep_scale, 0.0)

@@ -120,9 +120,18 @@ def _key_mask(arguments: dict[str, Any]) -> bool:
     return arguments["MASK"] != MASK_NONE.value and arguments["stride_mask_q"] == 0
 
 
-def _light(arguments: dict[str, Any]) -> bool:
-    """Whether the scores are dot products and nothing else, which leaves registers for larger tiles."""
-    return arguments["PLAIN"] and arguments["MASK"] == MASK_NONE.value and not arguments["DROPOUT"]
+def _features(arguments: dict[str, Any]) -> int:
+    """How many of those that take registers: what makes scores of dot products, and dropout. Tiles depend on it."""
+    costly = (arguments["DROPOUT"], arguments["SOFTCAP"], arguments["ALIBI"], arguments["MASK"] == MASK_ADD.value)
+    return max(sum(costly), int(not arguments["PLAIN"] or arguments["MASK"] != MASK_NONE.value))
+
+
+def _one_walk(arguments: dict[str, Any]) -> bool:
+    """Whether a kernel has one loop that compares positions in every tile, not one for the cut and one for the full.
+
+    What loops share stays in registers through all of them: more than there are where scores take many to compute.
+    """
+    return _features(arguments) > 1
 
 
 def _blocks(tile: Tile) -> dict[str, int]:
@@ -144,11 +153,11 @@ def plan_forward(
     if scoring.sinks is not None:
         # The sink is a natural logit, so the others are too.
         arguments |= {"PLAIN": False, "unit": LOG2_E}
-    tile = tiles.forward(gpu, query.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]), _light(arguments))
+    tile = tiles.forward(gpu, query.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]), _features(arguments))
     arguments |= {
         "q_ptr": query, "k_ptr": key, "v_ptr": value, "out_ptr": out, "lse_ptr": lse, "sinks_ptr": scoring.sinks,
         **_strides("q", query), **_strides("k", key), **_strides("v", value), **_strides("out", out), **_blocks(tile),
-        "KEY_MASK": _key_mask(arguments), "SINKS": scoring.sinks is not None,
+        "KEY_MASK": _key_mask(arguments), "ONE_WALK": _one_walk(arguments), "SINKS": scoring.sinks is not None,
     }  # fmt: skip
     batch, heads, seqlen_q, _ = query.shape
     return Launch(
@@ -171,63 +180,79 @@ def plan_weights(
     return Launch(attention_weights_kernel, (programs,), arguments, tile.launch_options())
 
 
+def padded_rows(seqlen_q: int) -> int:
+    """How many rows the backward's statistics have: every kernel's tiles of rows divide it."""
+    return _ceil_div(seqlen_q, 256) * 256
+
+
 def plan_delta(
-    out: Tensor, dout: Tensor, dlse: Tensor | None, lse: Tensor, delta: Tensor, sinks: Tensor | None
+    out: Tensor, dout: Tensor, dlse: Tensor | None, lse: Tensor, row_lse: Tensor, delta: Tensor, sinks: Tensor | None
 ) -> tuple[Launch, Tensor | None]:
-    """Writes delta; with sinks, the second result then holds what to sum over batch and tiles for their gradient."""
+    """Writes row_lse and delta; with sinks, the second result then holds what to sum for their gradient."""
     batch, heads, seqlen_q, head_dim_v = out.shape
     block_dv = _padded(head_dim_v)
     # 4096 elements of each operand: 32 a thread, which keeps enough loads in flight.
     block_q = max(16, 4096 // block_dv)
-    row_tiles = _ceil_div(seqlen_q, block_q)
+    row_tiles = delta.shape[2] // block_q
     dsinks = None if sinks is None else lse.new_empty(batch, heads, row_tiles)
     arguments = {
-        "out_ptr": out, "dout_ptr": dout, "dlse_ptr": dlse, "lse_ptr": lse, "delta_ptr": delta, "sinks_ptr": sinks,
-        "dsinks_ptr": dsinks, **_strides("out", out), **_strides("dout", dout), "heads": heads, "seqlen_q": seqlen_q,
-        "HEAD_DIM_V": head_dim_v, "BLOCK_Q": block_q, "BLOCK_DV": block_dv, "DLSE": dlse is not None,
-        "SINKS": sinks is not None,
+        "out_ptr": out, "dout_ptr": dout, "dlse_ptr": dlse, "lse_ptr": lse, "row_lse_ptr": row_lse, "delta_ptr": delta,
+        "sinks_ptr": sinks, "dsinks_ptr": dsinks, **_strides("out", out), **_strides("dout", dout), "heads": heads,
+        "seqlen_q": seqlen_q, "padded_rows": delta.shape[2], "HEAD_DIM_V": head_dim_v, "BLOCK_Q": block_q,
+        "BLOCK_DV": block_dv, "DLSE": dlse is not None, "SINKS": sinks is not None,
     }  # fmt: skip
     options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
     return Launch(attention_delta_kernel, (batch * heads * row_tiles,), arguments, options), dsinks
 
 
 class BackwardInputs(NamedTuple):
-    """What every kernel of the backward reads."""
+    """What every kernel of the backward reads. row_lse, delta: (batch, heads, padded_rows), from ``plan_delta``."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     dout: Tensor
-    lse: Tensor
+    row_lse: Tensor
     delta: Tensor
 
     def arguments(self, scoring: Scoring) -> dict[str, Any]:
         return _scoring_arguments(self.query, self.key, scoring) | {
-            "q_ptr": self.query, "k_ptr": self.key, "v_ptr": self.value, "dout_ptr": self.dout, "lse_ptr": self.lse,
-            "delta_ptr": self.delta, **_strides("q", self.query), **_strides("k", self.key),
-            **_strides("v", self.value), **_strides("dout", self.dout), **_value_dims(self.value),
+            "q_ptr": self.query, "k_ptr": self.key, "v_ptr": self.value, "dout_ptr": self.dout,
+            "row_lse_ptr": self.row_lse, "delta_ptr": self.delta, "padded_rows": self.delta.shape[2],
+            **_strides("q", self.query), **_strides("k", self.key), **_strides("v", self.value),
+            **_strides("dout", self.dout), **_value_dims(self.value),
         }  # fmt: skip
 
 
 def plan_dq(inputs: BackwardInputs, dq: Tensor, scoring: Scoring, gpu: tiles.Gpu) -> Launch:
     arguments = inputs.arguments(scoring)
-    tile = tiles.dq(gpu, dq.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]), _light(arguments))
-    arguments |= {"dq_ptr": dq, **_strides("dq", dq), **_blocks(tile), "KEY_MASK": _key_mask(arguments)}
+    tile = tiles.dq(gpu, dq.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]), _features(arguments))
+    arguments |= {
+        "dq_ptr": dq,
+        **_strides("dq", dq),
+        **_blocks(tile),
+        "KEY_MASK": _key_mask(arguments),
+        "ONE_WALK": _one_walk(arguments),
+    }
     batch, heads, seqlen_q, _ = dq.shape
     programs = batch * heads * _ceil_div(seqlen_q, tile.block_q)
     return Launch(attention_dq_kernel, (programs,), arguments, tile.launch_options())
 
 
-def plan_dkdv(inputs: BackwardInputs, dk: Tensor, dv: Tensor, scoring: Scoring, gpu: tiles.Gpu) -> Launch:
+def plan_dkdv(inputs: BackwardInputs, dk: Tensor, dv: Tensor, scoring: Scoring, gpu: tiles.Gpu) -> list[Launch]:
     arguments = inputs.arguments(scoring)
-    tile = tiles.dkdv(gpu, dk.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]), _light(arguments))
+    tile = tiles.dkdv(gpu, dk.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]), _features(arguments))
     arguments |= {
         "dk_ptr": dk, "dv_ptr": dv, **_strides("dk", dk), **_strides("dv", dv), **_blocks(tile),
-        "KEY_MASK": _key_mask(arguments),
+        "KEY_MASK": _key_mask(arguments), "ONE_WALK": _one_walk(arguments),
     }  # fmt: skip
     batch, heads_kv, seqlen_k, _ = dk.shape
     programs = batch * heads_kv * _ceil_div(seqlen_k, tile.block_k)
-    return Launch(attention_dkdv_kernel, (programs,), arguments, tile.launch_options())
+    passes = ((True, True),) if tile.passes == 1 else ((False, True), (True, False))
+    return [
+        Launch(attention_dkdv_kernel, (programs,), arguments | {"DK": DK, "DV": DV}, tile.launch_options())
+        for DK, DV in passes
+    ]
 
 
 def plan_dmask(inputs: BackwardInputs, scoring: Scoring, gpu: tiles.Gpu) -> tuple[Launch, Tensor, list[int]]:

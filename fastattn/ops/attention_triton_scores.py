@@ -18,6 +18,8 @@ import triton.language as tl
 MASK_NONE: tl.constexpr = tl.constexpr(0)
 MASK_BOOL: tl.constexpr = tl.constexpr(1)
 MASK_ADD: tl.constexpr = tl.constexpr(2)
+# The walk that is not divided (``walk_part``).
+WHOLE_WALK: tl.constexpr = tl.constexpr(3)
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -52,6 +54,23 @@ def tile_range(first, last, length, diagonal, window_left, window_right, is_full
     full_begin = tl.minimum(full_begin, stop)
     full_end = tl.where(is_full, tl.maximum(full_end // BLOCK * BLOCK, full_begin), full_begin)
     return begin, full_begin, full_end, end
+
+
+@triton.jit
+def walk_part(begin, full_begin, full_end, end, PART: tl.constexpr):
+    """What part of a walk over ``tile_range`` visits.
+
+    0: tiles cut by the window's first edge. 1: tiles seen in full. 2: tiles cut by the window's other edge, the
+    diagonal or the end. WHOLE_WALK: all of them, as if each were cut.
+    """
+    if PART == WHOLE_WALK:
+        return begin, end
+    elif PART == 0:
+        return begin, tl.minimum(full_begin, end)
+    elif PART == 1:
+        return full_begin, full_end
+    else:
+        return full_end, end
 
 
 @triton.jit
@@ -91,8 +110,8 @@ def clip_to_visible_keys(mask_ptr, stride_mask_k, begin, full_begin, full_end, e
 
 @triton.jit
 def load_tile(ptr, first, seqlen, stride_row, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-              BOUNDARY: tl.constexpr, TRANSPOSED: tl.constexpr):  # fmt: skip
-    """Rows [first, first + BLOCK) as (BLOCK, BLOCK_D), or transposed; 0 past ``seqlen`` and past HEAD_DIM.
+              BOUNDARY: tl.constexpr):  # fmt: skip
+    """Rows [first, first + BLOCK) as (BLOCK, BLOCK_D); 0 past HEAD_DIM and, with BOUNDARY, past ``seqlen``.
 
     The first row's address has 64 bits, so that tensors may have more than 2^31 elements; offsets inside a tile have
     32, which saves registers (the plan copies operands whose rows lie 2^24 elements apart).
@@ -100,14 +119,9 @@ def load_tile(ptr, first, seqlen, stride_row, BLOCK: tl.constexpr, HEAD_DIM: tl.
     ptr += tl.to_tensor(first).to(tl.int64) * stride_row
     rows = tl.arange(0, BLOCK)
     dims = tl.arange(0, BLOCK_D)
-    if TRANSPOSED:
-        ptrs = ptr + (rows[None, :] * stride_row + dims[:, None])
-        inside = (rows < seqlen - first)[None, :]
-        inside_dim = (dims < HEAD_DIM)[:, None]
-    else:
-        ptrs = ptr + (rows[:, None] * stride_row + dims[None, :])
-        inside = (rows < seqlen - first)[:, None]
-        inside_dim = (dims < HEAD_DIM)[None, :]
+    ptrs = ptr + (rows[:, None] * stride_row + dims[None, :])
+    inside = (rows < seqlen - first)[:, None]
+    inside_dim = (dims < HEAD_DIM)[None, :]
     if BOUNDARY and BLOCK_D != HEAD_DIM:
         return tl.load(ptrs, mask=inside & inside_dim, other=0.0)
     elif BOUNDARY:
@@ -175,17 +189,18 @@ def mask_scores(scores, first_row, first_col, row, col, mask_ptr, stride_mask_q,
     BOUNDARY: position hides part of the tile; otherwise the mask, if there is one, covers all of it.
     row, col: indices inside the tile, which starts at (first_row, first_col); mask_ptr, slope: of its (batch, head).
     """
-    if ALIBI or BOUNDARY:
-        distance = (first_col + col) - (first_row + row + diagonal)
+    # Per row and per key, combined only where it is used: what a compiler can compute once for every element of a tile
+    # and keep, it does keep, and then spills.
+    cols = first_col + col
+    rows = first_row + row
     if ALIBI:
-        scores -= slope * tl.abs(distance).to(tl.float32)
+        # Positions below 2^24 are exact in float32.
+        distance = cols.to(tl.float32) - (rows + diagonal).to(tl.float32)
+        scores -= slope * tl.abs(distance)
     if MASK != MASK_NONE:
-        mask_ptr += tl.to_tensor(first_row).to(tl.int64) * stride_mask_q
-        mask_ptr += tl.to_tensor(first_col).to(tl.int64) * stride_mask_k
-        ptrs = mask_ptr + (row * stride_mask_q + col * stride_mask_k)
+        ptrs = (mask_ptr + rows.to(tl.int64) * stride_mask_q) + cols.to(tl.int64) * stride_mask_k
         if BOUNDARY:
-            inside = (row < seqlen_q - first_row) & (col < seqlen_k - first_col)
-            mask = tl.load(ptrs, mask=inside, other=0)
+            mask = tl.load(ptrs, mask=(rows < seqlen_q) & (cols < seqlen_k), other=0)
         else:
             # Without a comparison, the load takes vectors.
             mask = tl.load(ptrs)
@@ -194,11 +209,13 @@ def mask_scores(scores, first_row, first_col, row, col, mask_ptr, stride_mask_q,
         else:
             scores = tl.where(mask != 0, scores, float("-inf"))
     if BOUNDARY:
-        visible = (row < seqlen_q - first_row) & (col < seqlen_k - first_col)
+        # A row past the end, which comes to nothing, sees what the last one sees: hidden keys may hold NaN.
+        rows = tl.minimum(rows, seqlen_q - 1)
+        visible = cols < seqlen_k
         if LEFT:
-            visible = visible & (distance >= -window_left)
+            visible = visible & (cols >= rows + (diagonal - window_left))
         if RIGHT:
-            visible = visible & (distance <= window_right)
+            visible = visible & (cols <= rows + (diagonal + window_right))
         scores = tl.where(visible, scores, float("-inf"))
     return scores
 
@@ -220,3 +237,16 @@ def probabilities(scores, lse, unit, MASK: tl.constexpr):
     if MASK == MASK_ADD:
         return tl.exp2((scores - lse) * unit)
     return tl.exp2(scores * unit - lse * LOG2_E)
+
+
+@triton.jit
+def tile_probabilities(dots, lse, first_row, first_col, row, col, mask_ptr, stride_mask_q, stride_mask_k, slope,
+                       seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap,
+                       MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr,
+                       RIGHT: tl.constexpr, PLAIN: tl.constexpr, BOUNDARY: tl.constexpr):  # fmt: skip
+    """(probabilities before dropout of a tile whose rows' ``lse`` is known, tanh as of ``cap_scores``)."""
+    scores, ratio = cap_scores(dots, scale, softcap, SOFTCAP, PLAIN)
+    scores = mask_scores(scores, first_row, first_col, row, col, mask_ptr, stride_mask_q, stride_mask_k, slope,
+                         seqlen_q, seqlen_k, diagonal, window_left, window_right, MASK, ALIBI, LEFT, RIGHT,
+                         BOUNDARY)  # fmt: skip
+    return probabilities(scores, lse, unit, MASK), ratio

@@ -28,6 +28,7 @@ class Tile(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+    passes: int = 1  # of dk and dv: 2 where one at a time fits the registers and both do not
 
     def launch_options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
@@ -38,57 +39,62 @@ _INTERPRETED = Tile(32, 32, 4, 1)
 # float32 products run on the CUDA cores, whose operands are all in registers.
 _FLOAT32 = {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 4, 1)}
 
-# By head_dim, padded; each entry: (dot products alone, with a mask, dropout, ALiBi or softcap). The products of compute
-# capability 8.x take both operands from registers, so that its inner tiles are narrow; wgmma (9.0) and tcgen05 (10.0)
-# read them from shared memory. Eight warps halve the registers that sums take of each thread. Dropout draws for 32 keys
-# at a time, so that block_k is a multiple of 32.
+# By head_dim, padded; each entry: dot products alone, one of mask, dropout, ALiBi, softcap, several of them (the last
+# stands for what follows). A warp takes 16 rows of a tile (of keys, for dk and dv): with fewer rows, warps repeat each
+# other's products, which only entries of head_dim 256 do, and of the scores alone. The products of compute capability
+# 8.x take both operands from registers, so that its inner tiles are narrow; wgmma (9.0) and tcgen05 (10.0) read them
+# from shared memory. Dropout draws for 32 keys at a time: block_k is a multiple of 32.
 _FORWARD = {
-    8: {64: (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)), 128: (Tile(128, 32, 8, 3), Tile(64, 64, 8, 2)),
-        256: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1))},
-    9: {64: (Tile(128, 128, 8, 3), Tile(128, 64, 8, 2)), 128: (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
+    8: {64: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)), 128: (Tile(128, 32, 8, 3), Tile(128, 32, 8, 2)),
+        256: (Tile(32, 64, 8, 1),)},
+    9: {64: (Tile(128, 128, 8, 3), Tile(128, 64, 8, 2)), 128: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
         256: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 1))},
 }  # fmt: skip
 # Sums held in tensor memory pass through registers to be rescaled.
 _FORWARD[10] = _FORWARD[9] | {64: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2))}
 _DQ = {
-    8: {64: (Tile(128, 32, 8, 3), Tile(64, 32, 8, 2)), 128: (Tile(64, 32, 8, 3), Tile(64, 32, 8, 2)),
-        256: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))},
+    8: {64: (Tile(128, 32, 8, 3), Tile(128, 32, 8, 2)), 128: (Tile(128, 32, 8, 2), Tile(64, 64, 8, 1)),
+        256: (Tile(32, 64, 8, 1),)},
     9: {64: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)), 128: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
-        256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 1))},
+        256: (Tile(128, 32, 8, 2),)},
 }  # fmt: skip
-# dk and dv are two sums as wide as head_dim: the tallest tile of keys whose sums fit, and few rows at a time.
+_DQ[10] = _DQ[9] | {64: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 1))}
+# dk and dv are two sums as wide as head_dim, in one pass over the rows or, where they do not fit together, in two.
 _DKDV = {
-    8: {64: (Tile(32, 128, 8, 3), Tile(16, 64, 8, 2)), 128: (Tile(16, 64, 8, 2), Tile(16, 64, 8, 2)),
-        256: (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1))},
-    9: {64: (Tile(32, 128, 8, 2), Tile(16, 128, 8, 2)), 128: (Tile(32, 128, 8, 3), Tile(16, 128, 8, 1)),
-        256: (Tile(16, 64, 8, 2), Tile(16, 64, 8, 1))},
+    8: {64: (Tile(32, 128, 8, 2), Tile(16, 128, 8, 2)), 128: (Tile(16, 128, 8, 2), Tile(16, 128, 8, 2, passes=2)),
+        256: (Tile(32, 32, 8, 1, passes=2),)},
+    9: {64: (Tile(32, 128, 8, 2),), 128: (Tile(16, 128, 8, 2), Tile(16, 128, 8, 2, passes=2)),
+        256: (Tile(16, 128, 8, 2, passes=2), Tile(32, 32, 8, 1, passes=2))},
 }  # fmt: skip
+# Triton compiles the single pass at head_dim 256 to nothing at all; tests/triton_aot.py looks out for that.
+_DKDV[10] = _DKDV[9] | {128: (Tile(16, 128, 8, 1),), 256: (Tile(32, 32, 4, 1, passes=2),)}
 
 
-def _look_up(table: dict, gpu: Gpu, dtype: torch.dtype, block_d: int, light: bool) -> Tile:
+def _look_up(table: dict, gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> Tile:
     if gpu is INTERPRETER:
         return _INTERPRETED
     width = 64 if block_d <= 64 else 128 if block_d <= 128 else 256
     if dtype == torch.float32:
         return _FLOAT32[width]
     major = gpu.capability[0]
-    tile = (table.get(major) or table[9 if major == 10 else 8])[width][0 if light else 1]
+    entry = (table.get(major) or table[9 if major == 10 else 8])[width]
+    tile = entry[min(features, len(entry) - 1)]
     if gpu.capability in ((8, 6), (8, 9)) or gpu.capability[0] >= 11:
         # 99 KiB of shared memory instead of 163: no third stage.
         tile = tile._replace(num_stages=min(tile.num_stages, 2))
     return tile
 
 
-def forward(gpu: Gpu, dtype: torch.dtype, block_d: int, light: bool) -> Tile:
-    return _look_up(_FORWARD, gpu, dtype, block_d, light)
+def forward(gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> Tile:
+    return _look_up(_FORWARD, gpu, dtype, block_d, features)
 
 
-def dq(gpu: Gpu, dtype: torch.dtype, block_d: int, light: bool) -> Tile:
-    return _look_up(_DQ, gpu, dtype, block_d, light)
+def dq(gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> Tile:
+    return _look_up(_DQ, gpu, dtype, block_d, features)
 
 
-def dkdv(gpu: Gpu, dtype: torch.dtype, block_d: int, light: bool) -> Tile:
-    return _look_up(_DKDV, gpu, dtype, block_d, light)
+def dkdv(gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> Tile:
+    return _look_up(_DKDV, gpu, dtype, block_d, features)
 
 
 def scores(gpu: Gpu, dtype: torch.dtype, block_d: int) -> Tile:
