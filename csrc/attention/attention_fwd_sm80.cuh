@@ -72,18 +72,22 @@ struct KeyTiles {
 };
 
 template <int kBlockK>
-FASTATTN_DEVICE KeyTiles key_tiles(const AttentionFwdArgs& args, IndexRange queries, int split) {
-  const ScoreArgs& scores = args.scores;
+FASTATTN_DEVICE KeyTiles key_tiles(const ScoreArgs& scores, IndexRange queries) {
   const Band band = {scores.seqlen_q, scores.seqlen_k, scores.diagonal, scores.window_left, scores.window_right};
   const IndexRange any = band.keys_seen_by_any(queries), all = band.keys_seen_by_all(queries);
-  int begin = static_cast<int>(any.begin) / kBlockK;
-  int end = any.end > any.begin ? (static_cast<int>(any.end) + kBlockK - 1) / kBlockK : begin;
-  if (args.splits > 1) {
-    const int count = end - begin;
-    end = begin + static_cast<int>(int64_t{count} * (split + 1) / args.splits);
-    begin += static_cast<int>(int64_t{count} * split / args.splits);
-  }
+  const int begin = static_cast<int>(any.begin) / kBlockK;
+  const int end = any.end > any.begin ? (static_cast<int>(any.end) + kBlockK - 1) / kBlockK : begin;
   return {begin, end, (static_cast<int>(all.begin) + kBlockK - 1) / kBlockK, static_cast<int>(all.end) / kBlockK};
+}
+
+// Of them, the part of one of the blocks that share them.
+template <int kBlockK>
+FASTATTN_DEVICE KeyTiles key_tiles(const AttentionFwdArgs& args, IndexRange queries, int split) {
+  KeyTiles tiles = key_tiles<kBlockK>(args.scores, queries);
+  const int count = tiles.end - tiles.begin;
+  tiles.end = tiles.begin + static_cast<int>(int64_t{count} * (split + 1) / args.splits);
+  tiles.begin += static_cast<int>(int64_t{count} * split / args.splits);
+  return tiles;
 }
 
 // ---- scores

@@ -78,7 +78,7 @@ FASTATTN_DEVICE FwdTileWork<Traits> fwd_tile_work(const AttentionFwdArgs& args, 
   work.first_row = work.at.row_tile * Traits::kBlockQ;
   work.head_kv = work.at.tile_head / (args.heads / args.heads_kv);
   const int end_row = min(work.first_row + Traits::kBlockQ, args.scores.seqlen_q);
-  work.keys = key_tiles<Traits::kBlockK>(args, {work.first_row, end_row}, 0);
+  work.keys = key_tiles<Traits::kBlockK>(args.scores, {work.first_row, end_row});
   return work;
 }
 
