@@ -12,6 +12,7 @@
 #include "common/device_launch.h"
 #include "common/isa.h"
 #include "int8_matmul/int8_linear_bindings.h"
+#include "layer_norm/layer_norm_bindings.h"
 
 namespace fastattn {
 namespace {
@@ -94,4 +95,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Switches the whole process to one build of the CPU kernels (for tests and comparisons).");
   fastattn::bind_emulator(m);
   fastattn::bind_int8_linear(m);
+  fastattn::bind_layer_norm(m);
 }

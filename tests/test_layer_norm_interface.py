@@ -6,9 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layer_norm_cases import OPS, dtype_id, evaluate, make_inputs, needs_cpu, skip_refusals
+from torch.overrides import TorchFunctionMode
 
 import fastattn
 from fastattn.dispatch import TABLE, available_backends
+from fastattn.ops import layer_norm_compiled
+from fastattn.ops.layer_norm_compiled import layer_norm_if_plain
 
 
 @pytest.fixture(params=[kernel.backend for kernel in TABLE["layer_norm"]])
@@ -25,6 +28,74 @@ def test_compiling_the_emulator_is_refused(backend):
     compiled = torch.compile(lambda x: fastattn.layer_norm(x, 8, backend="emulated"), fullgraph=True, backend="eager")
     with pytest.raises(Exception, match="cannot trace the switch of the emulator"):
         compiled(torch.randn(2, 8))
+
+
+# --- The short way to the op, for plain tensors on the CPU ------------------------------------------------------------
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class Mode(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=dtype_id)
+@pytest.mark.parametrize("parameters", [(None, None), ("weight", None), (None, "bias"), ("weight", "bias")], ids=str)
+def test_the_short_way_computes_what_the_op_does(parameters, dtype):
+    inputs = make_inputs("layer_norm", (3, 2, 97), dtype)
+    weight, bias = (inputs[name].requires_grad_() if name else None for name in parameters)
+    out = layer_norm_if_plain(inputs["input"], (97,), weight, bias, 1e-3)
+    expected = torch.ops.fastattn.layer_norm(inputs["input"], weight, bias, 1, 1e-3, False)[0]
+    assert torch.equal(out, expected)
+    assert (out.grad_fn is None) == (expected.grad_fn is None)
+    two_dims = layer_norm_if_plain(inputs["input"], torch.Size((2, 97)), None, None, 1e-3)
+    assert torch.equal(two_dims, torch.ops.fastattn.layer_norm(inputs["input"], None, None, 2, 1e-3, False)[0])
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    "changed",
+    [{"input": torch.ones(3, 8).as_subclass(Subclass)}, {"input": torch.ones(3, 8).to_sparse()},
+     {"input": torch.ones(3, 8, device="meta")}, {"input": torch.ones(3, 8, dtype=torch.int32)},
+     {"input": torch.ones(3, 8, dtype=torch.complex64)}, {"input": torch.ones(())}, {"input": None},
+     {"shape": 8}, {"shape": [8]}, {"shape": ()}, {"shape": (9,)}, {"shape": (8, 3)}, {"shape": (1, 3, 8)},
+     {"weight": torch.ones(7)}, {"weight": torch.ones(1, 8)}, {"weight": torch.ones(8, dtype=torch.int32)},
+     {"weight": torch.ones(8, device="meta")}, {"bias": torch.ones(8).as_subclass(Subclass)}, {"eps": 1}],
+    ids=lambda changed: next(iter(changed)),
+)  # fmt: skip
+def test_the_short_way_leaves_the_unusual_to_the_general_one(changed):
+    usual = {"input": torch.ones(3, 8), "shape": (8,), "weight": torch.ones(8), "bias": torch.ones(8), "eps": 1e-5}
+    assert layer_norm_if_plain(*usual.values()) is not None
+    assert layer_norm_if_plain(*(usual | changed).values()) is None
+
+
+@needs_cpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_the_short_way_is_left_to_those_who_watch():
+    x = torch.randn(3, 8)
+    with Mode():
+        assert layer_norm_if_plain(x, (8,), None, None, 1e-5) is None
+    traced = torch.jit.trace(lambda y: fastattn.layer_norm(y, (8,)), (torch.ones(3, 8),), check_trace=False)
+    assert torch.equal(traced(x), fastattn.layer_norm(x, (8,)))
+
+
+@needs_cpu
+def test_the_short_way_is_taken_only_to_the_cpu_kernel(monkeypatch):
+    calls = []
+    monkeypatch.setattr(layer_norm_compiled, "layer_norm_if_plain", lambda *args: calls.append(args))
+    x = torch.randn(3, 8)
+    fastattn.layer_norm(x, (8,), backend="eager")
+    with fastattn.use_backend("eager"):
+        fastattn.layer_norm(x, (8,))
+    assert not calls
+    with fastattn.use_backend("cpu"):
+        fastattn.layer_norm(x, (8,))
+    fastattn.layer_norm(x, (8,))
+    assert len(calls) == 2
 
 
 # --- Autograd and the compiler ---------------------------------------------------------------------------------------

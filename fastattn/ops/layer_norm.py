@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Kernel, cuda_kernels, never_refuses, register, select
+from fastattn.dispatch import Kernel, cuda_kernels, never_refuses, preference, register, select
 from fastattn.ops import layer_norm_compiled, layer_norm_eager, layer_norm_triton
 
 
@@ -50,6 +50,10 @@ def layer_norm(
         NotImplementedError, with the reason, if ``backend`` cannot run the inputs.
     Source: Ba, Kiros, Hinton 2016 (arXiv:1607.06450).
     """
+    if not torch.compiler.is_compiling() and (backend if backend != "auto" else preference()) in ("auto", "cpu"):
+        out = layer_norm_compiled.layer_norm_if_plain(input, normalized_shape, weight, bias, eps)
+        if out is not None:
+            return out
     call = _prepare_layer_norm(input, normalized_shape, weight, bias, eps)
     return select("layer_norm", call, backend).run(call)
 

@@ -1,0 +1,83 @@
+// A short way from Python to the op layer_norm, for the usual call: plain tensors on the CPU whose shapes agree.
+// Checking them in Python, choosing the backend and matching the arguments to the schema take as long as 64 rows of 768
+// do.
+#include "layer_norm/layer_norm_bindings.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <optional>
+#include <tuple>
+
+namespace fastattn {
+namespace {
+
+namespace py = pybind11;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Subclasses, modes of Python functions and traces see the call the general way.
+bool is_plain(const py::handle& object) { return THPVariable_CheckExact(object.ptr()); }
+bool is_watched() { return at::impl::torch_function_mode_enabled() || torch::jit::tracer::isTracing(); }
+
+bool is_dense_on_cpu(const Tensor& tensor) {
+  return tensor.is_cpu() && !tensor.is_nested() && tensor.layout() == at::kStrided && tensor.is_floating_point();
+}
+
+// The trailing dims of `input` that are `shape`, a tuple of integers; 0 if they are not.
+int64_t matching_dims(const Tensor& input, const py::handle& shape) {
+  if (!PyTuple_Check(shape.ptr())) return 0;
+  const Py_ssize_t dims = PyTuple_GET_SIZE(shape.ptr());
+  if (dims > input.dim()) return 0;
+  for (Py_ssize_t i = 0; i < dims; ++i) {
+    PyObject* size = PyTuple_GET_ITEM(shape.ptr(), i);
+    if (!PyLong_CheckExact(size) || PyLong_AsLongLong(size) != input.size(input.dim() - dims + i)) return 0;
+  }
+  return dims;
+}
+
+// Whether `object` is None or a parameter that the op takes; then `parameter` holds it.
+bool take_parameter(OptionalTensor& parameter, const py::handle& object, at::IntArrayRef shape) {
+  if (object.is_none()) return true;
+  if (!is_plain(object)) return false;
+  parameter = THPVariable_Unpack(object.ptr());
+  return is_dense_on_cpu(*parameter) && parameter->sizes() == shape;
+}
+
+py::object layer_norm_if_plain(const py::handle& object, const py::handle& shape, const py::handle& weight,
+                               const py::handle& bias, const py::handle& eps) {
+  using Outputs = std::tuple<Tensor, Tensor, Tensor>;
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("fastattn::layer_norm", "")
+          .typed<Outputs(const Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t, double, bool)>();
+  if (!is_plain(object) || !PyFloat_CheckExact(eps.ptr()) || is_watched()) return py::none();
+  const Tensor& input = THPVariable_Unpack(object.ptr());
+  const at::ScalarType dtype = input.scalar_type();
+  const bool has_kernel = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
+  if (!is_dense_on_cpu(input) || !has_kernel) return py::none();
+  const int64_t dims = matching_dims(input, shape);
+  if (dims == 0) return py::none();
+  const at::IntArrayRef normalized = input.sizes().slice(input.dim() - dims);
+  OptionalTensor weights, biases;
+  if (!take_parameter(weights, weight, normalized) || !take_parameter(biases, bias, normalized)) return py::none();
+  Tensor out;
+  {
+    const py::gil_scoped_release other_threads_run;
+    out = std::get<0>(op.call(input, weights, biases, dims, PyFloat_AS_DOUBLE(eps.ptr()), /*rms=*/false));
+  }
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(out)));
+}
+
+}  // namespace
+
+void bind_layer_norm(py::module_& m) {
+  m.def("layer_norm_if_plain", &layer_norm_if_plain,
+        "The op layer_norm on the CPU (input, normalized_shape, weight, bias, eps), or None where an argument wants a "
+        "closer look or somebody has to see the call.");
+}
+
+}  // namespace fastattn
