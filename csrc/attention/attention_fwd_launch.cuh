@@ -31,12 +31,12 @@ struct FwdTile {
 // clang-format off
 constexpr FwdTile kFwdTiles[] = {
     {32, ScoreKind::kPlain, 120, false, 2, 4, 128},            // 128 x 128, 48 KiB
-    {64, ScoreKind::kPlain, 90, false, 2, 4, 128},             // 128 x 128, 48 KiB
+    {64, ScoreKind::kPlain, 86, false, 2, 4, 128},             // 128 x 128, 48 KiB
     {64, ScoreKind::kPlain, kAnyCapability, false, 2, 4, 64},  // 128 x 64, 32 KiB
     {64, ScoreKind::kMask, kAnyCapability, false, 1, 4, 64},   // 64 x 64, 24 KiB
     {64, ScoreKind::kEverything, kAnyCapability, false, 1, 4, 64},
     {96, ScoreKind::kPlain, 100, true, 2, 4, 64},              // 128 x 64, 64 KiB
-    {128, ScoreKind::kPlain, 90, true, 2, 4, 64},              // 128 x 64, 64 KiB
+    {128, ScoreKind::kPlain, 86, true, 2, 4, 64},              // 128 x 64, 64 KiB
     {128, ScoreKind::kPlain, kAnyCapability, false, 2, 4, 32}, // 128 x 32, 48 KiB
     {128, ScoreKind::kMask, kAnyCapability, false, 1, 4, 64},  // 64 x 64, 48 KiB
     {128, ScoreKind::kEverything, kAnyCapability, false, 1, 4, 64},
