@@ -106,7 +106,7 @@ BwdPlan plan_bwd(const AttentionBwdParams& p, const DeviceLaunch& launch) {
   return plan;
 }
 
-AttentionBwdArgs make_args(const BwdPlan& plan, const AttentionBwdParams& p, const RowStatistics& rows) {
+AttentionBwdArgs make_args(const BwdPlan& plan, const AttentionBwdParams& p, const BwdRowStatistics& rows) {
   AttentionBwdArgs args;
   args.q = p.q, args.k = p.k, args.v = p.v, args.dout = p.dout;
   args.dq = p.dq, args.dk = p.dk, args.dv = p.dv;
@@ -130,7 +130,7 @@ AttentionBwdArgs make_args(const BwdPlan& plan, const AttentionBwdParams& p, con
 // ---- one function a kernel
 
 template <typename Element>
-const char* launch_rows(const AttentionBwdParams& p, const RowStatistics& rows, cudaStream_t stream) {
+const char* launch_rows(const AttentionBwdParams& p, const BwdRowStatistics& rows, cudaStream_t stream) {
   const bool aligned = rows_are_aligned(p.out, p.head_dim_v) && rows_are_aligned(p.dout, p.head_dim_v);
   const auto blocks = static_cast<unsigned>(p.batch * p.heads * rows.padded_rows / kRowsPerBlock);
   const char* error =
@@ -158,7 +158,7 @@ const char* launch_dq(const BwdPlan& plan, const AttentionBwdArgs& args, unsigne
 // dq, dk and dv by one kernel, and dq once more to round it.
 template <typename Element>
 const char* launch_hopper(const BwdPlan& plan, const AttentionBwdParams& p, const AttentionBwdArgs& bwd,
-                          const RowStatistics& rows, unsigned blocks, cudaStream_t stream) {
+                          const BwdRowStatistics& rows, unsigned blocks, cudaStream_t stream) {
   AttentionBwdSm90Args args;
   args.bwd = bwd;
   args.dq.sum = rows.dq_sum, args.dq.turns = rows.turns;
@@ -217,7 +217,7 @@ const char* launch_bwd(const BwdPlan& plan, const AttentionBwdParams& p, const D
     workspace += bytes;
     return piece;
   };
-  RowStatistics rows;
+  BwdRowStatistics rows;
   rows.lse_log2 = reinterpret_cast<float*>(take(plan.row_bytes(p)));
   rows.delta = reinterpret_cast<float*>(take(plan.row_bytes(p)));
   rows.padded_rows = plan.padded_rows;

@@ -13,7 +13,7 @@
 namespace fastattn {
 
 // (batch * heads, padded_rows) each.
-struct RowStatistics {
+struct BwdRowStatistics {
   float* lse_log2 = nullptr;
   float* delta = nullptr;
   int64_t padded_rows = 0;
@@ -43,7 +43,7 @@ FASTATTN_DEVICE float row_dot(const Element* a, const Element* b, int head_dim, 
 // kAligned: rows of out and dout start at multiples of 16 bytes and hold a multiple of 8 elements.
 template <typename Element, bool kAligned>
 __global__ void __launch_bounds__(kRowStatisticsThreads)
-    attention_bwd_rows_kernel(const __grid_constant__ AttentionBwdParams p, const RowStatistics stats) {
+    attention_bwd_rows_kernel(const __grid_constant__ AttentionBwdParams p, const BwdRowStatistics stats) {
   const int64_t index = int64_t{blockIdx.x} * kRowsPerBlock + threadIdx.x / kLanesPerRow;
   const int64_t batch_head = index / stats.padded_rows, row = index % stats.padded_rows;
   const int64_t batch = batch_head / p.heads, head = batch_head % p.heads;
@@ -77,7 +77,7 @@ constexpr int kSinkWarps = 16;
 // One block a head, which adds up its rows in an order of its own: bitwise the same in every run.
 template <int kWarps>
 __global__ void __launch_bounds__(32 * kWarps)
-    attention_bwd_sinks_kernel(const __grid_constant__ AttentionBwdParams p, const RowStatistics stats) {
+    attention_bwd_sinks_kernel(const __grid_constant__ AttentionBwdParams p, const BwdRowStatistics stats) {
   FASTATTN_SHARED(scratch, float[kWarps]);
   const int64_t head = blockIdx.x;
   const float sink_log2 = static_cast<const float*>(p.sinks)[head] * kLog2E;
