@@ -63,6 +63,7 @@ def test_the_short_way_computes_what_the_op_does(parameters, dtype):
      {"input": torch.ones(3, 8, device="meta")}, {"input": torch.ones(3, 8, dtype=torch.int32)},
      {"input": torch.ones(3, 8, dtype=torch.complex64)}, {"input": torch.ones(())}, {"input": None},
      {"shape": 8}, {"shape": [8]}, {"shape": ()}, {"shape": (9,)}, {"shape": (8, 3)}, {"shape": (1, 3, 8)},
+     {"shape": (2**70,)},
      {"weight": torch.ones(7)}, {"weight": torch.ones(1, 8)}, {"weight": torch.ones(8, dtype=torch.int32)},
      {"weight": torch.ones(8, device="meta")}, {"bias": torch.ones(8).as_subclass(Subclass)}, {"eps": 1}],
     ids=lambda changed: next(iter(changed)),

@@ -2,14 +2,11 @@
 // machinery of TorchScript, which takes a microsecond and a half; here they arrive typed.
 #include "int8_matmul/int8_linear_bindings.h"
 
-#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/jit/frontend/tracer.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <optional>
 
+#include "common/python_tensor.h"
 #include "int8_matmul/int8_packed_weight.h"
 
 namespace fastattn {
@@ -19,19 +16,13 @@ namespace py = pybind11;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Whether nobody but the dispatcher has a say in the call: no subclass, no mode of Python functions, no trace.
-bool is_plain(const py::handle& input, const py::handle& weight) {
-  return THPVariable_CheckExact(input.ptr()) && THPVariable_CheckExact(weight.ptr()) &&
-         !at::impl::torch_function_mode_enabled() && !torch::jit::tracer::isTracing();
-}
-
 py::object int8_linear_if_packed(const py::handle& input, const Tensor& packed, const py::handle& weight,
                                  const Tensor& weight_scale, const OptionalTensor& bias, const char* activation) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastattn::int8_linear_packed", "")
                              .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                            const OptionalTensor&, c10::string_view)>();
-  if (!is_plain(input, weight)) return py::none();
+  if (!is_plain_tensor(input) || !is_plain_tensor(weight) || calls_are_watched()) return py::none();
   const Tensor &rows = THPVariable_Unpack(input.ptr()), &q = THPVariable_Unpack(weight.ptr());
   if (rows.is_nested() || !is_packed_form_of(packed, q)) return py::none();
   Tensor out;

@@ -3,14 +3,12 @@
 // do.
 #include "layer_norm/layer_norm_bindings.h"
 
-#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/jit/frontend/tracer.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <optional>
 #include <tuple>
+
+#include "common/python_tensor.h"
 
 namespace fastattn {
 namespace {
@@ -18,10 +16,6 @@ namespace {
 namespace py = pybind11;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-// Subclasses, modes of Python functions and traces see the call the general way.
-bool is_plain(const py::handle& object) { return THPVariable_CheckExact(object.ptr()); }
-bool is_watched() { return at::impl::torch_function_mode_enabled() || torch::jit::tracer::isTracing(); }
 
 bool is_dense_on_cpu(const Tensor& tensor) {
   return tensor.is_cpu() && !tensor.is_nested() && tensor.layout() == at::kStrided && tensor.is_floating_point();
@@ -34,7 +28,9 @@ int64_t matching_dims(const Tensor& input, const py::handle& shape) {
   if (dims > input.dim()) return 0;
   for (Py_ssize_t i = 0; i < dims; ++i) {
     PyObject* size = PyTuple_GET_ITEM(shape.ptr(), i);
-    if (!PyLong_CheckExact(size) || PyLong_AsLongLong(size) != input.size(input.dim() - dims + i)) return 0;
+    int overflows = 0;  // the value is -1 then, which is no size
+    if (!PyLong_CheckExact(size)) return 0;
+    if (PyLong_AsLongLongAndOverflow(size, &overflows) != input.size(input.dim() - dims + i)) return 0;
   }
   return dims;
 }
@@ -42,7 +38,7 @@ int64_t matching_dims(const Tensor& input, const py::handle& shape) {
 // Whether `object` is None or a parameter that the op takes; then `parameter` holds it.
 bool take_parameter(OptionalTensor& parameter, const py::handle& object, at::IntArrayRef shape) {
   if (object.is_none()) return true;
-  if (!is_plain(object)) return false;
+  if (!is_plain_tensor(object)) return false;
   parameter = THPVariable_Unpack(object.ptr());
   return is_dense_on_cpu(*parameter) && parameter->sizes() == shape;
 }
@@ -54,7 +50,7 @@ py::object layer_norm_if_plain(const py::handle& object, const py::handle& shape
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("fastattn::layer_norm", "")
           .typed<Outputs(const Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t, double, bool)>();
-  if (!is_plain(object) || !PyFloat_CheckExact(eps.ptr()) || is_watched()) return py::none();
+  if (!is_plain_tensor(object) || !PyFloat_CheckExact(eps.ptr()) || calls_are_watched()) return py::none();
   const Tensor& input = THPVariable_Unpack(object.ptr());
   const at::ScalarType dtype = input.scalar_type();
   const bool has_kernel = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
