@@ -36,6 +36,7 @@ class Tile(NamedTuple):
 
 # Interpreted, a tile costs much the same whatever its size; small ones give short tests tiles of every kind.
 _INTERPRETED = Tile(32, 32, 4, 1)
+_Table = dict[int, dict[int, tuple[Tile, ...]]]  # by compute capability and head_dim
 # float32 products run on the CUDA cores, whose operands are all in registers.
 _FLOAT32 = {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 4, 1)}
 
@@ -44,7 +45,7 @@ _FLOAT32 = {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 4
 # other's products, which only entries of head_dim 256 do, and of the scores alone. The products of compute capability
 # 8.x take both operands from registers, so that its inner tiles are narrow; wgmma (9.0) and tcgen05 (10.0) read them
 # from shared memory. Dropout draws for 32 keys at a time: block_k is a multiple of 32.
-_FORWARD = {
+_FORWARD: _Table = {
     8: {64: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)), 128: (Tile(128, 32, 8, 3), Tile(128, 32, 8, 2)),
         256: (Tile(32, 64, 8, 1),)},
     9: {64: (Tile(128, 128, 8, 3), Tile(128, 64, 8, 2)), 128: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
@@ -52,7 +53,7 @@ _FORWARD = {
 }  # fmt: skip
 # Sums held in tensor memory pass through registers to be rescaled.
 _FORWARD[10] = _FORWARD[9] | {64: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2))}
-_DQ = {
+_DQ: _Table = {
     8: {64: (Tile(128, 32, 8, 3), Tile(128, 32, 8, 2)), 128: (Tile(128, 32, 8, 2), Tile(64, 64, 8, 1)),
         256: (Tile(32, 64, 8, 1),)},
     9: {64: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)), 128: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
@@ -60,7 +61,7 @@ _DQ = {
 }  # fmt: skip
 _DQ[10] = _DQ[9] | {64: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 1))}
 # dk and dv are two sums as wide as head_dim, in one pass over the rows or, where they do not fit together, in two.
-_DKDV = {
+_DKDV: _Table = {
     8: {64: (Tile(32, 128, 8, 2), Tile(16, 128, 8, 2)), 128: (Tile(16, 128, 8, 2), Tile(16, 128, 8, 2, passes=2)),
         256: (Tile(32, 32, 8, 1, passes=2),)},
     9: {64: (Tile(32, 128, 8, 2),), 128: (Tile(16, 128, 8, 2), Tile(16, 128, 8, 2, passes=2)),
