@@ -110,6 +110,25 @@ def test_few_mask_tiles_shared_by_many_heads_are_split_and_added(monkeypatch):
     torch.testing.assert_close(check(case, torch.float32, "triton")["dattn_mask"], whole)
 
 
+@pytest.mark.parametrize("feature", ["plain", "causal", "gqa_dropout_mask", "wide_values", "everything"])
+def test_dk_and_dv_in_two_launches(feature, monkeypatch):
+    """As where the registers do not hold both sums: one launch writes dv, the other dk."""
+    from fastattn.ops import attention_triton_plan as plan
+    from fastattn.ops.attention_triton_tiles import Tile
+
+    planned = []
+    plan_dkdv = plan.plan_dkdv
+
+    def recorded(*arguments):
+        planned.extend(launches := plan_dkdv(*arguments))
+        return launches
+
+    monkeypatch.setattr(plan.tiles, "dkdv", lambda *_: Tile(32, 32, 4, 1, passes=2))
+    monkeypatch.setattr(plan, "plan_dkdv", recorded)
+    check(_small(feature), torch.float32, "triton")
+    assert [(launch.arguments["DK"], launch.arguments["DV"]) for launch in planned] == [(False, True), (True, False)]
+
+
 # --- Tiles that are not visited --------------------------------------------------------------------------------------
 
 
