@@ -112,7 +112,7 @@ def test_few_mask_tiles_shared_by_many_heads_are_split_and_added(monkeypatch):
 
 @pytest.mark.parametrize("feature", ["plain", "causal", "gqa_dropout_mask", "wide_values", "everything"])
 def test_dk_and_dv_in_two_launches(feature, monkeypatch):
-    """As where the registers do not hold both sums: one launch writes dv, the other dk."""
+    """As where the registers do not hold both sums: one launch writes dv, the other, in other tiles, dk."""
     from fastattn.ops import attention_triton_plan as plan
     from fastattn.ops.attention_triton_tiles import Tile
 
@@ -123,7 +123,7 @@ def test_dk_and_dv_in_two_launches(feature, monkeypatch):
         planned.extend(launches := plan_dkdv(*arguments))
         return launches
 
-    monkeypatch.setattr(plan.tiles, "dkdv", lambda *_: Tile(32, 32, 4, 1, passes=2))
+    monkeypatch.setattr(plan.tiles, "dkdv", lambda *_: (Tile(32, 32, 4, 1), Tile(16, 64, 4, 1)))
     monkeypatch.setattr(plan, "plan_dkdv", recorded)
     check(_small(feature), torch.float32, "triton")
     assert [(launch.arguments["DK"], launch.arguments["DV"]) for launch in planned] == [(False, True), (True, False)]

@@ -241,18 +241,20 @@ def plan_dq(inputs: BackwardInputs, dq: Tensor, scoring: Scoring, gpu: tiles.Gpu
 
 def plan_dkdv(inputs: BackwardInputs, dk: Tensor, dv: Tensor, scoring: Scoring, gpu: tiles.Gpu) -> list[Launch]:
     arguments = inputs.arguments(scoring)
-    tile = tiles.dkdv(gpu, dk.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]), _features(arguments))
+    passes = tiles.dkdv(gpu, dk.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]), _features(arguments))
     arguments |= {
-        "dk_ptr": dk, "dv_ptr": dv, **_strides("dk", dk), **_strides("dv", dv), **_blocks(tile),
+        "dk_ptr": dk, "dv_ptr": dv, **_strides("dk", dk), **_strides("dv", dv),
         "KEY_MASK": _key_mask(arguments), "ONE_WALK": _one_walk(arguments),
     }  # fmt: skip
     batch, heads_kv, seqlen_k, _ = dk.shape
-    programs = batch * heads_kv * _ceil_div(seqlen_k, tile.block_k)
-    passes = ((True, True),) if tile.passes == 1 else ((False, True), (True, False))
+    written = ((True, True),) if len(passes) == 1 else ((False, True), (True, False))
     return [
-        Launch(attention_dkdv_kernel, (programs,), arguments | {"DK": DK, "DV": DV}, tile.launch_options())
-        for DK, DV in passes
-    ]
+        Launch(
+            attention_dkdv_kernel, (batch * heads_kv * _ceil_div(seqlen_k, tile.block_k),),
+            arguments | _blocks(tile) | {"DK": DK, "DV": DV}, tile.launch_options(),
+        )
+        for tile, (DK, DV) in zip(passes, written, strict=True)
+    ]  # fmt: skip
 
 
 def plan_dmask(inputs: BackwardInputs, scoring: Scoring, gpu: tiles.Gpu) -> tuple[Launch, Tensor, list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -28,7 +28,6 @@ class Tile(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
-    passes: int = 1  # of dk and dv: 2 where one at a time fits the registers and both do not
 
     def launch_options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
@@ -36,6 +35,7 @@ class Tile(NamedTuple):
 
 # Interpreted, a tile costs much the same whatever its size; small ones give short tests tiles of every kind.
 _INTERPRETED = Tile(32, 32, 4, 1)
+_Entry = TypeVar("_Entry")
 _Table = dict[int, dict[int, tuple[Tile, ...]]]  # by compute capability and head_dim
 # float32 products run on the CUDA cores, whose operands are all in registers.
 _FLOAT32 = {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 4, 1)}
@@ -60,42 +60,57 @@ _DQ: _Table = {
         256: (Tile(128, 32, 8, 2),)},
 }  # fmt: skip
 _DQ[10] = _DQ[9] | {64: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 1))}
-# dk and dv are two sums as wide as head_dim, in one pass over the rows or, where they do not fit together, in two.
-_DKDV: _Table = {
-    8: {64: (Tile(32, 128, 8, 2), Tile(16, 128, 8, 2)), 128: (Tile(16, 128, 8, 2), Tile(16, 128, 8, 2, passes=2)),
-        256: (Tile(32, 32, 8, 1, passes=2),)},
-    9: {64: (Tile(32, 128, 8, 2),), 128: (Tile(16, 128, 8, 2), Tile(16, 128, 8, 2, passes=2)),
-        256: (Tile(16, 128, 8, 2, passes=2), Tile(32, 32, 8, 1, passes=2))},
+# dk and dv are two sums as wide as head_dim: the tile of one pass that makes both or, where the registers do not hold
+# them together, those of a pass for dv and of one for dk, which has a product more.
+_DKDV: dict[int, dict[int, tuple[Tile | tuple[Tile, Tile], ...]]] = {
+    8: {64: (Tile(32, 128, 8, 2), Tile(16, 128, 8, 2)), 128: (Tile(16, 128, 8, 2), (Tile(16, 128, 8, 2),) * 2),
+        256: ((Tile(32, 32, 8, 1),) * 2,)},
+    9: {64: (Tile(32, 128, 8, 2),), 128: (Tile(16, 128, 8, 2), (Tile(16, 128, 8, 2),) * 2),
+        256: ((Tile(16, 128, 8, 2),) * 2, (Tile(16, 128, 8, 1), Tile(32, 32, 8, 1)))},
 }  # fmt: skip
 # Triton compiles the single pass at head_dim 256 to nothing at all; tests/triton_aot.py looks out for that.
-_DKDV[10] = _DKDV[9] | {128: (Tile(16, 128, 8, 1),), 256: (Tile(32, 32, 4, 1, passes=2),)}
+_DKDV[10] = _DKDV[9] | {128: (Tile(16, 128, 8, 1),), 256: ((Tile(16, 128, 8, 1), Tile(16, 64, 8, 1)),)}
 
 
-def _look_up(table: dict, gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> Tile:
+def _width(block_d: int) -> int:
+    return 64 if block_d <= 64 else 128 if block_d <= 128 else 256
+
+
+def _without_table(gpu: Gpu, dtype: torch.dtype, block_d: int) -> Tile | None:
     if gpu is INTERPRETER:
         return _INTERPRETED
-    width = 64 if block_d <= 64 else 128 if block_d <= 128 else 256
-    if dtype == torch.float32:
-        return _FLOAT32[width]
+    return _FLOAT32[_width(block_d)] if dtype == torch.float32 else None
+
+
+def _look_up(table: dict[int, dict[int, tuple[_Entry, ...]]], gpu: Gpu, block_d: int, features: int) -> _Entry:
     major = gpu.capability[0]
-    entry = (table.get(major) or table[9 if major == 10 else 8])[width]
-    tile = entry[min(features, len(entry) - 1)]
+    entries = (table.get(major) or table[9 if major == 10 else 8])[_width(block_d)]
+    return entries[min(features, len(entries) - 1)]
+
+
+def _fit(tile: Tile, gpu: Gpu) -> Tile:
     if gpu.capability in ((8, 6), (8, 9)) or gpu.capability[0] >= 11:
         # 99 KiB of shared memory instead of 163: no third stage.
         tile = tile._replace(num_stages=min(tile.num_stages, 2))
     return tile
 
 
+def _tile(table: _Table, gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> Tile:
+    return _without_table(gpu, dtype, block_d) or _fit(_look_up(table, gpu, block_d, features), gpu)
+
+
 def forward(gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> Tile:
-    return _look_up(_FORWARD, gpu, dtype, block_d, features)
+    return _tile(_FORWARD, gpu, dtype, block_d, features)
 
 
 def dq(gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> Tile:
-    return _look_up(_DQ, gpu, dtype, block_d, features)
+    return _tile(_DQ, gpu, dtype, block_d, features)
 
 
-def dkdv(gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> Tile:
-    return _look_up(_DKDV, gpu, dtype, block_d, features)
+def dkdv(gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> tuple[Tile, ...]:
+    """The tile of one pass for both, or those of a pass for dv and a pass for dk."""
+    found = _without_table(gpu, dtype, block_d) or _look_up(_DKDV, gpu, block_d, features)
+    return (_fit(found, gpu),) if isinstance(found, Tile) else tuple(_fit(tile, gpu) for tile in found)
 
 
 def scores(gpu: Gpu, dtype: torch.dtype, block_d: int) -> Tile:
