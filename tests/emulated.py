@@ -234,14 +234,16 @@ def device_library(source: Path) -> KernelLibrary:
     return _device(source.stem, [source])
 
 
-def _kernel_sources(op: str) -> list[Path]:
-    return [KERNEL_FACES / f"{op}.cu", *sorted((ROOT / "csrc" / op).glob("*.cu"))]
+def _kernel_sources(op: str, units: Sequence[str] = ("*",)) -> list[Path]:
+    kernels = {source for unit in units for source in (ROOT / "csrc" / op).glob(f"{unit}.cu")}
+    return [KERNEL_FACES / f"{op}.cu", *sorted(kernels)]
 
 
 @cache
-def emulated_kernels(op: str) -> EmulatedLibrary:
-    """The emulator with the CUDA kernels of csrc/<op> and their C face tests/kernels/<op>.cu."""
-    return _emulated(op, _kernel_sources(op))
+def emulated_kernels(op: str, units: tuple[str, ...] = ("*",)) -> EmulatedLibrary:
+    """The emulator with the CUDA kernels of csrc/<op>, or of those of its files that match ``units``, and their C face
+    tests/kernels/<op>.cu."""
+    return _emulated(op, _kernel_sources(op, units))
 
 
 @cache

@@ -8,7 +8,8 @@ sanitizer="$1"
 shift
 python="${VENV:-.venv}/bin/python"
 compiler="${CXX:-c++}"
-tests=(tests/test_ptx.py tests/test_ptx_cluster.py tests/test_emulator.py tests/test_emulator_bugs.py tests/test_int8_matmul_kernels.py)
+tests=(tests/test_ptx.py tests/test_ptx_cluster.py tests/test_emulator.py tests/test_emulator_bugs.py tests/test_int8_matmul_kernels.py
+       tests/test_kernels_sanitized.py)
 # ThreadSanitizer needs memory mapped where it expects it, which the kernel's address randomisation may prevent.
 fixed_addresses=()
 if setarch "$(uname -m)" -R true 2>/dev/null; then fixed_addresses=(setarch "$(uname -m)" -R); fi
@@ -25,7 +26,8 @@ case "$sanitizer" in
     preload="$("$compiler" -print-file-name=libtsan.so)"
     export TSAN_OPTIONS=ignore_noninstrumented_modules=1
     # Only kernels that are right as they stand; tests/test_emulator_races.py has those with races.
-    tests=(tests/test_ptx.py tests/test_ptx_cluster.py tests/test_emulator_bugs.py tests/test_int8_matmul_kernels.py)
+    tests=(tests/test_ptx.py tests/test_ptx_cluster.py tests/test_emulator_bugs.py tests/test_int8_matmul_kernels.py
+       tests/test_kernels_sanitized.py)
     selection="not seeded_bug"
     "${fixed_addresses[@]}" "$python" -m pytest tests/test_emulator_races.py
     ;;
