@@ -416,7 +416,7 @@ def test_int8_attention_is_close_to_float(options):
 
 
 @pytest.mark.parametrize("padding", [None, "right"])
-@pytest.mark.parametrize("activation", ["relu", "gelu", F.silu], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu", F.silu], ids=["relu", "gelu", "silu"])
 def test_int8_layer_applies_the_activation_behind_it(activation, padding):
     model = make_encoder(1, activation=activation).eval()
     layer, source = model.layers[0], torch.randn(BATCH, SEQLEN_K, EMBED)
