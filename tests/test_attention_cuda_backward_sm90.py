@@ -86,6 +86,8 @@ ORDERED = {
     "plain": Case(batch=1, heads=2, seqlen_q=150, seqlen_k=700, head_dim=64),
     "causal_grouped": Case(batch=1, heads=2, heads_kv=1, seqlen_q=300, seqlen_k=300, head_dim=128,
                            options={"is_causal": True}),
+    # Both warpgroups' columns of dq, added by six blocks.
+    "plain_128": Case(batch=1, heads=2, seqlen_q=150, seqlen_k=700, head_dim=128),
     "window": Case(batch=1, heads=1, seqlen_q=300, seqlen_k=500, head_dim=96, options={"window": (140, 60)}),
     # Tiles that the mask hides have no turn.
     "hidden_tiles": Case(batch=1, heads=2, seqlen_q=100, seqlen_k=650, head_dim=64,
@@ -95,8 +97,9 @@ ORDERED = {
 
 @pytest.mark.parametrize("name", ORDERED)
 def test_a_fixed_order_on_request(name):
+    """In fp16, whose rounding hides another order of fp32 sums less often than that of bf16."""
     case = ORDERED[name]
-    inputs = case.inputs(torch.bfloat16)
+    inputs = case.inputs(torch.float16)
     torch.use_deterministic_algorithms(True)
     on_hopper(Mode())
     expected = run(case, inputs, "emulated")
@@ -107,7 +110,7 @@ def test_a_fixed_order_on_request(name):
         on_hopper(mode)
         for key, result in run(case, inputs, "emulated").items():
             assert torch.equal(result, expected[key]), f"{key} in {mode}"
-    check(case, torch.bfloat16, "emulated")
+    check(case, torch.float16, "emulated")
 
 
 # --- What is left to the kernels of sm_80 ----------------------------------------------------------------------------
