@@ -28,9 +28,11 @@ class Tile(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+    all_registers: bool = False  # a thread may take 255: ptxas would otherwise spill some to fit one more block
 
     def launch_options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return options | {"maxnreg": 255} if self.all_registers else options
 
 
 # Interpreted, a tile costs much the same whatever its size; small ones give short tests tiles of every kind.
@@ -63,8 +65,8 @@ _DQ[10] = _DQ[9] | {64: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 1))}
 # dk and dv are two sums as wide as head_dim: the tile of one pass that makes both or, where the registers do not hold
 # them together, those of a pass for dv and of one for dk, which has a product more.
 _DKDV: dict[int, dict[int, tuple[Tile | tuple[Tile, Tile], ...]]] = {
-    8: {64: (Tile(32, 128, 8, 2), Tile(16, 128, 8, 2)), 128: (Tile(16, 128, 8, 2), (Tile(16, 128, 8, 2),) * 2),
-        256: ((Tile(32, 32, 8, 1),) * 2,)},
+    8: {64: (Tile(32, 128, 8, 2), Tile(16, 128, 8, 2)), 128: (Tile(16, 128, 8, 2), (Tile(16, 128, 8, 2, True),) * 2),
+        256: ((Tile(32, 32, 8, 1, True),) * 2,)},
     9: {64: (Tile(32, 128, 8, 2),), 128: (Tile(16, 128, 8, 2), (Tile(16, 128, 8, 2),) * 2),
         256: ((Tile(16, 128, 8, 2),) * 2, (Tile(16, 128, 8, 1), Tile(32, 32, 8, 1)))},
 }  # fmt: skip
@@ -92,7 +94,7 @@ def _fit(tile: Tile, gpu: Gpu) -> Tile:
     if gpu.capability in ((8, 6), (8, 9)) or gpu.capability[0] >= 11:
         # 99 KiB of shared memory instead of 163: no third stage.
         tile = tile._replace(num_stages=min(tile.num_stages, 2))
-    return tile
+    return tile._replace(all_registers=tile.all_registers or gpu.capability[0] == 10)
 
 
 def _tile(table: _Table, gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> Tile:
