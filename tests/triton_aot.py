@@ -151,7 +151,7 @@ def report_share(arguments: tuple[str, bool, str, int, int]) -> tuple[int, int]:
     """(kernels compiled, those with complaints)"""
     count = failed = 0
     for compiled in compile_share(*arguments):
-        print(compiled, flush=True)
+        print(f"{compiled}\n", end="", flush=True)  # one write, which other processes' lines do not split
         count += 1
         failed += bool(compiled.complaints())
     return count, failed

@@ -65,14 +65,16 @@ FASTATTN_DEVICE void apply_mask_transposed(float (&x)[kRowTiles][1][4], const Sc
   }
 }
 
-template <int kRowTiles>
+// Keys past the end are hidden only where asked: where a key's gradients are rows of their own, nobody stores those.
+template <bool kHidePastEnd, int kRowTiles>
 FASTATTN_DEVICE void hide_outside_band_transposed(float (&x)[kRowTiles][1][4], const ScoreArgs& args,
                                                   const TransposedPlace& place) {
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
     const int position = place.first_query + e + args.diagonal;
     const int first = position - args.window_left - place.first_key;
-    const int last = min(position + args.window_right, args.seqlen_k - 1) - place.first_key;
+    const int last_seen = position + args.window_right;
+    const int last = (kHidePastEnd ? min(last_seen, args.seqlen_k - 1) : last_seen) - place.first_key;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll

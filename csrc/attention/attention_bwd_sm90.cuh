@@ -219,7 +219,7 @@ FASTATTN_DEVICE void make_probabilities(typename Traits::Scores& s, typename Tra
       if (scores.alibi_slopes != nullptr) add_alibi_transposed(x, scores, place);
     }
     if (!kPlain && is_masked) apply_mask_transposed(x, scores, place);
-    if (is_cut) hide_outside_band_transposed(x, scores, place);
+    if (is_cut) hide_outside_band_transposed</*kHidePastEnd=*/true>(x, scores, place);
 
     const float2 lse = *reinterpret_cast<const float2*>(lse_smem + 8 * n + lane_column());
     for_each_transposed(x, [&](float& element, int, int half, int e) {
