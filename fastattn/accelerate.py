@@ -339,7 +339,7 @@ def _fuse_activations(model: nn.Module) -> None:
         # One that stands elsewhere too may be wanted without.
         if name and type(linear) is Int8Linear and linear.activation is None and names[id(linear)] == 1:
             _become(module, type(module), {"activation": _applied_before})
-            _become(linear, Int8Linear, {"activation": name, "_activation_name": name})
+            _become(linear, Int8Linear, {"activation": name})
 
 
 def _applied_before(x: Tensor) -> Tensor:

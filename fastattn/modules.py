@@ -54,7 +54,7 @@ class Int8Linear(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self._activation_name = int8_ops._activation_name("Int8Linear", activation)
+        int8_ops._activation_name("Int8Linear", activation)  # raises if there is no such activation
         self.in_features = in_features
         self.out_features = out_features
         self.activation = activation
@@ -89,11 +89,12 @@ class Int8Linear(nn.Module):
         # weight is packed, and nobody asked for another backend than the CPU's. The op checks its arguments.
         if self._packed is not None and not torch.compiler.is_compiling():
             wanted = dispatch.preference() if self.backend == "auto" else self.backend
-            if wanted == "auto" or wanted == "cpu":
+            activation_name = int8_ops.ACTIVATIONS.get(self.activation)
+            if (wanted == "auto" or wanted == "cpu") and activation_name is not None:
                 buffers: dict[str, Any] = self._buffers
                 out = int8_matmul_compiled.int8_linear_if_packed(
                     input, self._packed, buffers["weight"], buffers["weight_scale"], self._parameters["bias"],
-                    self._activation_name,
+                    activation_name,
                 )  # fmt: skip
                 if out is not None:
                     return out

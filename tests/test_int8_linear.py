@@ -146,6 +146,17 @@ def test_works_in_inference_mode():
         assert torch.equal(module(x), module.bias.expand(3, -1))
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_an_activation_set_later_is_applied(backend):
+    layer, x = Int8Linear.from_linear(nn.Linear(40, 24), backend=backend), torch.randn(3, 40)
+    without = layer(x)
+    layer.activation = "relu"
+    assert torch.equal(layer(x), without.relu()) and (without < 0).any()
+    layer.activation = "cube"
+    with pytest.raises(ValueError, match="activation must be one of"):
+        layer(x)
+
+
 @needs_cpu
 @pytest.mark.parametrize("backend", ["auto", "cpu"])
 def test_shortcut_computes_what_the_op_does(backend, cpu_isa, monkeypatch):
