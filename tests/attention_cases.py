@@ -265,3 +265,16 @@ FEATURES: dict[str, Case] = {
     "wide_values": Case(head_dim=16, head_dim_v=96, options={"is_causal": True}),
     "everything": _mixed_features(),
 }  # fmt: skip
+
+
+def assert_views_match_contiguous(views, dout):
+    """Gradients on `emulated` of strided operands are those of contiguous copies, in the layout of the operand."""
+
+    def gradients(tensors):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        return torch.autograd.grad(fastattn.attention(*leaves, backend="emulated"), leaves, dout)
+
+    results = gradients(views)
+    assert results[0].transpose(1, 2).is_contiguous(), "a gradient takes the layout of its operand"
+    for strided, contiguous in zip(results, gradients([t.contiguous() for t in views]), strict=True):
+        assert torch.equal(strided, contiguous)

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from attention_cases import FEATURES, INF, Case, check, dtype_id, run
+from attention_cases import FEATURES, INF, Case, assert_views_match_contiguous, check, dtype_id, run
 from emulated import MODES, AsyncMode, Mode, Schedule
 from test_attention_backward import MASK_SHAPES, SIZES
 
@@ -104,15 +104,7 @@ def test_strided_operands_match_contiguous_ones():
     views = [t.transpose(1, 2) for t in base.unbind(2)]
     views[2] = views[2].transpose(2, 3).contiguous().transpose(2, 3)  # the last dim is not contiguous
     dout = torch.randn(1, 1, 1, 24, dtype=torch.float16).expand(2, 3, 65, 24)
-
-    def gradients(tensors):
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        return torch.autograd.grad(fastattn.attention(*leaves, backend="emulated"), leaves, dout)
-
-    results = gradients(views)
-    assert results[0].transpose(1, 2).is_contiguous(), "a gradient takes the layout of its operand"
-    for strided, contiguous in zip(results, gradients([t.contiguous() for t in views]), strict=True):
-        assert torch.equal(strided, contiguous)
+    assert_views_match_contiguous(views, dout)
 
 
 @pytest.mark.parametrize("additive", [False, True])
