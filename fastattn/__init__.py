@@ -8,6 +8,7 @@ from fastattn.ops.attention import attention
 from fastattn.ops.attention_with_kv_cache import attention_with_kv_cache
 from fastattn.ops.int8_matmul import int8_linear, int8_matmul, quantize_int8
 from fastattn.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from fastattn.ops.triton_autotune import set_autotune
 from fastattn.ops.varlen_attention import varlen_attention
 
 # isort: split
@@ -37,6 +38,7 @@ __all__ = [
     "quantize_int8",
     "restore",
     "rms_norm",
+    "set_autotune",
     "use_backend",
     "varlen_attention",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +12,7 @@ from fastattn.ops.triton_launch import Launch
 HEAD_DIMS = (16, 32, 64, 80, 128, 192, 256)
 # What shapes the scores; the last, which has all of it, needs the most registers.
 VARIANTS = ("plain", "causal", "bool_mask", "float_mask", "softcap", "alibi", "dropout", "everything")
+TUNED_VARIANTS = ("causal", "bool_mask", "float_mask", "softcap", "alibi", "dropout")
 
 
 def _scoring(variant: str, batch: int, heads: int, seqlen: int):
@@ -33,9 +35,15 @@ def _scoring(variant: str, batch: int, heads: int, seqlen: int):
     return Scoring(mask, slopes, sinks, rng_state, dropout_p, causal, 0.125, window_left, -1, True, softcap)
 
 
-def launches(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, variant: str) -> Iterator[Launch]:
-    """Every kernel of a call with 16 query heads for 4 key heads, as projections leave them in memory."""
+def launches(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, variant: str, candidates: bool = False
+) -> Iterator[Launch]:
+    """Every kernel of a call with 16 query heads for 4 key heads, as projections leave them in memory.
+
+    ``candidates``: those that are tuned, in what tuning tries besides the tables' tiles.
+    """
     from fastattn.ops import attention_triton_plan as plan
+    from fastattn.ops import attention_triton_tuning as tuning
     from fastattn.ops.attention_triton_tiles import Gpu
 
     batch, heads, heads_kv, seqlen = 4, 16, 4, 4096
@@ -47,11 +55,20 @@ def launches(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, var
     )
     lse, row_lse, delta = (torch.empty(batch, heads, seqlen, device="meta") for _ in range(3))
     scoring, gpu = _scoring(variant, batch, heads, seqlen), Gpu(capability)
-    yield plan.plan_forward(query, key, value, out, lse, scoring, gpu)
-    yield plan.plan_delta(out, dout, lse, lse, row_lse, delta, scoring.sinks)[0]
     inputs = plan.BackwardInputs(query, key, value, dout, row_lse, delta)
-    yield plan.plan_dq(inputs, dq, scoring, gpu)
-    yield from plan.plan_dkdv(inputs, dk, dv, scoring, gpu)
+    for planned in (
+        functools.partial(plan.plan_forward, query, key, value, out, lse, scoring, gpu),
+        functools.partial(plan.plan_dq, inputs, dq, scoring, gpu),
+        functools.partial(plan.plan_dkdv, inputs, dk, dv, scoring, gpu),
+    ):
+        defaults = planned()
+        for tiling in tuning.candidates(gpu, defaults[-1])[1:] if candidates else ():
+            yield from planned(tiling)
+        if not candidates:
+            yield from defaults
+    if candidates:
+        return
+    yield plan.plan_delta(out, dout, lse, lse, row_lse, delta, scoring.sinks)[0]
     if scoring.attn_mask is not None and scoring.attn_mask.is_floating_point():
         yield plan.plan_dmask(inputs, scoring, gpu)[0]
     weights = torch.empty(batch, seqlen, seqlen, dtype=dtype, device="meta")
@@ -64,9 +81,20 @@ def aot_cases(capability: tuple[int, int], quick: bool) -> Iterator[tuple[str, L
         for head_dim in (64,) if quick else HEAD_DIMS if dtype == torch.float16 else (64, 128, 256):
             for variant in ("everything",) if quick else VARIANTS:
                 for launch in launches(capability, dtype, head_dim, variant):
-                    tile = f"{launch.arguments['BLOCK_Q']}x{launch.arguments.get('BLOCK_K', '-')}"
-                    dtype_name = str(dtype).removeprefix("torch.")
-                    name = launch.kernel.__name__.removesuffix("_kernel")
-                    if name == "attention_dkdv":
-                        name = "attention_" + "dk" * launch.arguments["DK"] + "dv" * launch.arguments["DV"]
-                    yield f"{name} {dtype_name} {head_dim} {variant} {tile} s{launch.options['num_stages']}", launch
+                    yield _name(launch, dtype, head_dim, variant), launch
+
+
+def aot_candidates(capability: tuple[int, int]) -> Iterator[tuple[str, Launch]]:
+    for head_dim in (64, 128, 256):
+        for variant in TUNED_VARIANTS:
+            for launch in launches(capability, torch.float16, head_dim, variant, candidates=True):
+                yield _name(launch, torch.float16, head_dim, variant), launch
+
+
+def _name(launch: Launch, dtype: torch.dtype, head_dim: int, variant: str) -> str:
+    tile = f"{launch.arguments['BLOCK_Q']}x{launch.arguments.get('BLOCK_K', '-')}"
+    dtype_name = str(dtype).removeprefix("torch.")
+    name = launch.kernel.__name__.removesuffix("_kernel")
+    if name == "attention_dkdv":
+        name = "attention_" + "dk" * launch.arguments["DK"] + "dv" * launch.arguments["DV"]
+    return f"{name} {dtype_name} {head_dim} {variant} {tile} s{launch.options['num_stages']}"

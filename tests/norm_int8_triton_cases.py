@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ COMPILER_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 # A tile of several rows, one row of 4, 8 and 16 warps, the longest rows of each kernel, a long row.
 COLS = (64, 768, 2048, 4096, norms.BWD_MAX_COLS, norms.FWD_MAX_COLS, 100_000)
 ROWS = 16384
+TUNED = ("row_fwd_kernel", "row_bwd_kernel", "int8_matmul_kernel", "int8_linear_kernel")
 
 
 def recorded(module: Any, capability: tuple[int, int], call: Callable[[], object]) -> list[Launch]:
@@ -41,6 +43,18 @@ def recorded(module: Any, capability: tuple[int, int], call: Callable[[], object
     finally:
         module.launch, module.device_of = before
     return launches
+
+
+def tuned(module: Any, chooser: str, tiles: Iterable[Any], plan: Callable[[], list[Launch]]) -> Iterator[Launch]:
+    """What ``plan`` gives in each of ``tiles``, which take the place of what the function ``chooser`` chooses."""
+    before = getattr(module, chooser)
+    for tile in tiles:
+        setattr(module, chooser, lambda *_, tile=tile: tile)
+        try:
+            launches = plan()
+        finally:
+            setattr(module, chooser, before)
+        yield from (launch for launch in launches if launch.kernel.__name__ in TUNED)
 
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -75,12 +89,21 @@ def int8_launches(capability: tuple[int, int], dtype: torch.dtype, rows: int, co
 
 def aot_cases(capability: tuple[int, int], quick: bool) -> Iterator[tuple[str, Launch]]:
     """Each kernel in each configuration once."""
+    return _once(_groups(capability, quick))
+
+
+def aot_candidates(capability: tuple[int, int]) -> Iterator[tuple[str, Launch]]:
+    return _once(_candidate_groups(capability))
+
+
+def _once(groups: Iterable[tuple[str, Iterable[Launch]]]) -> Iterator[tuple[str, Launch]]:
     seen = set()
-    for label, launches in _groups(capability, quick):
+    for label, launches in groups:
         for launch in launches:
             blocks = {key: value for key, value in launch.arguments.items() if key.startswith("BLOCK")}
             name = launch.kernel.__name__.removesuffix("_kernel")
-            name = f"{name} {label} {'x'.join(map(str, blocks.values()))} s{launch.options['num_stages']}"
+            stages, warps = launch.options["num_stages"], launch.options["num_warps"]
+            name = f"{name} {label} {'x'.join(map(str, blocks.values()))} s{stages} w{warps}"
             if name not in seen:
                 seen.add(name)
                 yield name, launch
@@ -99,3 +122,19 @@ def _groups(capability: tuple[int, int], quick: bool) -> Iterator[tuple[str, lis
     for depth in () if quick else (4096, 20_000):
         x = empty(ROWS, depth, dtype=torch.bfloat16)
         yield f"bfloat16 {depth}", recorded(int8, capability, lambda x=x: int8.quantize(x))
+
+
+def _candidate_groups(capability: tuple[int, int]) -> Iterator[tuple[str, Iterable[Launch]]]:
+    device, dtype = DEVICES[capability], torch.bfloat16
+    for cols in COLS:
+        for add, rms in ((True, False), (False, False), (False, True)):
+            plan = partial(norm_launches, capability, dtype, cols, add, rms)
+            label = f"bfloat16{' add' * add}{' rms' * rms} {cols}"
+            if cols <= norms.FWD_MAX_COLS:
+                yield label, tuned(norms, "fwd_tile", norms.fwd_candidates(ROWS, cols, device), plan)
+            if cols <= norms.BWD_MAX_COLS:
+                yield label, tuned(norms, "bwd_tile", norms.bwd_candidates(ROWS, cols, device), plan)
+    for rows in (1, 32, 64, 4096):
+        itemsize = 2 if rows <= int8.FUSED_MAX_ROWS else 1
+        plan = partial(int8_launches, capability, dtype, rows, 8192)
+        yield "bfloat16", tuned(int8, "matmul_tile", int8.candidates(rows, device, itemsize), plan)

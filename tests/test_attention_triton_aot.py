@@ -33,7 +33,7 @@ def test_tiles_suit_what_the_kernels_assume(capability, dtype):
     for block_d in (16, 64, 128, 256):
         for features in range(4):
             given = (gpu, dtype, block_d, features)
-            for tile in (tiles.forward(*given), tiles.dq(*given), *tiles.dkdv(*given)):
+            for tile in (*tiles.forward(*given), *tiles.dq(*given), *tiles.dkdv(*given)):
                 # Dropout draws for 32 keys at once; tl.dot wants 16 rows.
                 assert tile.block_k % 32 == 0 and tile.block_q >= 16
         assert tiles.scores(gpu, dtype, block_d).block_k % 32 == 0

@@ -1,11 +1,12 @@
 """Compiles planned launches of Triton kernels for GPUs that are not there, and reads what came out.
 
-    python -m tests.triton_aot [--quick] [--filter TEXT] [--gpus 80,90,100] [--jobs N]
+    python -m tests.triton_aot [--quick | --candidates] [--filter TEXT] [--gpus 80,90,100] [--jobs N]
 
 prints registers, spills and shared memory of every kernel of fastattn in every default configuration, and fails if one
 spills, asks for more shared memory than its GPU has, was compiled to nothing, or for sm_90 does not use wgmma where it
 multiplies matrices of 64 rows or more.
-Every module of tests named in MODULES has ``aot_cases(capability, quick)``, which yields ``(name, Launch)``.
+Every module of tests named in MODULES has ``aot_cases(capability, quick)``, which yields ``(name, Launch)``, and
+``aot_candidates(capability)``, which yields what tuning tries (``fastattn.set_autotune``) instead of the defaults.
 
 Kernels must be compiled by a process in which Triton does not interpret them: tests run this file as a subprocess.
 """
@@ -134,20 +135,24 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
-def all_cases(capability: tuple[int, int], quick: bool) -> Iterator[tuple[str, Launch]]:
-    for module in MODULES:
-        yield from importlib.import_module(module).aot_cases(capability, quick)
+def all_cases(capability: tuple[int, int], which: str) -> Iterator[tuple[str, Launch]]:
+    for name in MODULES:
+        module = importlib.import_module(name)
+        if which == "candidates":
+            yield from module.aot_candidates(capability)
+        else:
+            yield from module.aot_cases(capability, which == "quick")
 
 
-def compile_share(gpu: str, quick: bool, pattern: str, share: int, shares: int) -> Iterator[Compiled]:
+def compile_share(gpu: str, which: str, pattern: str, share: int, shares: int) -> Iterator[Compiled]:
     """One of every ``shares`` kernels."""
     capability = (int(gpu[:-1]), int(gpu[-1]))
-    cases = (case for case in all_cases(capability, quick) if re.search(pattern, case[0]))
+    cases = (case for case in all_cases(capability, which) if re.search(pattern, case[0]))
     for name, launch in itertools.islice(cases, share, None, shares):
         yield compile_launch(name, launch, capability)
 
 
-def report_share(arguments: tuple[str, bool, str, int, int]) -> tuple[int, int]:
+def report_share(arguments: tuple[str, str, str, int, int]) -> tuple[int, int]:
     """(kernels compiled, those with complaints)"""
     count = failed = 0
     for compiled in compile_share(*arguments):
@@ -159,13 +164,16 @@ def report_share(arguments: tuple[str, bool, str, int, int]) -> tuple[int, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few kernels in a few configurations")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="a few kernels in a few configurations")
+    which.add_argument("--candidates", action="store_true", help="what tuning tries instead of the defaults")
     parser.add_argument("--filter", default="", help="a regular expression that the names must match")
     parser.add_argument("--gpus", default="80,90,100", help="compute capabilities without the dot")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile side by side")
     arguments = parser.parse_args()
+    cases = "quick" if arguments.quick else "candidates" if arguments.candidates else "defaults"
     shares = [
-        (gpu, arguments.quick, arguments.filter, share, arguments.jobs)
+        (gpu, cases, arguments.filter, share, arguments.jobs)
         for gpu in arguments.gpus.split(",")
         for share in range(arguments.jobs)
     ]

@@ -82,11 +82,12 @@ def _addressable(mask: Tensor | None) -> Tensor | None:
 def _forward(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, alibi_slopes: Tensor | None,
              sinks: Tensor | None, *scoring: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
     from fastattn.ops import attention_triton_plan as plan
+    from fastattn.ops import attention_triton_tuning as tuning
 
     out, lse = empty_rows(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
     if lse.numel() > 0:
         call = plan.Scoring(_addressable(attn_mask), alibi_slopes, sinks, *scoring)
-        plan.plan_forward(_rows(query), _rows(key), _rows(value), out, lse, call, tiles.gpu_of(query)).run(query)
+        tuning.run(query, plan.plan_forward, _rows(query), _rows(key), _rows(value), out, lse, call)
     return out, lse
 
 
@@ -94,6 +95,7 @@ def _backward(dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, val
               attn_mask: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, *scoring: Any,
               ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from fastattn.ops import attention_triton_plan as plan
+    from fastattn.ops import attention_triton_tuning as tuning
 
     *scoring_values, need_dmask, need_dsinks = scoring
     learned_mask, learned_sinks = attn_mask if need_dmask else None, sinks if need_dsinks else None
@@ -113,16 +115,14 @@ def _backward(dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, val
 
     out, dout = _rows(out), _rows(dout)
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-    gpu = tiles.gpu_of(query)
     row_lse, delta = (lse.new_empty(*lse.shape[:2], plan.padded_rows(lse.shape[2])) for _ in range(2))
     inputs = plan.BackwardInputs(_rows(query), _rows(key), _rows(value), dout, row_lse, delta)
     launch, sink_sums = plan.plan_delta(out, dout, dlse, lse, row_lse, delta, learned_sinks)
     launch.run(query)
-    for launch in plan.plan_dkdv(inputs, dk, dv, call, gpu):
-        launch.run(query)
-    plan.plan_dq(inputs, dq, call, gpu).run(query)
+    tuning.run(query, plan.plan_dkdv, inputs, dk, dv, call)
+    tuning.run(query, plan.plan_dq, inputs, dq, call)
     if learned_mask is not None:
-        launch, partial, sums = plan.plan_dmask(inputs, call, gpu)
+        launch, partial, sums = plan.plan_dmask(inputs, call, tiles.gpu_of(query))
         launch.run(query)
         dmask = (partial.sum(sums) if sums else partial).to(learned_mask.dtype).reshape(learned_mask.shape)
     if sink_sums is not None and learned_sinks is not None:

@@ -16,7 +16,7 @@ from fastattn.ops.attention_triton_bwd import attention_delta_kernel, attention_
 from fastattn.ops.attention_triton_dmask import attention_dmask_kernel
 from fastattn.ops.attention_triton_fwd import attention_fwd_kernel, attention_weights_kernel
 from fastattn.ops.attention_triton_scores import MASK_ADD, MASK_BOOL, MASK_NONE
-from fastattn.ops.attention_triton_tiles import Tile
+from fastattn.ops.attention_triton_tiles import Tile, Tiling
 from fastattn.ops.triton_launch import Launch
 
 LOG2_E = math.log2(math.e)
@@ -142,27 +142,40 @@ def _value_dims(value: Tensor) -> dict[str, int]:
     return {"HEAD_DIM_V": value.shape[3], "BLOCK_DV": _padded(value.shape[3])}
 
 
+def shape_of_tiles(arguments: dict[str, Any]) -> tuple[torch.dtype, int, int]:
+    """What the tables of tiles know a launch of these arguments by: dtype, padded head_dim, features."""
+    return arguments["q_ptr"].dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]), _features(arguments)
+
+
 # --- Plans -----------------------------------------------------------------------------------------------------------
+#
+# Operands have contiguous last dims, and there are rows and heads. ``tiling`` takes the place of the tables' tiles.
 
 
 def plan_forward(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scoring: Scoring, gpu: tiles.Gpu
-) -> Launch:
-    """Writes out and lse. Here and below, operands have contiguous last dims, and there are rows and heads."""
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scoring: Scoring,
+    gpu: tiles.Gpu,
+    tiling: Tiling | None = None,
+) -> list[Launch]:
+    """Writes out and lse."""
     arguments = _scoring_arguments(query, key, scoring) | _value_dims(value)
     if scoring.sinks is not None:
         # The sink is a natural logit, so the others are too.
         arguments |= {"PLAIN": False, "unit": LOG2_E}
-    tile = tiles.forward(gpu, query.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]), _features(arguments))
     arguments |= {
         "q_ptr": query, "k_ptr": key, "v_ptr": value, "out_ptr": out, "lse_ptr": lse, "sinks_ptr": scoring.sinks,
-        **_strides("q", query), **_strides("k", key), **_strides("v", value), **_strides("out", out), **_blocks(tile),
+        **_strides("q", query), **_strides("k", key), **_strides("v", value), **_strides("out", out),
         "KEY_MASK": _key_mask(arguments), "ONE_WALK": _one_walk(arguments), "SINKS": scoring.sinks is not None,
     }  # fmt: skip
+    (tile,) = tiling or tiles.forward(gpu, *shape_of_tiles(arguments))
     batch, heads, seqlen_q, _ = query.shape
-    return Launch(
-        attention_fwd_kernel, (batch * heads * _ceil_div(seqlen_q, tile.block_q),), arguments, tile.launch_options()
-    )
+    programs = batch * heads * _ceil_div(seqlen_q, tile.block_q)
+    return [Launch(attention_fwd_kernel, (programs,), arguments | _blocks(tile), tile.launch_options())]
 
 
 def plan_weights(
@@ -224,28 +237,36 @@ class BackwardInputs(NamedTuple):
         }  # fmt: skip
 
 
-def plan_dq(inputs: BackwardInputs, dq: Tensor, scoring: Scoring, gpu: tiles.Gpu) -> Launch:
+def plan_dq(
+    inputs: BackwardInputs, dq: Tensor, scoring: Scoring, gpu: tiles.Gpu, tiling: Tiling | None = None
+) -> list[Launch]:
     arguments = inputs.arguments(scoring)
-    tile = tiles.dq(gpu, dq.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]), _features(arguments))
     arguments |= {
         "dq_ptr": dq,
         **_strides("dq", dq),
-        **_blocks(tile),
         "KEY_MASK": _key_mask(arguments),
         "ONE_WALK": _one_walk(arguments),
     }
+    (tile,) = tiling or tiles.dq(gpu, *shape_of_tiles(arguments))
     batch, heads, seqlen_q, _ = dq.shape
     programs = batch * heads * _ceil_div(seqlen_q, tile.block_q)
-    return Launch(attention_dq_kernel, (programs,), arguments, tile.launch_options())
+    return [Launch(attention_dq_kernel, (programs,), arguments | _blocks(tile), tile.launch_options())]
 
 
-def plan_dkdv(inputs: BackwardInputs, dk: Tensor, dv: Tensor, scoring: Scoring, gpu: tiles.Gpu) -> list[Launch]:
+def plan_dkdv(
+    inputs: BackwardInputs,
+    dk: Tensor,
+    dv: Tensor,
+    scoring: Scoring,
+    gpu: tiles.Gpu,
+    tiling: Tiling | None = None,
+) -> list[Launch]:
     arguments = inputs.arguments(scoring)
-    passes = tiles.dkdv(gpu, dk.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]), _features(arguments))
     arguments |= {
         "dk_ptr": dk, "dv_ptr": dv, **_strides("dk", dk), **_strides("dv", dv),
         "KEY_MASK": _key_mask(arguments), "ONE_WALK": _one_walk(arguments),
     }  # fmt: skip
+    passes = tiling or tiles.dkdv(gpu, *shape_of_tiles(arguments))
     batch, heads_kv, seqlen_k, _ = dk.shape
     written = ((True, True),) if len(passes) == 1 else ((False, True), (True, False))
     return [

@@ -35,6 +35,9 @@ class Tile(NamedTuple):
         return options | {"maxnreg": 255} if self.all_registers else options
 
 
+# Those of the launches that compute one thing: of dk and dv together, or of dv and of dk.
+Tiling = tuple[Tile, ...]
+
 # Interpreted, a tile costs much the same whatever its size; small ones give short tests tiles of every kind.
 _INTERPRETED = Tile(32, 32, 4, 1)
 _Entry = TypeVar("_Entry")
@@ -74,23 +77,23 @@ _DKDV: dict[int, dict[int, tuple[Tile | tuple[Tile, Tile], ...]]] = {
 _DKDV[10] = _DKDV[9] | {128: (Tile(16, 128, 8, 1),), 256: ((Tile(16, 128, 8, 1), Tile(16, 64, 8, 1)),)}
 
 
-def _width(block_d: int) -> int:
+def width(block_d: int) -> int:
     return 64 if block_d <= 64 else 128 if block_d <= 128 else 256
 
 
 def _without_table(gpu: Gpu, dtype: torch.dtype, block_d: int) -> Tile | None:
     if gpu is INTERPRETER:
         return _INTERPRETED
-    return _FLOAT32[_width(block_d)] if dtype == torch.float32 else None
+    return _FLOAT32[width(block_d)] if dtype == torch.float32 else None
 
 
 def _look_up(table: dict[int, dict[int, tuple[_Entry, ...]]], gpu: Gpu, block_d: int, features: int) -> _Entry:
     major = gpu.capability[0]
-    entries = (table.get(major) or table[9 if major == 10 else 8])[_width(block_d)]
+    entries = (table.get(major) or table[9 if major == 10 else 8])[width(block_d)]
     return entries[min(features, len(entries) - 1)]
 
 
-def _fit(tile: Tile, gpu: Gpu) -> Tile:
+def fit(tile: Tile, gpu: Gpu) -> Tile:
     if gpu.capability in ((8, 6), (8, 9)) or gpu.capability[0] >= 11:
         # 99 KiB of shared memory instead of 163: no third stage.
         tile = tile._replace(num_stages=min(tile.num_stages, 2))
@@ -98,21 +101,21 @@ def _fit(tile: Tile, gpu: Gpu) -> Tile:
 
 
 def _tile(table: _Table, gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> Tile:
-    return _without_table(gpu, dtype, block_d) or _fit(_look_up(table, gpu, block_d, features), gpu)
+    return _without_table(gpu, dtype, block_d) or fit(_look_up(table, gpu, block_d, features), gpu)
 
 
-def forward(gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> Tile:
-    return _tile(_FORWARD, gpu, dtype, block_d, features)
+def forward(gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> Tiling:
+    return (_tile(_FORWARD, gpu, dtype, block_d, features),)
 
 
-def dq(gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> Tile:
-    return _tile(_DQ, gpu, dtype, block_d, features)
+def dq(gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> Tiling:
+    return (_tile(_DQ, gpu, dtype, block_d, features),)
 
 
-def dkdv(gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> tuple[Tile, ...]:
+def dkdv(gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> Tiling:
     """The tile of one pass for both, or those of a pass for dv and a pass for dk."""
     found = _without_table(gpu, dtype, block_d) or _look_up(_DKDV, gpu, block_d, features)
-    return (_fit(found, gpu),) if isinstance(found, Tile) else tuple(_fit(tile, gpu) for tile in found)
+    return (fit(found, gpu),) if isinstance(found, Tile) else tuple(fit(tile, gpu) for tile in found)
 
 
 def scores(gpu: Gpu, dtype: torch.dtype, block_d: int) -> Tile:

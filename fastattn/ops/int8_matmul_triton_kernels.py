@@ -147,7 +147,7 @@ def tile_of_program(rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.c
     return first_row + program % group_tiles % group_rows, program % group_tiles // group_rows
 
 
-@triton.jit(do_not_specialize=["rows", "rows_bucket"])
+@triton.jit(do_not_specialize=["rows"])
 def int8_matmul_kernel(
     a_ptr,  # (rows, depth) int8
     b_ptr,  # (columns, depth) int8
@@ -160,7 +160,6 @@ def int8_matmul_kernel(
     depth,
     stride_a,
     stride_b,
-    rows_bucket,  # for the autotuner alone: calls whose rows are of one size share a result
     ACTIVATION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,

@@ -3,12 +3,14 @@ int8_matmul_triton.py."""
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastattn.ops import triton_autotune
 from fastattn.ops.triton_launch import Device, as_rows, device_of, launch, next_power_of_2
 
 # Rows of up to this many elements stay in registers while they are quantised: 32 a thread of 512.
@@ -67,38 +69,6 @@ def matmul_tile(rows: int, columns: int, device: Device, itemsize: int = 1) -> T
     return tiles[-1]
 
 
-# --- Tuning ----------------------------------------------------------------------------------------------------------
-
-_autotune = False
-
-
-def set_autotune(enabled: bool) -> None:
-    """Whether ``int8_matmul`` and ``int8_linear`` time every tile at a shape's first call and keep the fastest.
-
-    Off at first: the table above decides. Triton keeps the results on disk, for each shape (rows to the next power of
-    two) and GPU. The first call of a shape must not be captured in a CUDA graph.
-    """
-    global _autotune
-    _autotune = enabled
-
-
-@cache
-def _tuned_kernel(tiles: tuple[Tile, ...]) -> Any:
-    import triton
-
-    from fastattn.ops.int8_matmul_triton_kernels import int8_matmul_kernel
-
-    configs = [
-        triton.Config(
-            {"BLOCK_ROWS": t.rows, "BLOCK_COLUMNS": t.columns, "BLOCK_DEPTH": t.depth},
-            num_warps=t.warps,
-            num_stages=t.stages,
-        )
-        for t in tiles
-    ]
-    return triton.autotune(configs, key=["rows_bucket", "columns", "depth"], cache_results=True)(int8_matmul_kernel)
-
-
 # --- Launches --------------------------------------------------------------------------------------------------------
 
 
@@ -148,20 +118,31 @@ def matmul(
 
         (a, stride_a), (b, stride_b) = _addressable(a), _addressable(b)
         operands = (a, b, a_scale.contiguous(), b_scale.contiguous(), None if bias is None else bias.contiguous(), out)
-        numbers = (rows, columns, depth, stride_a, stride_b, next_power_of_2(rows))
-        options: dict[str, Any] = {"ACTIVATION": activation, "GROUP_ROWS": GROUP_ROWS, "enable_fp_fusion": False}
-        if _autotune:
-            kernel: Any = _tuned_kernel(candidates(rows, device_of(a)))
-            launch(a, kernel, lambda meta: (_programs(rows, columns, meta["BLOCK_ROWS"], meta["BLOCK_COLUMNS"]),),
-                   *operands, *numbers, **options)  # fmt: skip
-        else:
-            tile = matmul_tile(rows, columns, device_of(a))
+
+        def product(tile: Tile) -> None:
             launch(
                 a, kernels.int8_matmul_kernel, (_programs(rows, columns, tile.rows, tile.columns),),
-                *operands, *numbers, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
-                num_warps=tile.warps, num_stages=tile.stages, **options,
+                *operands, rows, columns, depth, stride_a, stride_b, ACTIVATION=activation, BLOCK_ROWS=tile.rows,
+                BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth, GROUP_ROWS=GROUP_ROWS, num_warps=tile.warps,
+                num_stages=tile.stages, enable_fp_fusion=False,
             )  # fmt: skip
+
+        product(_tile(kernels.int8_matmul_kernel, product, a, (rows, columns, depth), out.dtype))
     return out.to(out_dtype)
+
+
+def _tile(
+    kernel: Any, product: Callable[[Tile], None], a: Tensor, sizes: tuple[int, int, int], out_dtype: torch.dtype
+) -> Tile:
+    """The table's tile or, if the user wants it, the fastest, for matrices of (rows, columns, depth)."""
+    rows, columns, depth = sizes
+    device, itemsize = device_of(a), a.element_size()
+    default = matmul_tile(rows, columns, device, itemsize)
+    if not triton_autotune.is_on():
+        return default
+    key = (a.dtype, out_dtype, triton_autotune.bucket(rows), columns, depth)
+    tiles = candidates(rows, device, itemsize)
+    return triton_autotune.fastest(kernel, key, tiles, default, lambda tile: partial(product, tile), a)
 
 
 def _programs(rows: int, columns: int, tile_rows: int, tile_columns: int) -> int:
@@ -181,12 +162,15 @@ def linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | N
     x, stride_x = as_rows(input.float() if wide else input, rows, depth)
     weight, stride_b = _addressable(weight)
     out = torch.empty((*leading, columns), dtype=x.dtype, device=x.device)
-    tile = matmul_tile(rows, columns, device_of(x), x.element_size())
-    launch(
-        x, kernels.int8_linear_kernel, (-(-columns // tile.columns),),
-        x, weight, weight_scale.contiguous(), None if bias is None else bias.contiguous(), out,
-        rows, columns, depth, stride_x, stride_b, ACTIVATION=activation, BLOCK_ROWS=tile.rows,
-        BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
-        enable_fp_fusion=False,
-    )  # fmt: skip
+    others = weight_scale.contiguous(), None if bias is None else bias.contiguous()
+
+    def product(tile: Tile) -> None:
+        launch(
+            x, kernels.int8_linear_kernel, (-(-columns // tile.columns),), x, weight, *others, out,
+            rows, columns, depth, stride_x, stride_b, ACTIVATION=activation, BLOCK_ROWS=tile.rows,
+            BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+
+    product(_tile(kernels.int8_linear_kernel, product, x, (rows, columns, depth), out.dtype))
     return out.to(input.dtype)

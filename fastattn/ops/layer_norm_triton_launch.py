@@ -3,11 +3,14 @@ layer_norm_triton.py."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastattn.ops import triton_autotune
 from fastattn.ops.triton_launch import Device, as_rows, device_of, launch, next_power_of_2
 
 # The longest rows that stay in registers: 32 float32 values a thread of 512. The backward holds five such tiles
@@ -56,6 +59,46 @@ def bwd_programs(rows: int, tile: Tile, device: Device) -> int:
     each leaves a row of partial sums, so more would only write more."""
     warps = 16 if tile.cols > 1024 else 24
     return min(-(-rows // tile.rows), max(warps // tile.warps, 1) * device.multiprocessors)
+
+
+# --- Tuning ----------------------------------------------------------------------------------------------------------
+
+# (elements of a tile, elements of a thread) that are tried besides the tables'.
+_FWD_TRIALS = ((1024, 8), (2048, 8), (2048, 16), (4096, 16), (4096, 32))
+_BWD_TRIALS = ((1024, 8), (2048, 8), (2048, 16))
+
+
+def fwd_candidates(rows: int, cols: int, device: Device) -> tuple[Tile, ...]:
+    """What is timed for rows that fit the registers, the table's tile among them."""
+    return _candidates(_FWD_TRIALS, fwd_tile(rows, cols, device), rows, cols, device)
+
+
+def bwd_candidates(rows: int, cols: int, device: Device) -> tuple[Tile, ...]:
+    return _candidates(_BWD_TRIALS, bwd_tile(rows, cols, device), rows, cols, device)
+
+
+def _candidates(
+    trials: tuple[tuple[int, int], ...], default: Tile | None, rows: int, cols: int, device: Device
+) -> tuple[Tile, ...]:
+    assert default is not None  # the caller compared cols with the limit
+    return tuple(sorted({default} | {_tile(rows, cols, *trial, device) for trial in trials}))
+
+
+def _fastest(
+    kernel: Any,
+    default: Tile,
+    candidates: Callable[[int, int, Device], tuple[Tile, ...]],
+    run: Callable[[Tile], object],
+    key: tuple[int | bool | torch.dtype | None, ...],
+    sizes: tuple[int, int],
+    on: Tensor,
+) -> Tile:
+    """``default`` or, if the user wants it, the fastest. ``key``: what the times depend on, besides ``sizes``."""
+    if not triton_autotune.is_on():
+        return default
+    rows, cols = triton_autotune.bucket(sizes[0]), sizes[1]
+    choices = candidates(rows, cols, device_of(on))
+    return triton_autotune.fastest(kernel, (rows, cols, *key), choices, default, lambda tile: partial(run, tile), on)
 
 
 class Dropout(NamedTuple):
@@ -116,11 +159,16 @@ def forward(
             x, kernels.loop_fwd_kernel, (rows,), *operands, *numbers,
             RMS=rms, BLOCK_COLS=LOOP_COLS, num_warps=LOOP_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
-    else:
+        return Forward(out, new_residual, mean, rstd)
+
+    def run(tile: Tile) -> None:
         launch(
             x, kernels.row_fwd_kernel, (-(-rows // tile.rows),), *operands, rows, *numbers,
             RMS=rms, BLOCK_ROWS=tile.rows, BLOCK_COLS=tile.cols, num_warps=tile.warps, enable_fp_fusion=True,
         )  # fmt: skip
+
+    key = rms, x.dtype, None if residual is None else residual.dtype, drop.rng_state is not None
+    run(_fastest(kernels.row_fwd_kernel, tile, fwd_candidates, run, key, (rows, cols), x))
     return Forward(out, new_residual, mean, rstd)
 
 
@@ -202,21 +250,26 @@ def _row_backward(o: _Operands, drop: Dropout, need_dweight: bool, need_dbias: b
     device = device_of(o.dx)
     tile = bwd_tile(o.rows, o.cols, device)
     assert tile is not None  # the caller compared with BWD_MAX_COLS
-    programs = bwd_programs(o.rows, tile, device)
-    partials = o.partial(programs, need_dweight), o.partial(programs, need_dbias)
     # The next tile's x and dout are on their way while this one is computed. With three operands to hold, or dropout's
     # draws, the registers that takes would cost every second program its place.
     prefetch = 2 if o.dnew_residual is None and drop.rng_state is None else 1
     # And the longest rows then leave none for the weight.
     keep_weight = prefetch == 2 or o.cols <= KEEP_WEIGHT_MAX_COLS
-    launch(
-        o.dx, kernels.row_bwd_kernel, (programs,),
-        o.dout, o.dnew_residual, o.x, o.mean, o.rstd, o.weight, o.dx, o.dinput, *partials, drop.rng_state,
-        o.rows, o.cols, o.stride_dout, o.stride_dnew_residual, o.stride_x, drop.threshold, drop.scale,
-        RMS=o.rms, BLOCK_ROWS=tile.rows, BLOCK_COLS=tile.cols, PREFETCH=prefetch, KEEP_WEIGHT=keep_weight,
-        num_warps=tile.warps, enable_fp_fusion=True,
-    )  # fmt: skip
-    return partials
+
+    def run(tile: Tile) -> tuple[Tensor | None, ...]:
+        programs = bwd_programs(o.rows, tile, device)
+        partials = o.partial(programs, need_dweight), o.partial(programs, need_dbias)
+        launch(
+            o.dx, kernels.row_bwd_kernel, (programs,),
+            o.dout, o.dnew_residual, o.x, o.mean, o.rstd, o.weight, o.dx, o.dinput, *partials, drop.rng_state,
+            o.rows, o.cols, o.stride_dout, o.stride_dnew_residual, o.stride_x, drop.threshold, drop.scale,
+            RMS=o.rms, BLOCK_ROWS=tile.rows, BLOCK_COLS=tile.cols, PREFETCH=prefetch, KEEP_WEIGHT=keep_weight,
+            num_warps=tile.warps, enable_fp_fusion=True,
+        )  # fmt: skip
+        return partials
+
+    key = o.rms, o.x.dtype, o.dout.dtype, prefetch, drop.rng_state is not None, need_dweight, need_dbias
+    return run(_fastest(kernels.row_bwd_kernel, tile, bwd_candidates, run, key, (o.rows, o.cols), o.dx))
 
 
 def _loop_backward(o: _Operands, drop: Dropout, need_dweight: bool, need_dbias: bool) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,121 @@
+"""Runs planned launches of attention's Triton kernels, in the tables' tiles or in the fastest that a timing finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.ops import attention_triton_tiles as tiles
+from fastattn.ops import triton_autotune
+from fastattn.ops.attention_triton_plan import shape_of_tiles
+from fastattn.ops.attention_triton_tiles import Tile, Tiling
+from fastattn.ops.triton_launch import Launch
+
+# What times depend on besides the constexprs: lengths, known by the next power of two.
+_LENGTHS = ("heads", "group", "seqlen_q", "seqlen_k", "window_left", "window_right")
+_TILE = ("BLOCK_Q", "BLOCK_K", "DK", "DV")
+
+
+def run(on: Tensor, plan: Callable[..., list[Launch]], *arguments: Any) -> None:
+    """Launches what ``plan(*arguments, gpu)`` plans; its last parameter, ``tiling``, takes the tables' place."""
+    gpu = tiles.gpu_of(on)
+    launches = plan(*arguments, gpu)
+    if triton_autotune.is_on():
+        launches = _fastest(on, gpu, partial(plan, *arguments, gpu), launches)
+    _run_all(launches, on)
+
+
+def _run_all(launches: list[Launch], on: Tensor) -> None:
+    for launch in launches:
+        launch.run(on)
+
+
+def _fastest(
+    on: Tensor, gpu: tiles.Gpu, plan: Callable[[Tiling], list[Launch]], launches: list[Launch]
+) -> list[Launch]:
+    kernel, choices = launches[-1].kernel, candidates(gpu, launches[-1])
+
+    def prepare(tiling: Tiling) -> Callable[[], None]:
+        return partial(_run_all, plan(tiling), on)
+
+    return plan(triton_autotune.fastest(kernel, _key(launches[-1].arguments), choices, choices[0], prepare, on))
+
+
+def _key(arguments: dict[str, Any]) -> tuple[Any, ...]:
+    constants = {name: value for name, value in arguments.items() if name.isupper() and name not in _TILE}
+    lengths = {name: triton_autotune.bucket(arguments[name]) for name in _LENGTHS}
+    query = arguments["q_ptr"]
+    return query.dtype, triton_autotune.bucket(query.shape[0]), *sorted((constants | lengths).items())
+
+
+# --- What is timed ---------------------------------------------------------------------------------------------------
+
+
+# By kernel, major compute capability and padded head_dim: what is tried where the scores are dot products alone, and
+# with one of mask, dropout, ALiBi, softcap. Where they have more, and in float32, few tiles fit the registers, and the
+# tables' are not tuned. All of these compile without spills (``python -m tests.triton_aot --candidates``).
+_Trials = dict[int, dict[int, tuple[tuple[Tiling, ...], tuple[Tiling, ...]]]]
+
+
+def _one(*trials: tuple[int, int, int, int]) -> tuple[Tiling, ...]:
+    """Tilings of one launch."""
+    return tuple((Tile(*trial),) for trial in trials)
+
+
+_FORWARD: _Trials = {
+    8: {64: (_one((128, 64, 8, 2), (64, 64, 4, 3), (64, 32, 4, 3)), ()),
+        128: (_one((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 8, 2)), ()),
+        256: ((), ())},
+    9: {64: (_one((128, 64, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3)), ()),
+        128: (_one((128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)), ()),
+        256: ((), ())},
+    10: {64: (_one((128, 128, 8, 2), (64, 128, 4, 3), (64, 64, 4, 3)), ()),
+         128: (_one((128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)), ()),
+         256: ((), ())},
+}  # fmt: skip
+_DQ: _Trials = {
+    8: {64: (_one((128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 3)), ()),
+        128: (_one((64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 4, 2)), ()),
+        256: ((), ())},
+    9: {64: (_one((128, 128, 8, 2), (64, 64, 4, 3), (128, 32, 8, 3)), ()),
+        128: (_one((128, 64, 8, 2), (64, 128, 8, 2), (128, 32, 8, 3)), ()),
+        256: ((), ())},
+}  # fmt: skip
+_DQ[10] = _DQ[9]
+_DKDV: _Trials = {
+    8: {64: (_one((32, 128, 8, 3), (32, 64, 4, 2), (16, 128, 8, 2)), ()),
+        128: (_one((32, 64, 8, 2)), ()),
+        256: ((), ())},
+    9: {64: (_one((32, 128, 8, 3), (64, 64, 8, 2), (16, 128, 8, 2)), ()),
+        128: (_one((16, 128, 8, 3)), ()),
+        256: ((), ())},
+}  # fmt: skip
+_DKDV[10] = _DKDV[9] | {128: ((), ())}
+# The tables' functions are looked up by name, for tests may have put others in their place.
+_TABLES = {
+    "attention_fwd_kernel": ("forward", _FORWARD),
+    "attention_dq_kernel": ("dq", _DQ),
+    "attention_dkdv_kernel": ("dkdv", _DKDV),
+}
+_INTERPRETED = ((Tile(32, 32, 4, 1),), (Tile(16, 64, 4, 1),), (Tile(64, 32, 4, 1),))
+
+
+def candidates(gpu: tiles.Gpu, launch: Launch) -> tuple[Tiling, ...]:
+    """What is timed for the kernel and arguments of ``launch``; the tables' tiling comes first."""
+    return tilings(gpu, launch.kernel.__name__, *shape_of_tiles(launch.arguments))
+
+
+def tilings(gpu: tiles.Gpu, kernel: str, dtype: torch.dtype, block_d: int, features: int) -> tuple[Tiling, ...]:
+    if gpu is tiles.INTERPRETER:
+        return _INTERPRETED
+    table, trials = _TABLES[kernel]
+    default = getattr(tiles, table)(gpu, dtype, block_d, features)
+    major = gpu.capability[0]
+    if dtype == torch.float32 or features > 1 or major not in trials:
+        return (default,)
+    tried = (tuple(tiles.fit(tile, gpu) for tile in tiling) for tiling in trials[major][tiles.width(block_d)][features])
+    return (default, *(tiling for tiling in dict.fromkeys(tried) if tiling != default))
