@@ -111,6 +111,32 @@ def test_scores_that_grow_from_tile_to_tile(options, dtype):
     check_forward(case, dtype, inputs)
 
 
+# --- Masks in shared memory ------------------------------------------------------------------------------------------
+
+MASK_SHAPES = {"each": (2, 2, 150, 400), "all": (150, 400), "heads": (1, 2, 150, 400), "row": (2, 1, 1, 400)}
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32, *HALF], ids=dtype_id)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_masks_copied_ahead_match_masks_read_in_place(head_dim, mask_dtype):
+    """TMA copies masks whose rows start at multiples of 16 bytes; the same mask in longer rows is read where it lies.
+    Whole tiles that are hidden or change nothing take no stage."""
+    hopper(MODES[1 + head_dim // 32 % 3])
+    for shape in MASK_SHAPES.values():
+        torch.manual_seed(4)
+        noise = torch.randn(shape)
+        visible = (noise > 0) | (torch.arange(400) // 128 % 4 == 0)
+        mask = visible & (torch.arange(400) // 128 % 4 != 2) if mask_dtype == torch.bool else noise.to(mask_dtype)
+        odd_rows = torch.zeros(*shape[:-1], 401, dtype=mask_dtype)[..., :400].copy_(mask)
+        case = Case(batch=2, heads=2, seqlen_q=150, seqlen_k=400, head_dim=head_dim, options={"is_causal": True,
+                    "alignment": "bottom_right"}, tensors={"attn_mask": lambda case, mask=mask: mask})  # fmt: skip
+        dtype = torch.float16 if mask_dtype == torch.float16 else torch.bfloat16
+        inputs = case.inputs(dtype)
+        copied, read = (forward(case, {**inputs, "attn_mask": each}, "emulated") for each in (mask, odd_rows))
+        assert all(map(torch.equal, copied, read)), shape
+        check_forward(case, dtype, inputs)
+
+
 # --- Persistent blocks -----------------------------------------------------------------------------------------------
 
 

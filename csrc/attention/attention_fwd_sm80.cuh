@@ -92,17 +92,26 @@ FASTATTN_DEVICE KeyTiles key_tiles(const AttentionFwdArgs& args, IndexRange quer
 
 // ---- scores
 
-// What lies between the product and the softmax. `masked`: attn_mask changes this tile; `cut`: the band does. Plain
-// scores are not even scaled: the softmax does that.
-template <ScoreKind kKind, int kRowTiles, int kColTiles>
+// What lies between the product and the softmax. apply_mask() is called where attn_mask has its turn; `cut`: the band
+// changes this tile. Plain scores are not even scaled: the softmax does that.
+template <ScoreKind kKind, int kRowTiles, int kColTiles, typename ApplyMask>
 FASTATTN_DEVICE void modify_scores(float (&s)[kRowTiles][kColTiles][4], const ScoreArgs& scores, const QueryRows& rows,
-                                   int batch, int col0, bool masked, bool cut) {
+                                   int batch, int col0, bool cut, ApplyMask apply_mask) {
   if constexpr (kKind != ScoreKind::kPlain) {
     scale_scores<kKind == ScoreKind::kEverything>(s, scores);
     if (kKind == ScoreKind::kEverything && scores.alibi_slopes != nullptr) add_alibi(s, scores, rows, batch, col0);
-    if (masked) apply_mask(s, scores, rows, batch, col0);
+    apply_mask();
   }
   if (cut) hide_outside_band(s, scores, rows, col0);
+}
+
+// `masked`: attn_mask changes this tile.
+template <ScoreKind kKind, int kRowTiles, int kColTiles>
+FASTATTN_DEVICE void modify_scores(float (&s)[kRowTiles][kColTiles][4], const ScoreArgs& scores, const QueryRows& rows,
+                                   int batch, int col0, bool masked, bool cut) {
+  modify_scores<kKind>(s, scores, rows, batch, col0, cut, [&] {
+    if (masked) apply_mask(s, scores, rows, batch, col0);
+  });
 }
 
 // ---- writing the result

@@ -5,13 +5,15 @@
 //          the tile before by v; warpgroups take turns in issuing products, so that one's softmax runs under the
 //          other's products too. The rings run on across row tiles: the next one's q and first k arrive during the
 //          epilogue.
-// Memory:  q (kGroups tiles of 64 rows), kStages tiles of k and of v, and a tile of out where it fits, else in q's
-//          place. Probabilities never leave the registers; out leaves through shared memory by TMA.
+// Memory:  q (kGroups tiles of 64 rows), kStages tiles of k and of v; one or two tiles of attn_mask a warpgroup and a
+//          tile of out where they fit, else the mask is read from global memory and out takes q's place.
+//          Probabilities never leave the registers; out leaves through shared memory by TMA.
 // Numbers: fp16/bf16 inputs, fp32 scores, softmax and accumulation; probabilities are rounded for the product with v.
 // Source:  Shah et al., "FlashAttention-3", arXiv:2407.08608, algorithms 1 and 2.
 #pragma once
 
 #include "attention/attention_fwd_sm80.cuh"
+#include "attention/attention_mask_stage_sm90.cuh"
 #include "attention/attention_tile_sm90.cuh"
 
 namespace fastattn {
@@ -26,8 +28,14 @@ struct AttentionFwdSm90Traits {
   using TileK = TileSm90<kBlockK, kHeadDim>;
 
   static constexpr int kMinSmemBytes = kGroups * TileQ::kBytes + 2 * kStages * TileK::kBytes;
-  // With a tile of its own, out need not have left when the next q arrives.
-  static constexpr bool kOutHasTile = kMinSmemBytes + kGroups * TileQ::kBytes <= 224 * 1024;
+  static constexpr int kSpareBytes = 224 * 1024 - kMinSmemBytes, kOutBytes = kGroups * TileQ::kBytes;
+  // Tiles of the mask come first, of which fp32 takes most. With a tile of its own, out need not have left when the
+  // next q arrives.
+  static constexpr bool kHasMask = kKind != ScoreKind::kPlain, kOutFits = kOutBytes <= kSpareBytes;
+  static constexpr int kMostMaskBytes = kMaxMaskStages * kGroups * mask_stage_bytes(kBlockK, 4);
+  static constexpr int kOptionalBytes =
+      !kHasMask ? kOutFits * kOutBytes
+                : (kMostMaskBytes + kOutBytes < kSpareBytes ? kMostMaskBytes + kOutBytes : kSpareBytes) / 1024 * 1024;
   // 65536 registers for all warpgroups: what the producer gives up, the others get.
   static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32, kConsumerRegisters = kGroups == 2 ? 232 : 160;
 
@@ -43,15 +51,29 @@ struct AttentionFwdSm90Smem {
   alignas(1024) uint8_t q[kGroups][kQBytes];
   alignas(1024) uint8_t k[kStages][kKBytes];
   alignas(1024) uint8_t v[kStages][kKBytes];
-  alignas(1024) uint8_t own_out[Traits::kOutHasTile ? kGroups : 1][Traits::kOutHasTile ? kQBytes : 16];
+  alignas(1024) uint8_t optional[Traits::kOptionalBytes > 0 ? Traits::kOptionalBytes : 16];  // masks, ..., out
   uint64_t q_full[kGroups], q_empty[kGroups];
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+  uint64_t mask_full[kMaxMaskStages][kGroups], mask_empty[kMaxMaskStages][kGroups];
 
-  FASTATTN_DEVICE uint8_t* out(int group) { return Traits::kOutHasTile ? own_out[group] : q[group]; }
+  FASTATTN_DEVICE uint8_t* out(int group, bool has_tile) {
+    return has_tile ? optional + Traits::kOptionalBytes - Traits::kOutBytes + group * kQBytes : q[group];
+  }
+  FASTATTN_DEVICE uint8_t* mask(const MaskStages& mask, int stage, int group) {
+    return optional + (stage * kGroups + group) * mask.stage_bytes;
+  }
 };
 
+// How tiles come and go.
 struct AttentionFwdMaps {
   TensorMap q, k, v, out;  // boxes of 64 rows, of kBlockK rows twice, and of a warp's 16 rows
+  MaskStages mask;
+  bool out_fits = false;  // next to the mask's stages
+
+  template <typename Traits>
+  FASTATTN_DEVICE bool out_has_tile() const {
+    return Traits::kHasMask ? out_fits : Traits::kOutFits;
+  }
 };
 
 // ---- what a block does
@@ -92,6 +114,7 @@ FASTATTN_DEVICE void produce_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const
   const bool copies = threadIdx.x == 0;
   RingPosition<Traits::kStages> k_at, v_at;
   RingPosition<1> q_at;
+  MaskRingPosition mask_at;
   for (int round = 0; row_tile_of_round(round) < row_tiles; ++round, ++q_at.count) {
     const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, row_tile_of_round(round));
     // The first round finds every stage empty.
@@ -113,6 +136,15 @@ FASTATTN_DEVICE void produce_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const
       }
       ++v_at.count;
     };
+    const auto load_mask = [&](int tile) {
+      const int stage = mask_at.stage(maps.mask);
+      for (int group = 0; group < Traits::kGroups && copies; ++group) {
+        mbarrier_wait(&smem.mask_empty[stage][group], mask_at.parity(maps.mask) ^ 1);
+        load_mask_stage(smem.mask(maps.mask, stage, group), maps.mask, &smem.mask_full[stage][group],
+                        work.first_row + 64 * group, tile * Traits::kBlockK, work.at.tile_head, work.at.batch);
+      }
+      ++mask_at.count;
+    };
 
     MaskTileReader<Traits::kKind == ScoreKind::kPlain> visible(args.mask_tiles, work.at.batch, work.at.tile_head,
                                                                work.at.row_tile, work.keys.end);
@@ -127,12 +159,16 @@ FASTATTN_DEVICE void produce_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const
                               work.at.tile_head, work.at.batch);
       }
     }
-    // In the order in which the consumers need them: k of one tile before v of the tile before.
+    const bool has_stages = Traits::kHasMask && maps.mask.count > 0;
+    if (has_stages && tile < work.keys.end && visible.is_partial(tile)) load_mask(tile);
+    // In the order in which the consumers need them: k of one tile before v of the tile before, and what takes longest
+    // to become free last: the mask, whose stage is given back only under the softmax.
 #pragma unroll 1
     while (tile < work.keys.end) {
       const int next = visible.next(tile + 1);
       if (next < work.keys.end) load_k(next);
       load_v(tile);
+      if (has_stages && next < work.keys.end && visible.is_partial(next)) load_mask(next);
       tile = next;
     }
   }
@@ -157,6 +193,10 @@ struct FwdRows {
   using Scores = float[1][kBlockK / 8][4];
   const AttentionFwdArgs& args;
   const FwdTileWork<Traits>& work;
+  AttentionFwdSm90Smem<Traits>& smem;
+  const MaskStages& mask;
+  MaskRingPosition& mask_at;
+  int group;
   QueryRows rows;  // of this lane
   OnlineSoftmax<1> softmax;
   DropoutState dropout;
@@ -166,7 +206,9 @@ struct FwdRows {
     constexpr bool kPlain = Traits::kKind == ScoreKind::kPlain, kEverything = Traits::kKind == ScoreKind::kEverything;
     const int col0 = tile * kBlockK;
     const bool cut = tile < work.keys.full_begin || tile >= work.keys.full_end;
-    modify_scores<Traits::kKind>(s, args.scores, rows, work.at.batch, col0, masked, cut);
+    modify_scores<Traits::kKind>(s, args.scores, rows, work.at.batch, col0, cut, [&] {
+      if (masked) add_mask(s, col0);
+    });
     const float factor = kPlain ? args.scores.scale_log2 : 1.0f;
     const bool raised = softmax.raise(s, factor, correction);
     softmax.exponentiate(s, factor);
@@ -175,12 +217,24 @@ struct FwdRows {
     }
     return raised;
   }
+
+ private:
+  FASTATTN_DEVICE void add_mask(Scores& s, int col0) {
+    if (mask.count == 0) return apply_mask(s, args.scores, rows, work.at.batch, col0);
+    const int stage = mask_at.stage(mask), lane = static_cast<int>(threadIdx.x) % 32;
+    mbarrier_wait(&smem.mask_full[stage][group], mask_at.parity(mask));
+    apply_mask_stage(s, args.scores, mask, smem.mask(mask, stage, group), rows.first - work.first_row - 64 * group);
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(&smem.mask_empty[stage][group]);
+    ++mask_at.count;
+  }
 };
 
 // One pass over the keys: o = sum of p v, not normalised. `at` moves past the key tiles' stages.
 template <typename Traits>
 FASTATTN_DEVICE void attend(float (&o)[1][Traits::kHeadDim / 8][4], FwdRows<Traits>& rows,
-                            AttentionFwdSm90Smem<Traits>& smem, RingPosition<Traits::kStages>& at, int group) {
+                            AttentionFwdSm90Smem<Traits>& smem, RingPosition<Traits::kStages>& at, int group,
+                            bool out_has_tile) {
   using Element = typename Traits::Element;
   using TileK = typename Traits::TileK;
   using Position = RingPosition<Traits::kStages>;
@@ -240,7 +294,7 @@ FASTATTN_DEVICE void attend(float (&o)[1][Traits::kHeadDim / 8][4], FwdRows<Trai
     ++at.count;
     tile = visible.next(tile + 1);
   }
-  if constexpr (Traits::kOutHasTile) {
+  if (out_has_tile) {
     // Without keys, lanes may still wait for q: were it given back, its barrier's phase would pass them by.
     __syncwarp();
     if (releases) mbarrier_arrive(&smem.q_empty[group]);
@@ -280,12 +334,13 @@ FASTATTN_DEVICE void finish_fwd_rows(float (&o)[1][Traits::kHeadDim / 8][4], con
 template <typename Traits>
 FASTATTN_DEVICE void store_fwd_rows(const float (&o)[1][Traits::kHeadDim / 8][4], const FwdTileWork<Traits>& work,
                                     AttentionFwdSm90Smem<Traits>& smem, const AttentionFwdArgs& args,
-                                    const TensorMap& out_map, int group) {
+                                    const AttentionFwdMaps& maps, int group) {
   using TileQ = typename Traits::TileQ;
+  const bool has_tile = maps.template out_has_tile<Traits>();
   const int warp_row = static_cast<int>(threadIdx.x) / 32 % 4 * 16;
   const bool stores = threadIdx.x % 32 == 0;
-  uint8_t* const out_smem = smem.out(group);
-  if (Traits::kOutHasTile) {
+  uint8_t* const out_smem = smem.out(group, has_tile);
+  if (has_tile) {
     if (stores) bulk_wait_group_read<0>();  // the last row tile's result has left
     __syncwarp();
   }
@@ -296,11 +351,11 @@ FASTATTN_DEVICE void store_fwd_rows(const float (&o)[1][Traits::kHeadDim / 8][4]
 #pragma unroll
   for (int panel = 0; panel < TileQ::kPanels; ++panel) {
     if (panel * TileQ::kPanelCols >= args.head_dim_v) break;
-    tma_store(&out_map, out_smem + panel * TileQ::kPanelBytes + warp_row * TileQ::kRowBytes,
+    tma_store(&maps.out, out_smem + panel * TileQ::kPanelBytes + warp_row * TileQ::kRowBytes,
               {panel * TileQ::kPanelCols, work.first_row + 64 * group + warp_row, work.at.tile_head, work.at.batch});
   }
   bulk_commit_group();
-  if (!Traits::kOutHasTile) {
+  if (!has_tile) {
     bulk_wait_group_read<0>();
     mbarrier_arrive(&smem.q_empty[group]);  // and q may come into its place
   }
@@ -308,7 +363,7 @@ FASTATTN_DEVICE void store_fwd_rows(const float (&o)[1][Traits::kHeadDim / 8][4]
 
 template <typename Traits>
 FASTATTN_DEVICE void consume_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const AttentionFwdArgs& args,
-                                       const TensorMap& out_map, int row_tiles) {
+                                       const AttentionFwdMaps& maps, int row_tiles) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   // From lane 0, which tells the compiler that it is the same for all lanes: descriptors are made of it.
   const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 32 - 4, 0), group = warp / 4;
@@ -318,19 +373,21 @@ FASTATTN_DEVICE void consume_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const
   }
   RingPosition<Traits::kStages> at;
   RingPosition<1> q_at;
+  MaskRingPosition mask_at;
   if (group == Traits::kGroups - 1) give_products_turn<Traits>(0);
   for (int round = 0; row_tile_of_round(round) < row_tiles; ++round, ++q_at.count) {
     const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, row_tile_of_round(round));
     const int first_row = work.first_row + 64 * group + 16 * (warp % 4) + lane / 4;
-    FwdRows<Traits> rows{args, work, {first_row, work.at.tile_head, 1}, {}, dropout};
+    const QueryRows lane_rows = {first_row, work.at.tile_head, 1};
+    FwdRows<Traits> rows{args, work, smem, maps.mask, mask_at, group, lane_rows, {}, dropout};
     const float sink = args.sinks != nullptr ? args.sinks[work.at.tile_head] * kLog2E : -INFINITY;
     rows.softmax.start(0, 0, sink);
     rows.softmax.start(0, 1, sink);
     float o[1][Traits::kHeadDim / 8][4] = {};
     mbarrier_wait(&smem.q_full[group], q_at.parity());
-    attend(o, rows, smem, at, group);
+    attend(o, rows, smem, at, group, maps.template out_has_tile<Traits>());
     finish_fwd_rows(o, rows);
-    store_fwd_rows<Traits>(o, work, smem, args, out_map, group);
+    store_fwd_rows<Traits>(o, work, smem, args, maps, group);
   }
   if (group == 0) wait_for_products_turn<Traits>(0);  // takes back the turn that nobody needs any more
   if (lane == 0) bulk_wait_group_read<0>();           // shared memory outlives the stores that read it
@@ -353,6 +410,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (int group = 0; group < Traits::kGroups; ++group) {
       mbarrier_init(&smem.q_full[group], 1);
       mbarrier_init(&smem.q_empty[group], 4);
+      for (int stage = 0; Traits::kHasMask && stage < kMaxMaskStages; ++stage) {
+        mbarrier_init(&smem.mask_full[stage][group], 1);
+        mbarrier_init(&smem.mask_empty[stage][group], 4);
+      }
     }
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       mbarrier_init(&smem.k_full[stage], 1);
@@ -368,7 +429,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (threadIdx.x < 32) produce_fwd_tiles(smem, args, maps, row_tiles);
   } else {
     setmaxnreg_inc<Traits::kConsumerRegisters>();
-    consume_fwd_tiles(smem, args, maps.out, row_tiles);
+    consume_fwd_tiles(smem, args, maps, row_tiles);
   }
 }
 

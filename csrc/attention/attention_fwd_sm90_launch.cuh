@@ -45,6 +45,13 @@ const char* make_fwd_maps(AttentionFwdMaps& maps, const AttentionFwdArgs& args) 
   for (const char* error : errors) {
     if (error != nullptr) return error;
   }
+  if constexpr (Traits::kHasMask) {
+    const char* error = make_mask_stages(maps.mask, args.scores, batch, args.heads, Traits::kBlockK, Traits::kGroups,
+                                         Traits::kOptionalBytes);
+    const int mask_bytes = maps.mask.count * Traits::kGroups * maps.mask.stage_bytes;
+    maps.out_fits = mask_bytes + Traits::kOutBytes <= Traits::kOptionalBytes;
+    return error;
+  }
   return nullptr;
 }
 
