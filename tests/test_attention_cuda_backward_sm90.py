@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
     fastattn.available_backends()["emulated"] is not None, reason=str(fastattn.available_backends()["emulated"])
 )
 HALF = [torch.bfloat16, torch.float16]
-HEAD_DIMS = [64, 96, 128]
+HEAD_DIMS = [64, 96, 128, 192, 256]
 ADVERSARIAL = MODES[1:]
 
 
@@ -61,7 +61,7 @@ def test_features(name):
 @pytest.mark.parametrize(
     "seqlen_q, seqlen_k", [(1, 1), (1, 129), (129, 1), (64, 128), (65, 127), (128, 256), (300, 40)]
 )
-@pytest.mark.parametrize("head_dim", [40, 72, 128])
+@pytest.mark.parametrize("head_dim", [40, 72, 128, 136, 256])
 def test_odd_lengths(seqlen_q, seqlen_k, head_dim):
     on_hopper(ADVERSARIAL[head_dim % 3])
     case = Case(batch=1, heads=2, seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=head_dim, options={"is_causal": True})
@@ -89,6 +89,10 @@ ORDERED = {
     # Both warpgroups' columns of dq, added by six blocks.
     "plain_128": Case(batch=1, heads=2, seqlen_q=150, seqlen_k=700, head_dim=128),
     "window": Case(batch=1, heads=1, seqlen_q=300, seqlen_k=500, head_dim=96, options={"window": (140, 60)}),
+    # Four pieces of dq a step, one turn for all.
+    "plain_256": Case(batch=1, heads=2, seqlen_q=150, seqlen_k=400, head_dim=256),
+    "causal_192": Case(batch=1, heads=2, heads_kv=1, seqlen_q=200, seqlen_k=200, head_dim=192,
+                       options={"is_causal": True}),
     # Tiles that the mask hides have no turn.
     "hidden_tiles": Case(batch=1, heads=2, seqlen_q=100, seqlen_k=650, head_dim=64,
                          tensors={"attn_mask": lambda case: torch.arange(650) // 128 % 2 == 0}),
@@ -117,8 +121,8 @@ def test_a_fixed_order_on_request(name):
 
 
 @pytest.mark.parametrize("head_dim", [64, 136])
-def test_expanded_operands_and_large_heads(head_dim):
-    """TMA takes no rows that coincide; above 128 there is no kernel for Hopper. Both give what other cards give."""
+def test_expanded_operands(head_dim):
+    """TMA takes no rows that coincide: the result is what other cards give."""
     torch.manual_seed(0)
     leaves = [torch.randn(1, 2, 70, head_dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
 

@@ -21,9 +21,13 @@ FASTATTN_EXTERN_BWD(bfloat16_t, 256);
 FASTATTN_BWD_SM90_UNIT(extern, half_t, 64)
 FASTATTN_BWD_SM90_UNIT(extern, half_t, 96)
 FASTATTN_BWD_SM90_UNIT(extern, half_t, 128)
+FASTATTN_BWD_SM90_UNIT(extern, half_t, 192)
+FASTATTN_BWD_SM90_UNIT(extern, half_t, 256)
 FASTATTN_BWD_SM90_UNIT(extern, bfloat16_t, 64)
 FASTATTN_BWD_SM90_UNIT(extern, bfloat16_t, 96)
 FASTATTN_BWD_SM90_UNIT(extern, bfloat16_t, 128)
+FASTATTN_BWD_SM90_UNIT(extern, bfloat16_t, 192)
+FASTATTN_BWD_SM90_UNIT(extern, bfloat16_t, 256)
 
 namespace {
 
@@ -90,7 +94,7 @@ BwdPlan plan_bwd(const AttentionBwdParams& p, const DeviceLaunch& launch) {
   if (p.dmask != nullptr) plan_dmask(plan, p, launch);
   plan.sm90_tile = choose_bwd_sm90_tile(p, launch);
   if (plan.is_on_hopper()) {
-    plan.dkv_mask_tiles = plan_mask_tiles(p, plan.sm90_tile.block_q(), BwdSm90Tile::kBlockK, 1);
+    plan.dkv_mask_tiles = plan_mask_tiles(p, plan.sm90_tile.block_q(), plan.sm90_tile.block_k(), 1);
     const int64_t rows = p.batch * p.heads * plan.padded_rows;
     plan.dq_sum_bytes = rows * plan.sm90_tile.head_dim * 4;
     plan.turns_bytes = launch.deterministic ? rows / DqSum::kRows * 2 * 4 : 0;
@@ -119,7 +123,7 @@ AttentionBwdArgs make_args(const BwdPlan& plan, const AttentionBwdParams& p, con
   args.dk_is_aligned = rows_are_aligned(p.dk, p.head_dim);
   args.dv_is_aligned = rows_are_aligned(p.dv, p.head_dim_v);
   if (plan.is_on_hopper()) {
-    args.key_tiles = static_cast<int>(ceil_div(p.seqlen_k, BwdSm90Tile::kBlockK));
+    args.key_tiles = static_cast<int>(ceil_div(p.seqlen_k, plan.sm90_tile.block_k()));
   } else {
     args.query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kBwdDqTiles[plan.dq_tile].block_q()));
     args.key_tiles = static_cast<int>(ceil_div(p.seqlen_k, kBwdDkvTiles[plan.dkv_tile].block_k()));
@@ -163,17 +167,9 @@ const char* launch_hopper(const BwdPlan& plan, const AttentionBwdParams& p, cons
   args.bwd = bwd;
   args.dq.sum = rows.dq_sum, args.dq.turns = rows.turns;
   args.dq.padded_rows = rows.padded_rows, args.dq.columns = rows.dq_columns;
-  const char* error = nullptr;
-  switch (plan.sm90_tile.head_dim) {
-    case 64:
-      error = launch_bwd_sm90<Element, 64>(plan.sm90_tile.kind, args, p.batch, blocks, stream);
-      break;
-    case 96:
-      error = launch_bwd_sm90<Element, 96>(plan.sm90_tile.kind, args, p.batch, blocks, stream);
-      break;
-    default:
-      error = launch_bwd_sm90<Element, 128>(plan.sm90_tile.kind, args, p.batch, blocks, stream);
-  }
+  const char* error = launch_choice<64, 96, 128, 192, 256>(plan.sm90_tile.head_dim, [&](auto head_dim) {
+    return launch_bwd_sm90<Element, head_dim()>(plan.sm90_tile.kind, args, p.batch, blocks, stream);
+  });
   if (error != nullptr) return error;
   DqFinishArgs finish;
   finish.dq = args.dq;

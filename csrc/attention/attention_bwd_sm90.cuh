@@ -1,4 +1,4 @@
-// Attention backward on Hopper: dq, dk and dv in one kernel.
+// Attention backward on Hopper for head_dim up to 128: dq, dk and dv in one kernel.
 // Work:    a block owns 128 keys of a key head and visits the visible query tiles of every query head of the group. One
 //          warp feeds it by TMA; two warpgroups have 64 keys each; two more warps add what the block knows of dq to
 //          global memory. README.md draws the timeline.
@@ -14,8 +14,8 @@
 // Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 2; Shah et al., "FlashAttention-3", arXiv:2407.08608.
 #pragma once
 
-#include "attention/attention_bwd_dq_sum_sm90.cuh"
-#include "attention/attention_tile_sm90.cuh"
+#include "attention/attention_bwd_probabilities_sm90.cuh"
+#include "attention/attention_bwd_stages_sm90.cuh"
 
 namespace fastattn {
 
@@ -26,7 +26,7 @@ struct AttentionBwdSm90Traits {
   static constexpr ScoreKind kKind = kKind_;
   // Of 240 registers two gradients take 64, 96 or 128, S and dP 128 or 64, P and dX, rounded, half as much.
   static constexpr int kBlockK = 128, kBlockQ = kHeadDim == 64 && kKind == ScoreKind::kPlain ? 128 : 64;
-  static constexpr int kGroups = 2, kGroupKeys = 64, kStages = 2;
+  static constexpr int kGroups = 2, kGroupKeys = 64, kStages = 2, kDoutStages = 2;
   static constexpr int kThreads = 128 * (1 + kGroups);
   static constexpr int kColTiles = kBlockQ / 8;
   // What runs under what depends on the registers that are left. dP while P is made: not where P takes many. dv is
@@ -64,12 +64,6 @@ struct AttentionBwdSm90Traits {
   static_assert(kFeedingRegisters + kGroups * kMultiplyingRegisters <= 512, "of a multiprocessor's");
 };
 
-// What the feeding warp tells the others of a stage.
-struct BwdStageInfo {
-  int head = -1, query_tile = 0;  // no head: there are no more stages
-  int is_partial = 0;             // attn_mask must be looked at
-};
-
 template <typename Traits>
 struct AttentionBwdSm90Smem {
   alignas(1024) uint8_t k[Traits::TileK::kBytes];
@@ -87,83 +81,7 @@ struct AttentionBwdSm90Smem {
   uint64_t dq_full[Traits::kGroups], dq_empty[Traits::kGroups];
 };
 
-// The block's keys.
-template <typename Traits>
-struct BwdKeys {
-  int batch, head_kv, tile, first, count;
-
-  FASTATTN_DEVICE explicit BwdKeys(const AttentionBwdArgs& args) {
-    // The causal diagonal lets the first keys be seen by most queries: they go first. Where blocks take turns, those
-    // before this one have started earlier.
-    tile = static_cast<int>(blockIdx.x) % args.key_tiles;
-    const int batch_head = static_cast<int>(blockIdx.x) / args.key_tiles;
-    batch = batch_head / args.heads_kv, head_kv = batch_head % args.heads_kv;
-    first = tile * Traits::kBlockK, count = min(Traits::kBlockK, args.scores.seqlen_k - first);
-  }
-};
-
-// ---- the feeding warp
-
-template <typename Traits>
-FASTATTN_DEVICE void feed_bwd_stages(AttentionBwdSm90Smem<Traits>& smem, const AttentionBwdArgs& args,
-                                     const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map,
-                                     const TensorMap* dout_map) {
-  using TileK = typename Traits::TileK;
-  using TileV = typename Traits::TileV;
-  using TileQ = typename Traits::TileQ;
-  constexpr uint32_t kRowBytes = Traits::kBlockQ * 4;  // of lse or delta
-  const BwdKeys<Traits> keys(args);
-  const bool is_leader = threadIdx.x % 32 == 0;
-  if (is_leader) {
-    mbarrier_arrive_expect_tx(&smem.k_full, TileK::kBytes);
-    load_tile_sm90<TileK>(smem.k, k_map, &smem.k_full, keys.first, keys.head_kv, keys.batch);
-    mbarrier_arrive_expect_tx(&smem.v_full, TileV::kBytes);
-    load_tile_sm90<TileV>(smem.v, v_map, &smem.v_full, keys.first, keys.head_kv, keys.batch);
-  }
-  RingPosition<Traits::kStages> at;
-  // The lanes look for the next tile together.
-  for (QueryTileWalk<Traits> walk(args, keys.batch, keys.head_kv, keys.tile, {keys.first, keys.first + keys.count});
-       !walk.done(); walk.advance(), ++at.count) {
-    if (is_leader) {
-      const int stage = at.stage(), query = walk.tile * Traits::kBlockQ;
-      const int64_t row = (int64_t{keys.batch} * args.heads + walk.head) * args.padded_rows + query;
-      mbarrier_wait(&smem.q_empty[stage], at.parity() ^ 1);  // the first round finds every stage empty
-      smem.info[stage] = {walk.head, walk.tile, walk.is_partial() ? 1 : 0};
-      mbarrier_arrive_expect_tx(&smem.q_full[stage], TileQ::kBytes + kRowBytes);
-      load_tile_sm90<TileQ>(smem.q[stage], q_map, &smem.q_full[stage], query, walk.head, keys.batch);
-      bulk_load(smem.lse[stage], args.lse_log2 + row, kRowBytes, &smem.q_full[stage]);
-      mbarrier_wait(&smem.dout_empty[stage], at.parity() ^ 1);
-      mbarrier_arrive_expect_tx(&smem.dout_full[stage], TileQ::kBytes + kRowBytes);
-      load_tile_sm90<TileQ>(smem.dout[stage], dout_map, &smem.dout_full[stage], query, walk.head, keys.batch);
-      bulk_load(smem.delta[stage], args.delta + row, kRowBytes, &smem.dout_full[stage]);
-    }
-    __syncwarp();
-  }
-  if (is_leader) {
-    mbarrier_wait(&smem.q_empty[at.stage()], at.parity() ^ 1);
-    smem.info[at.stage()] = {};
-    mbarrier_arrive(&smem.q_full[at.stage()]);
-  }
-}
-
 // ---- the storing warps, one for each warpgroup
-
-// How many blocks of keys add to these queries before this one: the visible ones among those of smaller keys.
-template <typename Traits>
-FASTATTN_DEVICE int turn_of_block(const AttentionBwdArgs& args, const BwdKeys<Traits>& keys, BwdStageInfo info) {
-  const int query = info.query_tile * Traits::kBlockQ;
-  const IndexRange seen =
-      band_of(args.scores).keys_seen_by_any({query, min(query + Traits::kBlockQ, args.scores.seqlen_q)});
-  const int first_tile = static_cast<int>(seen.begin) / Traits::kBlockK;
-  int turn = keys.tile - first_tile;
-  const MaskTiles& tiles = args.mask_tiles;
-  if (Traits::kKind != ScoreKind::kPlain && tiles.state != nullptr) {
-    const MaskTileState* state = tiles.state + keys.batch * tiles.stride_batch + info.head * tiles.stride_head +
-                                 info.query_tile * tiles.stride_row_tile;
-    for (int tile = first_tile; tile < keys.tile; ++tile) turn -= state[tile] == MaskTileState::kHidden ? 1 : 0;
-  }
-  return turn;
-}
 
 // By one thread: adds the warpgroup's parts of dq to global memory as they come.
 template <typename Traits>
@@ -190,98 +108,6 @@ FASTATTN_DEVICE void add_dq_pieces(AttentionBwdSm90Smem<Traits>& smem, const Att
 }
 
 // ---- the multiplying warpgroups
-
-// Column tile n of an operand, from its four elements of this lane.
-template <typename Element, int kDepthTiles>
-FASTATTN_DEVICE void pack_column_tile(uint32_t (&operand)[kDepthTiles][4], int n, const float (&x)[4]) {
-  operand[n / 2][n % 2 * 2] = pack2<Element>(x[0], x[1]);
-  operand[n / 2][n % 2 * 2 + 1] = pack2<Element>(x[2], x[3]);
-}
-
-// Scores become probabilities: `p` is the operand of the product with dO, 0 where dropped; `s` what the gradient of the
-// scores needs, p (1 - t^2), negative where dropped.
-template <typename Traits>
-FASTATTN_DEVICE void make_probabilities(typename Traits::Scores& s, typename Traits::Operand& p,
-                                        const ScoreArgs& scores, const DropoutState& dropout, TransposedPlace place,
-                                        bool is_masked, bool is_cut, const float* lse_smem) {
-  constexpr bool kPlain = Traits::kKind == ScoreKind::kPlain, kEverything = Traits::kKind == ScoreKind::kEverything;
-#pragma unroll
-  for (int n = 0; n < Traits::kColTiles; ++n) {
-    float x[1][1][4], derivative[4], kept_p[4];
-    for_each_transposed(x, [&](float& element, int, int half, int e) { element = s[0][n][2 * half + e]; });
-    if constexpr (!kPlain) scale_scores<kEverything>(x, scores);
-    if constexpr (kEverything) {
-      if (scores.softcap_log2 > 0.0f) {
-        for_each_transposed(x, [&](float& element, int, int half, int e) {
-          derivative[2 * half + e] = softcap_derivative(element, scores);
-        });
-      }
-      if (scores.alibi_slopes != nullptr) add_alibi_transposed(x, scores, place);
-    }
-    if (!kPlain && is_masked) apply_mask_transposed(x, scores, place);
-    if (is_cut) hide_outside_band_transposed</*kHidePastEnd=*/true>(x, scores, place);
-
-    const float2 lse = *reinterpret_cast<const float2*>(lse_smem + 8 * n + lane_column());
-    for_each_transposed(x, [&](float& element, int, int half, int e) {
-      element = ex2_approx(fmaf(element, kPlain ? scores.scale_log2 : 1.0f, e == 0 ? -lse.x : -lse.y));
-      kept_p[2 * half + e] = element;
-    });
-    if constexpr (kEverything) {
-      if (scores.softcap_log2 > 0.0f) {
-        for_each_transposed(x, [&](float& element, int, int half, int e) { element *= derivative[2 * half + e]; });
-      }
-      if (scores.dropout_threshold > 0) {
-        const uint32_t kept = kept_transposed<1>(scores, dropout, place);
-        for_each_transposed(x, [&](float& element, int, int half, int e) {
-          if (((kept >> (2 * half + e)) & 1) == 0) {
-            element = -element;
-            kept_p[2 * half + e] = 0.0f;
-          }
-        });
-      }
-    }
-    for_each_transposed(x, [&](float& element, int, int half, int e) { s[0][n][2 * half + e] = element; });
-    if constexpr (Traits::kEarlyDv) pack_column_tile<typename Traits::Element>(p, n, kept_p);
-    place.first_query += 8;
-  }
-}
-
-// dP becomes dX, rounded, with what make_probabilities left in `s`; and P is rounded here if dv comes late.
-template <typename Traits>
-FASTATTN_DEVICE void make_score_gradients(typename Traits::Operand& dx, [[maybe_unused]] typename Traits::Operand& p,
-                                          const typename Traits::Scores& dp, const typename Traits::Scores& s,
-                                          const ScoreArgs& scores, const float* delta_smem) {
-#pragma unroll
-  for (int n = 0; n < Traits::kColTiles; ++n) {
-    const float2 delta = *reinterpret_cast<const float2*>(delta_smem + 8 * n + lane_column());
-    float x[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float row_delta = i % 2 == 0 ? delta.x : delta.y;
-      if constexpr (Traits::kKind == ScoreKind::kEverything) {
-        // Without dropout nothing is negative and the scale is 1.
-        x[i] = fabsf(s[0][n][i]) * fmaf(dp[0][n][i], s[0][n][i] < 0.0f ? 0.0f : scores.dropout_scale, -row_delta);
-      } else {
-        x[i] = s[0][n][i] * (dp[0][n][i] - row_delta);
-      }
-    }
-    if constexpr (!Traits::kEarlyDv) pack_column_tile<typename Traits::Element>(p, n, s[0][n]);
-    pack_column_tile<typename Traits::Element>(dx, n, x);
-  }
-}
-
-// dq = dX k, this warpgroup's part: 64 queries from `query` on, the columns of dq from `col` on.
-template <typename Element, typename TileDx, typename TileK, int kColTiles>
-FASTATTN_DEVICE void issue_dq(float (&dq)[1][kColTiles][4], TileDx dx, int query, TileK k, int col) {
-  const uint64_t dx_descriptor = advance_descriptor(dx.mn_major(), query / TileDx::kPanelCols * TileDx::kPanelBytes);
-  const uint64_t k_descriptor = advance_descriptor(k.mn_major(), col / TileK::kPanelCols * TileK::kPanelBytes);
-#pragma unroll
-  for (int key = 0; key < TileK::kRows; key += 16) {
-    wgmma_m64k16<Element, Major::kMN, Major::kMN>(wgmma_registers(dq),
-                                                  advance_descriptor(dx_descriptor, key * TileDx::kRowBytes),
-                                                  advance_descriptor(k_descriptor, key * TileK::kRowBytes), key > 0);
-  }
-}
 
 constexpr int kBothGroupsBarrier = 1;
 
@@ -473,7 +299,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (warp < 4) {
     setmaxnreg_dec<Traits::kFeedingRegisters>();
     if (warp == 0) {
-      feed_bwd_stages(smem, args.bwd, &q_map, &k_map, &v_map, &dout_map);
+      feed_bwd_stages<Traits>(smem, args.bwd, &q_map, &k_map, &v_map, &dout_map);
     } else if (warp <= Traits::kGroups && threadIdx.x % 32 == 0) {
       add_dq_pieces(smem, args, warp - 1);
     }

@@ -4,45 +4,60 @@
 
 #include "attention/attention_bwd_dq_sum_sm90.cuh"
 #include "attention/attention_bwd_sm90.cuh"
+#include "attention/attention_bwd_wide_sm90.cuh"
 #include "common/device.h"
 #include "common/launch.cuh"
 
 namespace fastattn {
 
-// Of attention_bwd_sm90_kernel: its head_dim, into which the call's two fit, and its tile of queries.
+// Of attention_bwd_sm90_kernel, or of attention_bwd_wide_sm90_kernel from 192 on: the head_dim, into which the call's
+// two fit, and the tile.
 struct BwdSm90Tile {
   int head_dim = 0;  // 0: the kernels of sm_80 serve the call
   ScoreKind kind = ScoreKind::kPlain;
 
   int block_q() const { return head_dim == 64 && kind == ScoreKind::kPlain ? 128 : 64; }
-  static constexpr int kBlockK = 128;
+  int block_k() const { return head_dim > 128 ? 64 : 128; }
 };
 
-// Hopper serves head_dim up to 128 in tensors that TMA can address. Larger ones would leave no registers for two
-// gradients of 64 keys a warpgroup; expanded operands, whose rows coincide, are not for TMA.
+// Hopper serves tensors that TMA can address; expanded operands, whose rows coincide, are not among them.
 inline BwdSm90Tile choose_bwd_sm90_tile(const AttentionBwdParams& p, const DeviceLaunch& launch) {
   const int64_t head_dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
-  const bool served = launch.compute_capability == 90 && head_dim <= 128 &&
+  const bool served = launch.compute_capability == 90 && head_dim <= 256 &&
                       tma_can_address(p.q, p.batch, p.heads, p.seqlen_q, p.head_dim) &&
                       tma_can_address(p.k, p.batch, p.heads_kv, p.seqlen_k, p.head_dim) &&
                       tma_can_address(p.v, p.batch, p.heads_kv, p.seqlen_k, p.head_dim_v) &&
                       tma_can_address(p.dout, p.batch, p.heads, p.seqlen_q, p.head_dim_v);
   if (!served) return {};
   const bool everything = p.softcap != 0.0 || p.alibi_slopes != nullptr || p.dropout_p != 0.0 || p.scale <= 0.0;
-  return {head_dim <= 64   ? 64
-          : head_dim <= 96 ? 96
-                           : 128,
+  return {head_dim <= 64    ? 64
+          : head_dim <= 96  ? 96
+          : head_dim <= 128 ? 128
+          : head_dim <= 192 ? 192
+                            : 256,
           everything               ? ScoreKind::kEverything
           : p.mask.data != nullptr ? ScoreKind::kMask
                                    : ScoreKind::kPlain};
 }
+
+template <typename Traits, bool kWide = (Traits::kHeadDim > 128)>
+struct BwdSm90KernelOf {
+  using Smem = AttentionBwdSm90Smem<Traits>;
+  static constexpr auto kKernel = attention_bwd_sm90_kernel<Traits>;
+};
+template <typename Traits>
+struct BwdSm90KernelOf<Traits, true> {
+  using Smem = AttentionBwdWideSm90Smem<Traits>;
+  static constexpr auto kKernel = attention_bwd_wide_sm90_kernel<Traits>;
+};
 
 template <typename Traits>
 const char* launch_bwd_sm90_kernel(const AttentionBwdSm90Args& args, int64_t batch, unsigned blocks,
                                    cudaStream_t stream) {
   using Element = typename Traits::Element;
   using TileQ = typename Traits::TileQ;
-  constexpr size_t kSmemBytes = sizeof(AttentionBwdSm90Smem<Traits>);
+  using Smem = typename BwdSm90KernelOf<Traits>::Smem;
+  constexpr size_t kSmemBytes = sizeof(Smem);
   static_assert(kSmemBytes <= 227 * 1024, "what a block of compute capability 9.0 can have");
   const AttentionBwdArgs& bwd = args.bwd;
   const int64_t heads = bwd.heads, heads_kv = bwd.heads_kv;
@@ -62,9 +77,13 @@ const char* launch_bwd_sm90_kernel(const AttentionBwdSm90Args& args, int64_t bat
     error = make_rows_map<TileQ, Element>(dout_map, bwd.dout, batch, heads, seqlen_q, bwd.head_dim_v, Traits::kBlockQ);
   }
   if (error != nullptr) return error;
-  return launch_kernel(attention_bwd_sm90_kernel<Traits>, blocks, Traits::kThreads, kSmemBytes, stream, args, q_map,
+  return launch_kernel(BwdSm90KernelOf<Traits>::kKernel, blocks, Traits::kThreads, kSmemBytes, stream, args, q_map,
                        k_map, v_map, dout_map);
 }
+
+template <typename Element, int kHeadDim, ScoreKind kKind>
+using BwdSm90TraitsOf = std::conditional_t<(kHeadDim > 128), AttentionBwdWideSm90Traits<Element, kHeadDim, kKind>,
+                                           AttentionBwdSm90Traits<Element, kHeadDim, kKind>>;
 
 // Starts the kernel of `kind`; args are for its tile.
 template <typename Element, int kHeadDim>
@@ -72,14 +91,12 @@ const char* launch_bwd_sm90(ScoreKind kind, const AttentionBwdSm90Args& args, in
                             cudaStream_t stream) {
   switch (kind) {
     case ScoreKind::kPlain:
-      return launch_bwd_sm90_kernel<AttentionBwdSm90Traits<Element, kHeadDim, ScoreKind::kPlain>>(args, batch, blocks,
-                                                                                                  stream);
+      return launch_bwd_sm90_kernel<BwdSm90TraitsOf<Element, kHeadDim, ScoreKind::kPlain>>(args, batch, blocks, stream);
     case ScoreKind::kMask:
-      return launch_bwd_sm90_kernel<AttentionBwdSm90Traits<Element, kHeadDim, ScoreKind::kMask>>(args, batch, blocks,
-                                                                                                 stream);
+      return launch_bwd_sm90_kernel<BwdSm90TraitsOf<Element, kHeadDim, ScoreKind::kMask>>(args, batch, blocks, stream);
     default:
-      return launch_bwd_sm90_kernel<AttentionBwdSm90Traits<Element, kHeadDim, ScoreKind::kEverything>>(args, batch,
-                                                                                                       blocks, stream);
+      return launch_bwd_sm90_kernel<BwdSm90TraitsOf<Element, kHeadDim, ScoreKind::kEverything>>(args, batch, blocks,
+                                                                                                stream);
   }
 }
 

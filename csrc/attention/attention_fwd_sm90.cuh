@@ -36,10 +36,11 @@ struct AttentionFwdSm90Traits {
   static constexpr int kOptionalBytes =
       !kHasMask ? kOutFits * kOutBytes
                 : (kMostMaskBytes + kOutBytes < kSpareBytes ? kMostMaskBytes + kOutBytes : kSpareBytes) / 1024 * 1024;
-  // 65536 registers for all warpgroups: what the producer gives up, the others get.
-  static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32, kConsumerRegisters = kGroups == 2 ? 232 : 160;
+  // 65536 registers for all warpgroups: what the producer gives up, the others get. It needs more for masks.
+  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : kHasMask ? 56 : 40;
+  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : kHasMask ? 224 : 232;
 
-  static_assert(kGroups == 2 || kGroups == 3, "the warpgroups' shares of the registers");
+  static_assert(kGroups == 2 || (kGroups == 3 && !kHasMask), "the warpgroups' shares of the registers");
   static_assert(kBlockK % 16 == 0 && kBlockK <= 256, "wgmma's columns");
   static_assert(kBlockK % 32 == 0 || kKind != ScoreKind::kEverything, "a draw of dropout serves 32 columns");
 };

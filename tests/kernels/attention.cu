@@ -62,9 +62,13 @@ LEFT_OUT_FWD_SM90(bfloat16_t, 192)
 LEFT_OUT_FWD_SM90(bfloat16_t, 256)
 LEFT_OUT_BWD_SM90(half_t, 64)
 LEFT_OUT_BWD_SM90(half_t, 128)
+LEFT_OUT_BWD_SM90(half_t, 192)
+LEFT_OUT_BWD_SM90(half_t, 256)
 LEFT_OUT_BWD_SM90(bfloat16_t, 64)
 LEFT_OUT_BWD_SM90(bfloat16_t, 96)
 LEFT_OUT_BWD_SM90(bfloat16_t, 128)
+LEFT_OUT_BWD_SM90(bfloat16_t, 192)
+LEFT_OUT_BWD_SM90(bfloat16_t, 256)
 
 }  // namespace fastattn
 

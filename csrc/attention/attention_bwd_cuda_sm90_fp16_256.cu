@@ -1,0 +1,5 @@
+#include "attention/attention_bwd_sm90_launch.cuh"
+
+namespace fastattn {
+FASTATTN_BWD_SM90_UNIT(, half_t, 256)
+}  // namespace fastattn

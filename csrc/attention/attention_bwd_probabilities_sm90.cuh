@@ -1,0 +1,102 @@
+// From the accumulators of S^T = k q^T and dP^T = v dO^T to the operands of the products that follow; keys are rows.
+// Traits: Element, kKind, kColTiles, Scores, Operand, kEarlyDv.
+#pragma once
+
+#include "attention/attention_bwd_scores.cuh"
+#include "attention/attention_tile_sm90.cuh"
+
+namespace fastattn {
+
+// Column tile n of an operand, from its four elements of this lane.
+template <typename Element, int kDepthTiles>
+FASTATTN_DEVICE void pack_column_tile(uint32_t (&operand)[kDepthTiles][4], int n, const float (&x)[4]) {
+  operand[n / 2][n % 2 * 2] = pack2<Element>(x[0], x[1]);
+  operand[n / 2][n % 2 * 2 + 1] = pack2<Element>(x[2], x[3]);
+}
+
+// Scores become probabilities: `p` is the operand of the product with dO, 0 where dropped; `s` what the gradient of the
+// scores needs, p (1 - t^2), negative where dropped.
+template <typename Traits>
+FASTATTN_DEVICE void make_probabilities(typename Traits::Scores& s, typename Traits::Operand& p,
+                                        const ScoreArgs& scores, const DropoutState& dropout, TransposedPlace place,
+                                        bool is_masked, bool is_cut, const float* lse_smem) {
+  constexpr bool kPlain = Traits::kKind == ScoreKind::kPlain, kEverything = Traits::kKind == ScoreKind::kEverything;
+#pragma unroll
+  for (int n = 0; n < Traits::kColTiles; ++n) {
+    float x[1][1][4], derivative[4], kept_p[4];
+    for_each_transposed(x, [&](float& element, int, int half, int e) { element = s[0][n][2 * half + e]; });
+    if constexpr (!kPlain) scale_scores<kEverything>(x, scores);
+    if constexpr (kEverything) {
+      if (scores.softcap_log2 > 0.0f) {
+        for_each_transposed(x, [&](float& element, int, int half, int e) {
+          derivative[2 * half + e] = softcap_derivative(element, scores);
+        });
+      }
+      if (scores.alibi_slopes != nullptr) add_alibi_transposed(x, scores, place);
+    }
+    if (!kPlain && is_masked) apply_mask_transposed(x, scores, place);
+    if (is_cut) hide_outside_band_transposed</*kHidePastEnd=*/true>(x, scores, place);
+
+    const float2 lse = *reinterpret_cast<const float2*>(lse_smem + 8 * n + lane_column());
+    for_each_transposed(x, [&](float& element, int, int half, int e) {
+      element = ex2_approx(fmaf(element, kPlain ? scores.scale_log2 : 1.0f, e == 0 ? -lse.x : -lse.y));
+      kept_p[2 * half + e] = element;
+    });
+    if constexpr (kEverything) {
+      if (scores.softcap_log2 > 0.0f) {
+        for_each_transposed(x, [&](float& element, int, int half, int e) { element *= derivative[2 * half + e]; });
+      }
+      if (scores.dropout_threshold > 0) {
+        const uint32_t kept = kept_transposed<1>(scores, dropout, place);
+        for_each_transposed(x, [&](float& element, int, int half, int e) {
+          if (((kept >> (2 * half + e)) & 1) == 0) {
+            element = -element;
+            kept_p[2 * half + e] = 0.0f;
+          }
+        });
+      }
+    }
+    for_each_transposed(x, [&](float& element, int, int half, int e) { s[0][n][2 * half + e] = element; });
+    if constexpr (Traits::kEarlyDv) pack_column_tile<typename Traits::Element>(p, n, kept_p);
+    place.first_query += 8;
+  }
+}
+
+// dP becomes dX, rounded, with what make_probabilities left in `s`; and P is rounded here if dv comes late.
+template <typename Traits>
+FASTATTN_DEVICE void make_score_gradients(typename Traits::Operand& dx, [[maybe_unused]] typename Traits::Operand& p,
+                                          const typename Traits::Scores& dp, const typename Traits::Scores& s,
+                                          const ScoreArgs& scores, const float* delta_smem) {
+#pragma unroll
+  for (int n = 0; n < Traits::kColTiles; ++n) {
+    const float2 delta = *reinterpret_cast<const float2*>(delta_smem + 8 * n + lane_column());
+    float x[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float row_delta = i % 2 == 0 ? delta.x : delta.y;
+      if constexpr (Traits::kKind == ScoreKind::kEverything) {
+        // Without dropout nothing is negative and the scale is 1.
+        x[i] = fabsf(s[0][n][i]) * fmaf(dp[0][n][i], s[0][n][i] < 0.0f ? 0.0f : scores.dropout_scale, -row_delta);
+      } else {
+        x[i] = s[0][n][i] * (dp[0][n][i] - row_delta);
+      }
+    }
+    if constexpr (!Traits::kEarlyDv) pack_column_tile<typename Traits::Element>(p, n, s[0][n]);
+    pack_column_tile<typename Traits::Element>(dx, n, x);
+  }
+}
+
+// dq = dX k, this warpgroup's part: 64 queries from `query` on, the columns of dq from `col` on.
+template <typename Element, typename TileDx, typename TileK, int kColTiles>
+FASTATTN_DEVICE void issue_dq(float (&dq)[1][kColTiles][4], TileDx dx, int query, TileK k, int col) {
+  const uint64_t dx_descriptor = advance_descriptor(dx.mn_major(), query / TileDx::kPanelCols * TileDx::kPanelBytes);
+  const uint64_t k_descriptor = advance_descriptor(k.mn_major(), col / TileK::kPanelCols * TileK::kPanelBytes);
+#pragma unroll
+  for (int key = 0; key < TileK::kRows; key += 16) {
+    wgmma_m64k16<Element, Major::kMN, Major::kMN>(wgmma_registers(dq),
+                                                  advance_descriptor(dx_descriptor, key * TileDx::kRowBytes),
+                                                  advance_descriptor(k_descriptor, key * TileK::kRowBytes), key > 0);
+  }
+}
+
+}  // namespace fastattn

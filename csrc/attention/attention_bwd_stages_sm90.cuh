@@ -1,0 +1,93 @@
+// What the Hopper backward's blocks share, whatever the head_dim: a block's keys, and the warp that feeds it with the
+// query tiles that see them.
+#pragma once
+
+#include "attention/attention_bwd_dq_sum_sm90.cuh"
+#include "attention/attention_tile_sm90.cuh"
+
+namespace fastattn {
+
+// What the feeding warp tells the others of a stage.
+struct BwdStageInfo {
+  int head = -1, query_tile = 0;  // no head: there are no more stages
+  int is_partial = 0;             // attn_mask must be looked at
+};
+
+// The block's keys.
+template <typename Traits>
+struct BwdKeys {
+  int batch, head_kv, tile, first, count;
+
+  FASTATTN_DEVICE explicit BwdKeys(const AttentionBwdArgs& args) {
+    // The causal diagonal lets the first keys be seen by most queries: they go first. Where blocks take turns, those
+    // before this one have started earlier.
+    tile = static_cast<int>(blockIdx.x) % args.key_tiles;
+    const int batch_head = static_cast<int>(blockIdx.x) / args.key_tiles;
+    batch = batch_head / args.heads_kv, head_kv = batch_head % args.heads_kv;
+    first = tile * Traits::kBlockK, count = min(Traits::kBlockK, args.scores.seqlen_k - first);
+  }
+};
+
+// ---- the feeding warp
+
+// Copies k and v once and then, stage by stage, q with lse and dO with delta. Smem has a place for each, and mbarriers.
+template <typename Traits, typename Smem>
+FASTATTN_DEVICE void feed_bwd_stages(Smem& smem, const AttentionBwdArgs& args, const TensorMap* q_map,
+                                     const TensorMap* k_map, const TensorMap* v_map, const TensorMap* dout_map) {
+  using TileK = typename Traits::TileK;
+  using TileV = typename Traits::TileV;
+  using TileQ = typename Traits::TileQ;
+  constexpr uint32_t kRowBytes = Traits::kBlockQ * 4;  // of lse or delta
+  const BwdKeys<Traits> keys(args);
+  const bool is_leader = threadIdx.x % 32 == 0;
+  if (is_leader) {
+    mbarrier_arrive_expect_tx(&smem.k_full, TileK::kBytes);
+    load_tile_sm90<TileK>(smem.k, k_map, &smem.k_full, keys.first, keys.head_kv, keys.batch);
+    mbarrier_arrive_expect_tx(&smem.v_full, TileV::kBytes);
+    load_tile_sm90<TileV>(smem.v, v_map, &smem.v_full, keys.first, keys.head_kv, keys.batch);
+  }
+  RingPosition<Traits::kStages> at;
+  RingPosition<Traits::kDoutStages> dout_at;
+  // The lanes look for the next tile together.
+  for (QueryTileWalk<Traits> walk(args, keys.batch, keys.head_kv, keys.tile, {keys.first, keys.first + keys.count});
+       !walk.done(); walk.advance(), ++at.count, ++dout_at.count) {
+    if (is_leader) {
+      const int stage = at.stage(), dout_stage = dout_at.stage(), query = walk.tile * Traits::kBlockQ;
+      const int64_t row = (int64_t{keys.batch} * args.heads + walk.head) * args.padded_rows + query;
+      mbarrier_wait(&smem.q_empty[stage], at.parity() ^ 1);  // the first round finds every stage empty
+      smem.info[stage] = {walk.head, walk.tile, walk.is_partial() ? 1 : 0};
+      mbarrier_arrive_expect_tx(&smem.q_full[stage], TileQ::kBytes + kRowBytes);
+      load_tile_sm90<TileQ>(smem.q[stage], q_map, &smem.q_full[stage], query, walk.head, keys.batch);
+      bulk_load(smem.lse[stage], args.lse_log2 + row, kRowBytes, &smem.q_full[stage]);
+      mbarrier_wait(&smem.dout_empty[dout_stage], dout_at.parity() ^ 1);
+      mbarrier_arrive_expect_tx(&smem.dout_full[dout_stage], TileQ::kBytes + kRowBytes);
+      load_tile_sm90<TileQ>(smem.dout[dout_stage], dout_map, &smem.dout_full[dout_stage], query, walk.head, keys.batch);
+      bulk_load(smem.delta[dout_stage], args.delta + row, kRowBytes, &smem.dout_full[dout_stage]);
+    }
+    __syncwarp();
+  }
+  if (is_leader) {
+    mbarrier_wait(&smem.q_empty[at.stage()], at.parity() ^ 1);
+    smem.info[at.stage()] = {};
+    mbarrier_arrive(&smem.q_full[at.stage()]);
+  }
+}
+
+// How many blocks of keys add to these queries before this one: the visible ones among those of smaller keys.
+template <typename Traits>
+FASTATTN_DEVICE int turn_of_block(const AttentionBwdArgs& args, const BwdKeys<Traits>& keys, BwdStageInfo info) {
+  const int query = info.query_tile * Traits::kBlockQ;
+  const IndexRange seen =
+      band_of(args.scores).keys_seen_by_any({query, min(query + Traits::kBlockQ, args.scores.seqlen_q)});
+  const int first_tile = static_cast<int>(seen.begin) / Traits::kBlockK;
+  int turn = keys.tile - first_tile;
+  const MaskTiles& tiles = args.mask_tiles;
+  if (Traits::kKind != ScoreKind::kPlain && tiles.state != nullptr) {
+    const MaskTileState* state = tiles.state + keys.batch * tiles.stride_batch + info.head * tiles.stride_head +
+                                 info.query_tile * tiles.stride_row_tile;
+    for (int tile = first_tile; tile < keys.tile; ++tile) turn -= state[tile] == MaskTileState::kHidden ? 1 : 0;
+  }
+  return turn;
+}
+
+}  // namespace fastattn
