@@ -36,9 +36,11 @@ struct AttentionFwdSm90Traits {
   static constexpr int kOptionalBytes =
       !kHasMask ? kOutFits * kOutBytes
                 : (kMostMaskBytes + kOutBytes < kSpareBytes ? kMostMaskBytes + kOutBytes : kSpareBytes) / 1024 * 1024;
-  // 65536 registers for all warpgroups: what the producer gives up, the others get. It needs more for masks.
-  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : kHasMask ? 56 : 40;
-  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : kHasMask ? 224 : 232;
+  // What the producer gives up of the launch's registers, the others get. It needs more for masks, but not where a
+  // thread holds 128 registers of the output.
+  static constexpr bool kFeedsMasks = kHasMask && kHeadDim < 256;
+  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : kFeedsMasks ? 56 : 40;
+  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : kFeedsMasks ? 224 : 232;
 
   static_assert(kGroups == 2 || (kGroups == 3 && !kHasMask), "the warpgroups' shares of the registers");
   static_assert(kBlockK % 16 == 0 && kBlockK <= 256, "wgmma's columns");
