@@ -2,11 +2,10 @@
 // associative, and gradients must not depend on timing or on the number of threads.
 #pragma once
 
-#include <sched.h>
-
 #include <cstdint>
 
 #include "common/simd.h"
+#include "common/spin.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -20,20 +19,13 @@ class OrderedTurns {
 
   FASTATTN_INLINE void wait(int64_t sum, int32_t turn) const {
     if (counters_ == nullptr) return;
-    for (int spins = 0; __atomic_load_n(counters_ + sum, __ATOMIC_ACQUIRE) != turn; ++spins) {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-      // With more threads than processors, the one that is waited for may need this one.
-      if (spins >= kSpinsBeforeYield) sched_yield();
-    }
+    spin_until([&] { return __atomic_load_n(counters_ + sum, __ATOMIC_ACQUIRE) == turn; });
   }
   FASTATTN_INLINE void done(int64_t sum, int32_t turn) const {
     if (counters_ != nullptr) __atomic_store_n(counters_ + sum, turn + 1, __ATOMIC_RELEASE);
   }
 
  private:
-  static constexpr int kSpinsBeforeYield = 4000;
   int32_t* counters_;
 };
 

@@ -143,6 +143,9 @@ void dot_tile(const Dot::A* a, const int8_t* b, int64_t groups, int64_t prefetch
               int64_t start_stride, int32_t* c) {
   constexpr int kChains = dot_chains(kRows);
   constexpr int kColumns = Dot::kTileVecs * Dot::kVecColumns;
+  // Four groups of k a turn: the branch predictors then remember all turns of K = 768 and foresee the last one.
+  constexpr int kSteps = 4;
+  static_assert(kSteps % kChains == 0, "each chain takes its turn");
   for (int64_t column = 0; column < kPanelColumns; column += kColumns) {
     Dot::Vec acc[kChains][kRows][Dot::kTileVecs];
     unroll<kChains>(FASTATTN_LAMBDA(chain) {
@@ -152,11 +155,11 @@ void dot_tile(const Dot::A* a, const int8_t* b, int64_t groups, int64_t prefetch
     const Dot::A* a_group = a;
     const int8_t* b_group = b + column * kGroupDepth;
     int64_t group = 0;
-    for (; group + kChains <= groups; group += kChains) {
-      unroll<kChains>(FASTATTN_LAMBDA(chain) {
+    for (; group + kSteps <= groups; group += kSteps) {
+      unroll<kSteps>(FASTATTN_LAMBDA(step) {
         __builtin_prefetch(b_group + prefetch_bytes);
         __builtin_prefetch(b_group + prefetch_bytes + 64);
-        dot_step<kRows>(acc[chain], a_group, b_group);
+        dot_step<kRows>(acc[step % kChains], a_group, b_group);
         a_group += row_group(kRows);
         b_group += kPanelColumnGroup;
       });

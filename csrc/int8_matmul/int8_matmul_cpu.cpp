@@ -9,6 +9,7 @@
 // Source:  the panel and block structure is that of Goto and van de Geijn, "Anatomy of High-Performance Matrix
 //          Multiplication", ACM TOMS 34(3), 2008.
 #include "common/parallel.h"
+#include "common/spin.h"
 #include "int8_matmul/int8_dot_cpu.h"
 #include "int8_matmul/int8_epilogue_cpu.h"
 #include "int8_matmul/int8_matmul.h"
@@ -45,7 +46,7 @@ struct Plan {
   int threads;
   int64_t groups, row_panels, a_panel_elems, b_panels;
   int64_t block_rows, blocks, panels_per_task, tasks_per_block, prefetch_bytes;
-  int64_t quantized_stride;
+  int64_t preparations, panels_per_preparation, quantized_stride;
   int64_t a_scale_offset, thread_offset, thread_bytes, sums_offset, rows_offset, total_bytes;
 
   explicit Plan(const Int8MatmulParams& p) {
@@ -61,6 +62,8 @@ struct Plan {
     const bool stays = panels_per_task * int8_panel_bytes(p.depth) <= kMostlyInL2Bytes;
     prefetch_bytes = p.rows <= kMaxRowsOfLittleWork && stays ? 0 : kPrefetchBytes;
 
+    panels_per_preparation = kSerialElements / (Dot::kTileRows * max_of<int64_t>(p.depth, 1)) + 1;
+    preparations = ceil_div(row_panels, panels_per_preparation);
     // An odd number of cache lines: rows a power of two apart would compete for the same cache sets.
     quantized_stride = align64(p.depth) | 64;
     a_scale_offset = align64(row_panels * a_panel_bytes);
@@ -116,15 +119,6 @@ void prepare_a_panel(const Int8MatmulParams& p, const Plan& plan, int64_t panel,
     }
   });
   pack_a_panel(scratch, plan.quantized_stride, rows, p.depth, target);
-}
-
-void prepare_a(const Int8MatmulParams& p, const Plan& plan) {
-  const int64_t panels_per_task = kSerialElements / (Dot::kTileRows * max_of<int64_t>(p.depth, 1)) + 1;
-  parallel_tasks(ceil_div(plan.row_panels, panels_per_task), [&](int64_t task, int thread) {
-    int8_t* scratch = reinterpret_cast<int8_t*>(thread_scratch(p, plan, thread) + plan.rows_offset);
-    const int64_t end = min_of((task + 1) * panels_per_task, plan.row_panels);
-    for (int64_t panel = task * panels_per_task; panel < end; ++panel) prepare_a_panel(p, plan, panel, scratch);
-  });
 }
 
 // A panel of B with what its sums start from.
@@ -197,6 +191,17 @@ EpilogueFn choose_epilogue(const Int8MatmulParams& p) {
   return chosen;
 }
 
+// Asks for the next panel's constants: each of them is a stream of two lines a panel, too thin for the hardware to see.
+void prefetch_constants(const Int8MatmulParams& p, const BPanel& b, int64_t next_column) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(float));
+  for (int64_t c = 0; c < kPanelColumns; c += kLine) {
+    if (next_column + c >= p.columns) return;
+    if (p.b_packed != nullptr) __builtin_prefetch(b.start + kPanelColumns + c);
+    __builtin_prefetch(p.b_scale + next_column + c);
+    if (p.bias_dtype == DType::kFloat32) __builtin_prefetch(static_cast<const float*>(p.bias) + next_column + c);
+  }
+}
+
 // Rows [row_begin, row_end) of the output's columns [panel * 32, panel * 32 + 32).
 void multiply_panel(const Int8MatmulParams& p, const Plan& plan, int64_t row_begin, int64_t row_end, int64_t panel,
                     EpilogueFn finish, char* scratch) {
@@ -206,6 +211,7 @@ void multiply_panel(const Int8MatmulParams& p, const Plan& plan, int64_t row_beg
   const int columns = static_cast<int>(min_of(kPanelColumns, p.columns - column));
   OwnConstants own;
   const PanelConstants constants = load_constants(p, column, columns, own);
+  prefetch_constants(p, b, column + kPanelColumns);
 
   int32_t* block_sums = reinterpret_cast<int32_t*>(scratch + plan.sums_offset);
   const float* a_scale = reinterpret_cast<const float*>(static_cast<char*>(p.workspace) + plan.a_scale_offset);
@@ -230,6 +236,42 @@ void multiply_panel(const Int8MatmulParams& p, const Plan& plan, int64_t row_beg
   } while (slice < plan.groups);
 }
 
+void multiply_task(const Int8MatmulParams& p, const Plan& plan, int64_t task, EpilogueFn finish, char* scratch) {
+  const int64_t row_begin = task / plan.tasks_per_block * plan.block_rows;
+  const int64_t row_end = min_of(row_begin + plan.block_rows, p.rows);
+  const int64_t panel_begin = task % plan.tasks_per_block * plan.panels_per_task;
+  const int64_t panel_end = min_of(panel_begin + plan.panels_per_task, plan.b_panels);
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    multiply_panel(p, plan, row_begin, row_end, panel, finish, scratch);
+  }
+  fence_streams();
+}
+
+// What the threads of one call hand out among themselves: numbers of tasks, and how many panels of A are ready.
+struct Counters {
+  alignas(64) int64_t claimed = 0;
+  alignas(64) int64_t prepared = 0;
+  alignas(64) int64_t multiplied = 0;
+};
+
+int64_t claim(int64_t& counter) { return __atomic_fetch_add(&counter, 1, __ATOMIC_RELAXED); }
+
+// Takes part in preparing A and returns when all of it is ready. Preparing and multiplying are one parallel region: to
+// end one and start the next takes longer than to prepare 8 rows. Nobody can wait in vain, even if all workers run one
+// after the other: what is not ready has been claimed by somebody who is at work on it.
+void prepare_a(const Int8MatmulParams& p, const Plan& plan, Counters& counters, char* scratch) {
+  int8_t* rows = reinterpret_cast<int8_t*>(scratch + plan.rows_offset);
+  int64_t task;
+  while ((task = claim(counters.claimed)) < plan.preparations) {
+    const int64_t end = min_of((task + 1) * plan.panels_per_preparation, plan.row_panels);
+    for (int64_t panel = task * plan.panels_per_preparation; panel < end; ++panel) {
+      prepare_a_panel(p, plan, panel, rows);
+    }
+    __atomic_fetch_add(&counters.prepared, 1, __ATOMIC_RELEASE);
+  }
+  spin_until([&] { return __atomic_load_n(&counters.prepared, __ATOMIC_ACQUIRE) == plan.preparations; });
+}
+
 }  // namespace
 
 int64_t int8_matmul_workspace_bytes(const Int8MatmulParams& p) { return Plan(p).total_bytes; }
@@ -238,26 +280,24 @@ void int8_matmul_cpu(const Int8MatmulParams& p) {
   if (p.rows == 0 || p.columns == 0) return;
   const Plan plan(p);
   const EpilogueFn finish = choose_epilogue(p);
-  prepare_a(p, plan);
-  const auto multiply = [&](int64_t task, int64_t scratch_index) {
-    const int64_t row_begin = task / plan.tasks_per_block * plan.block_rows;
-    const int64_t row_end = min_of(row_begin + plan.block_rows, p.rows);
-    const int64_t panel_begin = task % plan.tasks_per_block * plan.panels_per_task;
-    const int64_t panel_end = min_of(panel_begin + plan.panels_per_task, plan.b_panels);
-    char* scratch = thread_scratch(p, plan, scratch_index);
-    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-      multiply_panel(p, plan, row_begin, row_end, panel, finish, scratch);
-    }
-    fence_streams();
-  };
   const int64_t tasks = plan.blocks * plan.tasks_per_block;
-  if (tasks <= plan.threads) {
-    parallel_ranges(tasks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) multiply(task, task);
-    });
-  } else {
-    parallel_tasks(tasks, [&](int64_t task, int thread) { multiply(task, thread); });
-  }
+  Counters counters;
+  const auto work = [&](int64_t worker) {
+    char* scratch = thread_scratch(p, plan, worker);
+    prepare_a(p, plan, counters, scratch);
+    if (tasks <= plan.threads) {
+      if (worker < tasks) multiply_task(p, plan, worker, finish, scratch);
+    } else {
+      int64_t task;
+      while ((task = claim(counters.multiplied)) < tasks) multiply_task(p, plan, task, finish, scratch);
+    }
+  };
+  // A few rows are prepared before another thread has woken up.
+  if (plan.preparations == 1) prepare_a(p, plan, counters, thread_scratch(p, plan, 0));
+  const int64_t workers = min_of<int64_t>(plan.threads, max_of(tasks, plan.preparations));
+  parallel_ranges(workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) work(worker);
+  });
 }
 
 void int8_pack_weight_cpu(const int8_t* b, int64_t stride_b, int64_t columns, int64_t depth, void* packed) {
