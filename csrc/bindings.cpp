@@ -66,6 +66,7 @@ void bind_emulator(pybind11::module_& m) {
       .def("__enter__", &Emulation::enter)
       .def("__exit__", [](Emulation& self, const py::args&) { self.exit(); });
   m.def("emulating", &emulating, "Whether such an Emulation is entered.");
+  m.def("emulated_launches", &emulated_launches, "How many kernels the emulator has started in this process.");
   const EmulatorSettings defaults;
   m.def(
       "configure_emulator",

@@ -42,6 +42,8 @@ ALWAYS_REPORTED = {
     "copy_past_the_end_of_shared": r"16 bytes at offset \d+ of dynamic shared memory, which has 256 bytes",
     "copy_from_past_the_end_of_global": r"reads 16 bytes of global memory at .*, outside every tensor",
     "copy_from_a_misaligned_address": r"global address .* is not 16-byte aligned",
+    "vector_from_a_misaligned_address": r"thread 1, load_vec at .* is not 16-byte aligned",
+    "vector_to_a_misaligned_address": r"thread 1, store_vec at .* is not 8-byte aligned",
     "store_past_the_end_of_dynamic_shared": r"wrote past the end of its dynamic shared memory \(256 bytes\)",
     "store_past_the_end_of_static_shared": r"wrote past the end of a static shared array",
     "exit_with_a_copy_in_flight": r"the thread exits while this copy is in flight",

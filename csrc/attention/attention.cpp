@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -38,6 +39,22 @@ void check_tensor(const char* name, const Tensor& tensor, const Tensor& query, a
   TORCH_CHECK_VALUE(tensor.sizes() == shape, "attention: ", name, " must be ", shape, ", got ", tensor.sizes(), ".");
 }
 
+// A grid has fewer than 2^31 blocks, and no block of these kernels is for fewer than 16 rows or keys of one head. Asked
+// before anything is allocated or copied: an expanded query of any size takes no memory.
+void check_grid(const Tensor& query, const Tensor& key) {
+  constexpr int64_t kFewestRows = 16;
+  const auto blocks = [](const Tensor& tensor) {
+    return tensor.size(0) * tensor.size(1) * ((tensor.size(2) + kFewestRows - 1) / kFewestRows);
+  };
+  TORCH_CHECK_NOT_IMPLEMENTED(std::max(blocks(query), blocks(key)) <= kMaxGridBlocks,
+                              "attention: the CUDA kernels take up to 2^31 - 1 tiles of ", kFewestRows,
+                              " rows (batch * heads * seqlen / ", kFewestRows, "), got query ", query.sizes(), ", key ",
+                              key.sizes(), ". Split the batch.");
+  TORCH_CHECK_NOT_IMPLEMENTED(query.size(2) <= kMaxCudaSeqlen && key.size(2) <= kMaxCudaSeqlen,
+                              "attention: the CUDA kernels take seqlens up to 2^28, got ", query.size(2), " and ",
+                              key.size(2), ".");
+}
+
 void check_qkv(const Tensor& query, const Tensor& key, const Tensor& value) {
   kernel_dtype("attention", query.scalar_type());
   TORCH_CHECK_VALUE(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
@@ -57,6 +74,7 @@ void check_qkv(const Tensor& query, const Tensor& key, const Tensor& value) {
   TORCH_CHECK_NOT_IMPLEMENTED(is_half || !runs_cuda_kernels(query),
                               "attention: the CUDA kernels take float16 and bfloat16, got ", query.scalar_type(),
                               ". Use backend='auto'.");
+  if (runs_cuda_kernels(query)) check_grid(query, key);
 }
 
 // Rows of the CUDA kernels are copied 16 bytes at a time.

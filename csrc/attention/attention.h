@@ -75,7 +75,9 @@ struct AttentionWeightsParams : AttentionParams {
 };
 
 // CUDA, fp16 and bf16; they return null, or why the launch failed. Rows of q, k, v (and dout) are 16-byte aligned and
-// are zero up to the next multiple of eight elements. alibi_slopes, sinks and lse are fp32.
+// are zero up to the next multiple of eight elements. alibi_slopes, sinks and lse are fp32. Positions are 32-bit
+// numbers, sums of a few of them included.
+constexpr int64_t kMaxCudaSeqlen = int64_t{1} << 28;
 struct DeviceLaunch;
 size_t attention_fwd_cuda_workspace_bytes(const AttentionParams& p, const DeviceLaunch& launch);
 const char* attention_fwd_cuda(const AttentionParams& p, const DeviceLaunch& launch);

@@ -229,7 +229,9 @@ const char* launch_bwd(const BwdPlan& plan, const AttentionBwdParams& p, const D
   AttentionBwdArgs args = make_args(plan, p, rows);
   const char* error = make_score_args(args.scores, p);
   const int64_t dkv_blocks = p.batch * p.heads_kv * args.key_tiles, dq_blocks = p.batch * p.heads * args.query_tiles;
-  if (error == nullptr && (dkv_blocks > INT32_MAX || dq_blocks > INT32_MAX)) error = "batch * heads is too large";
+  // Of all grids that grow with the rows, this is the largest.
+  const int64_t row_blocks = p.batch * p.heads * (plan.padded_rows / kRowsPerBlock);
+  if (error == nullptr && (dkv_blocks > INT32_MAX || row_blocks > INT32_MAX)) error = "batch * heads is too large";
   if (error == nullptr && p.dmask != nullptr && plan.dmask_places.count() > INT32_MAX) error = "the mask is too large";
 
   if (error == nullptr) error = launch_rows<Element>(p, rows, stream);

@@ -15,9 +15,6 @@ namespace fastattn {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// Positions are 32-bit numbers in the kernels, sums of a few of them included.
-constexpr int64_t kMaxSeqlen = int64_t{1} << 28;
-
 // What a kernel is compiled for, so that a plain call carries no code, and no registers, of the others.
 enum class ScoreKind : int {
   kPlain,       // scale > 0, causal diagonal and window
@@ -52,7 +49,7 @@ inline int64_t mask_element_bytes(DType dtype) { return dtype == DType::kBool ? 
 
 // Null, or why the kernels cannot take these parameters.
 inline const char* make_score_args(ScoreArgs& args, const AttentionParams& p) {
-  if (p.seqlen_q > kMaxSeqlen || p.seqlen_k > kMaxSeqlen) return "a sequence is longer than 2**28";
+  if (p.seqlen_q > kMaxCudaSeqlen || p.seqlen_k > kMaxCudaSeqlen) return "a sequence is longer than 2**28";
   args.seqlen_q = static_cast<int>(p.seqlen_q);
   args.seqlen_k = static_cast<int>(p.seqlen_k);
   args.heads = static_cast<int>(p.heads);

@@ -7,6 +7,9 @@
 
 namespace fastattn {
 
+// CUDA's limit in x, in which direction the grids of these kernels grow with their tensors.
+constexpr int64_t kMaxGridBlocks = INT32_MAX;
+
 // The kernels' name of a floating dtype; TypeError for any other.
 inline DType kernel_dtype(const char* op, at::ScalarType type) {
   switch (type) {

@@ -46,6 +46,7 @@ bool has_cuda_kernels();  // else the emulator
 // Of the nvcc build, as in "80 90a 80+PTX"; empty in an emulated one.
 const char* cuda_architectures();
 void configure_emulator(const EmulatorSettings& settings);  // raises where there is none
+uint64_t emulated_launches();                               // kernels that the emulator has started in this process
 
 // --- Launching -------------------------------------------------------------------------------------------------------
 

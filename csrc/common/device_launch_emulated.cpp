@@ -3,7 +3,7 @@
 #include <thread>
 
 #include "common/device_launch.h"
-#include "emulator/config.h"
+#include "emulator/launch.h"
 
 namespace fastattn {
 
@@ -58,6 +58,7 @@ DeviceLaunch make_launch(const at::Tensor& tensor) {
   return launch;
 }
 
+uint64_t emulated_launches() { return emu::launches(); }
 bool has_cuda_kernels() { return false; }
 const char* cuda_architectures() { return ""; }
 

@@ -66,14 +66,20 @@ struct alignas(sizeof(Element) * kCount_) Vec {
   FASTATTN_DEVICE const Element& operator[](int i) const { return value[i]; }
 };
 
-// `source` is aligned to the vector.
+// The pointer is aligned to the vector: a device faults elsewhere, and the emulator reports it.
 template <int kCount, typename Element>
-FASTATTN_DEVICE Vec<Element, kCount> load_vec(const Element* source) {
+FASTATTN_DEVICE Vec<Element, kCount> load_vec(const Element* source FASTATTN_AND_CALLER) {
+#if defined(FASTATTN_EMULATED)
+  emu::check_alignment(source, Vec<Element, kCount>::kBytes, {"load_vec", caller});
+#endif
   return *reinterpret_cast<const Vec<Element, kCount>*>(source);
 }
 
 template <typename Element, int kCount>
-FASTATTN_DEVICE void store_vec(Element* destination, const Vec<Element, kCount>& vec) {
+FASTATTN_DEVICE void store_vec(Element* destination, const Vec<Element, kCount>& vec FASTATTN_AND_CALLER) {
+#if defined(FASTATTN_EMULATED)
+  emu::check_alignment(destination, Vec<Element, kCount>::kBytes, {"store_vec", caller});
+#endif
   *reinterpret_cast<Vec<Element, kCount>*>(destination) = vec;
 }
 

@@ -11,7 +11,9 @@
 namespace fastattn::emu {
 
 static std::atomic<uint64_t> last_switches{0};
+static std::atomic<uint64_t> launch_count{0};
 uint64_t switches_of_last_launch() { return last_switches; }
+uint64_t launches() { return launch_count; }
 
 const char* keep_error(std::string text) {
   static thread_local std::string kept;
@@ -249,6 +251,7 @@ std::string run_grid(dim3 grid, dim3 cluster, dim3 block, size_t dynamic_shared_
                      const std::function<void()>& body) {
   std::string problem = launch_problem(grid, cluster, block, dynamic_shared_bytes);
   if (!problem.empty()) return problem;
+  ++launch_count;
   const ClusteredGrid clustered{grid, cluster};
   const uint64_t clusters = clustered.clusters();
   std::atomic<uint64_t> next_cluster{0}, switches{0};

@@ -12,6 +12,12 @@ enum class Element : int { kFloat16, kBFloat16, kFloat32, kInt8, kInt32 };
 // 32-bit shared address of a pointer, which must lie in the block's shared memory.
 uint32_t shared_address(const void* pointer, Site site);
 
+// ---- accesses to memory of several bytes at once, which fault on a device where they are not aligned
+[[noreturn]] void misaligned(const void* pointer, int bytes, const Site& site);
+inline void check_alignment(const void* pointer, int bytes, const Site& site) {
+  if (reinterpret_cast<uintptr_t>(pointer) % static_cast<unsigned>(bytes) != 0) misaligned(pointer, bytes, site);
+}
+
 // ---- barriers
 void bar_sync(int id, int threads, Site site);
 void bar_arrive(int id, int threads, Site site);

@@ -31,5 +31,6 @@ void declare_global(const void* begin, size_t bytes);
 void forget_globals();
 
 uint64_t switches_of_last_launch();
+uint64_t launches();  // of this process, refused ones not counted
 
 }  // namespace fastattn::emu

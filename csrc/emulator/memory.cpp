@@ -120,6 +120,10 @@ std::string red_zone_damage(Block& block, size_t mapped_bytes) {
   return "";
 }
 
+void misaligned(const void* pointer, int bytes, const Site& site) {
+  fail(site, "address %p is not %d-byte aligned", pointer, bytes);
+}
+
 // ---- global memory
 
 struct GlobalRange {

@@ -12,6 +12,7 @@
 #include <string>
 #include <tuple>
 
+#include "common/check.h"
 #include "common/device_launch.h"
 #include "int8_matmul/int8_packed_weight.h"
 
@@ -77,6 +78,14 @@ struct Rows {
   }
 };
 
+// Rows become blocks of a grid. Asked before anything is allocated: an expanded tensor of any size takes no memory.
+void check_grid(const char* op, const char* name, const Tensor& tensor) {
+  if (!runs_cuda_kernels(tensor)) return;
+  const int64_t rows = c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1));
+  TORCH_CHECK_NOT_IMPLEMENTED(rows <= kMaxGridBlocks, op, ": the CUDA kernels take up to 2^31 - 1 rows, got ", name,
+                              " ", tensor.sizes(), ".");
+}
+
 Tensor with_contiguous_rows(const Tensor& matrix) {
   return matrix.size(1) > 1 && matrix.stride(1) != 1 ? matrix.contiguous() : matrix;
 }
@@ -85,6 +94,7 @@ Tensor with_contiguous_rows(const Tensor& matrix) {
 
 std::tuple<Tensor, Tensor> quantize_int8(const Tensor& input) {
   TORCH_CHECK_VALUE(input.dim() >= 1, "quantize_int8: input must have at least one dimension.");
+  check_grid("quantize_int8", "input", input);
   const Rows rows(input.scalar_type() == at::kDouble ? input.to(at::kFloat) : input);
   Tensor q = at::empty(input.sizes(), input.options().dtype(at::kChar).memory_format(at::MemoryFormat::Contiguous));
   Tensor scale = at::empty(input.sizes().slice(0, input.dim() - 1), input.options().dtype(at::kFloat));
@@ -113,6 +123,7 @@ void set_weight(const char* op, Int8MatmulParams& p, at::Device device, Tensor& 
                 OptionalTensor& bias) {
   check_tensor(op, "weight", weight, device, 2, at::kChar);
   check_tensor(op, "weight_scale", weight_scale, device, 1, at::kFloat);
+  check_grid(op, "weight", weight);
   p.columns = weight.size(0);
   TORCH_CHECK_VALUE(weight.size(1) == p.depth, op, ": weight has shape ", weight.sizes(),
                     " but the input's last dim is ", p.depth, "; weight must be (", p.columns, ", ", p.depth, ").");
@@ -171,6 +182,7 @@ Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& a_scale, cons
   check_tensor(kOp, "a_scale", a_scale, a.device(), 1, at::kFloat);
   TORCH_CHECK_VALUE(a_scale.size(0) == a.size(0), kOp, ": a_scale has shape ", a_scale.sizes(), "; it must be (",
                     a.size(0), ",).");
+  check_grid(kOp, "a", a);
   const Tensor a_rows = with_contiguous_rows(a), a_scales = a_scale.contiguous();
   Int8MatmulParams p;
   p.rows = a.size(0);
@@ -208,6 +220,7 @@ Tensor linear(const Tensor& input, const Tensor* packed, const Tensor& weight, c
               const OptionalTensor& bias, c10::string_view activation) {
   constexpr const char* kOp = "int8_linear";
   TORCH_CHECK_VALUE(input.dim() >= 1, kOp, ": input must have at least one dimension.");
+  check_grid(kOp, "input", input);
   const Rows rows(input.scalar_type() == at::kDouble ? input.to(at::kFloat) : input);
   Int8MatmulParams p;
   p.rows = rows.count;

@@ -42,6 +42,19 @@ void check_input(const char* op, const Tensor& input, int64_t normalized_dims) {
   TORCH_CHECK_VALUE(normalized_dims >= 1 && normalized_dims <= input.dim(), op,
                     ": normalized_dims must be from 1 to the dims of input, got ", normalized_dims, " for input ",
                     input.sizes(), ".");
+  if (!runs_cuda_kernels(input)) return;
+  TORCH_CHECK_NOT_IMPLEMENTED(input.scalar_type() != at::kDouble, op,
+                              ": the CUDA kernels take float32, bfloat16 and float16, got ", input.scalar_type(),
+                              ". Use backend='auto'.");
+  // Asked before anything is allocated: an expanded input of any size takes no memory.
+  const auto elements = [&](int64_t begin, int64_t end) {
+    return c10::multiply_integers(input.sizes().slice(begin, end - begin));
+  };
+  const int64_t rows = elements(0, input.dim() - normalized_dims);
+  const int64_t cols = elements(input.dim() - normalized_dims, input.dim());
+  TORCH_CHECK_NOT_IMPLEMENTED(rows <= kMaxGridBlocks && cols <= kMaxCudaCols, op,
+                              ": the CUDA kernels take up to 2^31 - 1 rows of up to 2^30 elements, got ", rows,
+                              " rows of ", cols, ".");
 }
 
 // --- Operands --------------------------------------------------------------------------------------------------------

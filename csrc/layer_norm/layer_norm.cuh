@@ -28,9 +28,6 @@ struct RowShape {
   static_assert(kThreads <= 32 || kRowsPerBlock == 1, "rows of several warps have the block, whose barriers they use");
 };
 
-// Columns are counted in 32 bits.
-constexpr int64_t kMaxCols = int64_t{1} << 30;
-
 // What a block has of every row: all of it, or the share of one block in a cluster. Starts at a whole chunk.
 struct Columns {
   int begin, end;

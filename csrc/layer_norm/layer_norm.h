@@ -81,7 +81,8 @@ struct LayerNormBwdParams {
 FASTATTN_DECLARE_CPU_KERNEL(void, layer_norm_fwd_cpu, (const LayerNormParams& p))
 FASTATTN_DECLARE_CPU_KERNEL(void, layer_norm_bwd_cpu, (const LayerNormBwdParams& p))
 
-// x and out: float16, bfloat16 or float32, the same or x float32.
+// x and out: float16, bfloat16 or float32, the same or x float32. Columns are counted in 32 bits.
+constexpr int64_t kMaxCudaCols = int64_t{1} << 30;
 const char* layer_norm_fwd_cuda(const LayerNormParams& p, const DeviceLaunch& launch);
 const char* layer_norm_bwd_cuda(const LayerNormBwdParams& p, const DeviceLaunch& launch);
 size_t layer_norm_bwd_cuda_workspace_bytes(const LayerNormBwdParams& p, const DeviceLaunch& launch);

@@ -79,7 +79,7 @@ size_t layer_norm_bwd_cuda_workspace_bytes(const LayerNormBwdParams& p, const De
 
 const char* layer_norm_bwd_cuda(const LayerNormBwdParams& given, const DeviceLaunch& launch) {
   if (given.cols == 0) return nullptr;
-  if (given.cols > kMaxCols) return "rows are too long for the CUDA kernels";
+  if (given.cols > kMaxCudaCols) return "rows are too long for the CUDA kernels";
   LayerNormBwdParams p = given;
   p.partial = wants_parameters(p) ? launch.workspace : nullptr;
   return dispatch_elements(p.x_dtype, p.out_dtype, [&](auto x, auto out) {

@@ -32,7 +32,7 @@ const char* launch_any_shape(const LayerNormParams& p, const DeviceLaunch& launc
 
 const char* layer_norm_fwd_cuda(const LayerNormParams& p, const DeviceLaunch& launch) {
   if (p.rows == 0) return nullptr;
-  if (p.cols > kMaxCols) return "rows are too long for the CUDA kernels";
+  if (p.cols > kMaxCudaCols) return "rows are too long for the CUDA kernels";
   return dispatch_elements(p.x_dtype, p.out_dtype, [&](auto x, auto out) {
     using Element = typename decltype(x)::type;
     using OutElement = typename decltype(out)::type;

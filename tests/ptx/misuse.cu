@@ -3,6 +3,7 @@
 #include "common/launch.cuh"
 #include "common/ptx_wgmma.cuh"
 #include "common/reduce.cuh"
+#include "common/vec.cuh"
 
 using namespace fastattn;
 
@@ -52,6 +53,14 @@ KERNEL(copy_past_the_end_of_shared, 32, 256) {
   cp_async<16>(smem_address(smem) + 16 * threadIdx.x, data);
   cp_async_commit_group();
   cp_async_wait_group<0>();
+}
+
+KERNEL(vector_from_a_misaligned_address, 32, 0) {
+  if (threadIdx.x < 2) data[8] = load_vec<4>(data + threadIdx.x)[0];
+}
+
+KERNEL(vector_to_a_misaligned_address, 32, 0) {
+  if (threadIdx.x < 2) store_vec(data + threadIdx.x, Vec<float, 2>{{1.0f, 2.0f}});
 }
 
 KERNEL(copy_from_past_the_end_of_global, 32, 512) {
