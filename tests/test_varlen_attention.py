@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
@@ -51,8 +53,8 @@ def packed(operands, lengths_q, lengths_k, backend, **options):
     return [out, lse, *torch.autograd.grad((out, lse), leaves, _cotangents(out, lse))]
 
 
-def one_by_one(operands, lengths_q, lengths_k, **options):
-    """The same from eager attention of each sequence on its own."""
+def one_by_one(operands, lengths_q, lengths_k, backend="eager", **options):
+    """The same from attention of each sequence on its own."""
     leaves = [operand.clone().requires_grad_() for operand in operands]
     options = {"alignment": "bottom_right"} | options
     slopes = options.pop("alibi_slopes", None)
@@ -61,7 +63,7 @@ def one_by_one(operands, lengths_q, lengths_k, **options):
     for b, (q, k, v) in enumerate(zip(*splits, strict=True)):
         slope = slopes[b] if slopes is not None and slopes.dim() == 2 else slopes
         out, lse = fastattn.attention(
-            *(x.transpose(0, 1)[None] for x in (q, k, v)), enable_gqa=True, return_lse=True, backend="eager",
+            *(x.transpose(0, 1)[None] for x in (q, k, v)), enable_gqa=True, return_lse=True, backend=backend,
             alibi_slopes=slope, **options
         )  # fmt: skip
         outs.append(out[0].transpose(0, 1))
@@ -79,12 +81,91 @@ def _cotangents(out, lse):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_matches_one_call_for_each_sequence(options, dtype, backend):
-    operands, options = inputs(dtype), OPTIONS[options]
-    actual = packed(operands, LENGTHS_Q, LENGTHS_K, backend, **options)
-    eager = one_by_one(operands, LENGTHS_Q, LENGTHS_K, **options)
-    reference = one_by_one([operand.double() for operand in operands], LENGTHS_Q, LENGTHS_K, **options)
+    check(inputs(dtype), LENGTHS_Q, LENGTHS_K, backend, **OPTIONS[options])
+
+
+def check(operands, lengths_q, lengths_k, backend, **options):
+    """Results and gradients of one varlen call against one call of eager attention for each sequence."""
+    actual = packed(operands, lengths_q, lengths_k, backend, **options)
+    eager = one_by_one(operands, lengths_q, lengths_k, **options)
+    reference = one_by_one([operand.double() for operand in operands], lengths_q, lengths_k, **options)
     for name, result, other, exact in zip(("out", "lse", "dq", "dk", "dv"), actual, eager, reference, strict=True):
         assert_as_accurate_as_eager(result, other, exact, name, terms=1.0 if name.startswith("d") else 0.0)
+
+
+@pytest.mark.parametrize("options", [name for name in OPTIONS if name != "alibi_per_batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_cpu_kernels_treat_a_sequence_as_a_batch_of_one(dtype, options, cpu_isa):
+    # Bit by bit; around the tiles of 64 keys and the blocks of 96 rows, and sequences of nothing between others. (Up to
+    # four queries alone would be read in another order.)
+    lengths_q, lengths_k = (97, 0, 5, 65, 63), (65, 1, 97, 63, 0)
+    operands = inputs(dtype, lengths_q, lengths_k)
+    actual = packed(operands, lengths_q, lengths_k, "cpu", **OPTIONS[options])
+    expected = one_by_one(operands, lengths_q, lengths_k, "cpu", **OPTIONS[options])
+    for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), actual, expected, strict=True):
+        assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("options", ["plain", "causal", "sinks"])
+def test_a_few_queries_for_many_keys(options, dtype, backend):
+    # Keys are split, and the last parts of the shorter sequences have none.
+    lengths_q, lengths_k = (1, 4, 0, 2, 3), (700, 30, 5, 0, 260)
+    torch.manual_seed(1)
+    shapes = (10, HEADS, 32), (995, HEADS_KV, 32), (995, HEADS_KV, 32)
+    check([torch.randn(shape).to(dtype) for shape in shapes], lengths_q, lengths_k, backend, **OPTIONS[options])
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    # Three sequences of one key head for two threads: the backward shares the keys of a head among them.
+    lengths = (150, 70, 0, 140)
+    torch.manual_seed(1)
+    operands = [torch.randn(sum(lengths), heads, 16) for heads in (2, 1, 1)]
+    threads, results = torch.get_num_threads(), [one_by_one(operands, lengths, lengths, "cpu", is_causal=True)]
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(packed(operands, lengths, lengths, "cpu", is_causal=True))
+    finally:
+        torch.set_num_threads(threads)
+    for alone, one, two in zip(*results, strict=True):
+        assert torch.equal(alone, one) and torch.equal(alone, two)
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_slices_of_one_packed_tensor(backend):
+    lengths = (30, 1, 65)
+    dtype = torch.float32 if backend == "cpu" else torch.float16
+    torch.manual_seed(1)
+    qkv = torch.randn(96, 3, HEADS, 32).to(dtype).requires_grad_()
+    cu = cu_seqlens(lengths)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out = fastattn.varlen_attention(*qkv.unbind(1), cu, cu, 65, 65, backend=backend)
+    called = {event.key for event in profile.key_averages()}
+    assert not called & {"aten::copy_", "aten::clone", "aten::contiguous", "aten::index_copy"}, called
+    assert out.is_contiguous()
+    cotangent = torch.randn(out.shape).to(dtype)
+    gradient = torch.autograd.grad(out, qkv, cotangent)[0]
+    leaves = [x.detach().contiguous().requires_grad_() for x in qkv.unbind(1)]
+    expected = fastattn.varlen_attention(*leaves, cu, cu, 65, 65, backend=backend)
+    assert torch.equal(out, expected)
+    assert torch.equal(gradient, torch.stack(torch.autograd.grad(expected, leaves, cotangent), dim=1))
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_a_sequence_of_nan_stays_alone(backend):
+    lengths = (20, 33, 11)
+    dtype = torch.float32 if backend == "cpu" else torch.float16
+    operands = inputs(dtype, lengths, lengths)
+    clean = packed(operands, lengths, lengths, backend)
+    for operand in operands:
+        operand[20:53] = float("nan")
+    spoilt = packed(operands, lengths, lengths, backend)
+    for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), clean, spoilt, strict=True):
+        x, y = (x.T, y.T) if name == "lse" else (x, y)
+        assert torch.equal(x[:20], y[:20]) and torch.equal(x[53:], y[53:]), name
+        assert y[20:53].isnan().all(), name
 
 
 @pytest.mark.parametrize("backend", [*KERNEL_BACKENDS, "eager"])
@@ -114,6 +195,61 @@ def test_drops_the_same_elements_as_a_padded_batch(backend):
     packed = fastattn.varlen_attention(q, k, v, cu, cu, 40, 40, dropout_p=0.4, backend=backend)
     expected = torch.cat([batched[b, :, :length].transpose(0, 1) for b, length in enumerate(lengths)])
     torch.testing.assert_close(packed, expected)
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_gradients_drop_the_same_elements_as_eager(dtype, backend):
+    lengths_q, lengths_k = (30, 0, 17, 40), (37, 5, 70, 33)
+    operands, results = inputs(dtype, lengths_q, lengths_k), []
+    options = {"dropout_p": 0.3, "is_causal": True}
+    for name, wide in ((backend, False), ("eager", False), ("eager", True)):
+        torch.manual_seed(9)
+        results.append(packed([x.double() if wide else x for x in operands], lengths_q, lengths_k, name, **options))
+    for name, actual, eager, reference in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):
+        assert_as_accurate_as_eager(actual, eager, reference, name, terms=1.0 if name.startswith("d") else 0.0)
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize(
+    ("cu", "longest"),
+    [
+        ([0, 50, 20, 40], 40),
+        ([0, 9, 1 << 30, 40], 40),
+        ([-7, -3, 20, 40], 40),
+        ([0, 20, 30, 40], 4),
+        ([3, 9, 9, 90], 9),
+    ],
+    ids=["falls", "past the end", "negative", "max_seqlen", "does not start with 0"],
+)
+def test_kernels_stay_inside_the_tensors(cu, longest, backend):
+    # A GPU cannot look at the lengths first, nor does the backward. What lies before and behind the operands is NaN.
+    dtype = torch.float32 if backend == "cpu" else torch.float16
+    lengths = (15, 10, 15)
+    whole = cu_seqlens(lengths)
+    operands = [
+        torch.cat((x[:5] * float("nan"), x, x[:5] * float("nan")))[5:-5] for x in inputs(dtype, lengths, lengths)
+    ]
+    options = (None, None, None, 0.0, True, 0.2, -1, -1, True, 0.0)
+    wrong = torch.tensor(cu, dtype=torch.int32)
+    out, lse = torch.ops.fastattn.varlen_attention(*operands, whole, whole, 15, 15, *options)
+    backward = torch.ops.fastattn.varlen_attention_backward
+    with fastattn._extension.extension.Emulation() if backend == "emulated" else contextlib.nullcontext():
+        gradients = backward(out, lse, *operands, out, lse, wrong, wrong, longest, longest, *options, False)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+@pytest.mark.parametrize("cu", [[0], [0, 0, 0]], ids=["no sequence", "empty ones"])
+def test_rows_without_any_sequence(cu, backend):
+    dtype = torch.float32 if backend == "cpu" else torch.float16
+    leaves = [operand.requires_grad_() for operand in inputs(dtype, (6,), (7,))]
+    sinks = torch.zeros(HEADS, requires_grad=True)
+    cu = torch.tensor(cu)
+    out, lse = fastattn.varlen_attention(*leaves, cu, cu, 0, 0, sinks=sinks, return_lse=True, backend=backend)
+    assert (out == 0).all() and (lse == -INF).all()
+    gradients = torch.autograd.grad((out, lse), (*leaves, sinks), (torch.ones_like(out), torch.ones_like(lse)))
+    assert all((gradient == 0).all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("backend", [*KERNEL_BACKENDS, "eager"])
@@ -155,6 +291,38 @@ def test_compiles_without_a_graph_break(dtype):
 
 def test_opcheck():
     torch.library.opcheck(torch.ops.fastattn.padded_rows, (cu_seqlens((2, 0, 3)), 4, 6, "cu_seqlens_q"))
+
+
+@pytest.mark.parametrize("layout", ["rows hold heads", "heads hold rows"])
+def test_opcheck_of_the_kernels(layout):
+    q, k, v = inputs(torch.float32)
+    if layout == "heads hold rows":
+        q, k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))
+    lengths = (cu_seqlens(LENGTHS_Q), cu_seqlens(LENGTHS_K), 33, 65)
+    sinks, rng_state = torch.randn(HEADS), torch.tensor([3, 5])
+    options = (None, sinks.requires_grad_(), rng_state, 0.1, True, 0.3, 9, -1, True, 0.0)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(torch.ops.fastattn.varlen_attention, (*leaves, *lengths, *options))
+    q, k, v, sinks = (x.detach() for x in (q, k, v, sinks))
+    options = (None, sinks, *options[2:])
+    out, lse = torch.ops.fastattn.varlen_attention(q, k, v, *lengths, *options)
+    arguments = (out, lse.nan_to_num(neginf=0.0), q, k, v, out, lse, *lengths, *options, True)
+    torch.library.opcheck(torch.ops.fastattn.varlen_attention_backward, arguments)
+
+
+def test_gradcheck():
+    lengths_q, lengths_k = (3, 0, 5, 1), (4, 2, 3, 0)
+    operands = inputs(torch.float64, lengths_q, lengths_k)
+    leaves = [x[..., :4].clone().requires_grad_() for x in operands]
+    sinks = torch.randn(HEADS, dtype=torch.float64, requires_grad=True)
+    cu_q, cu_k = cu_seqlens(lengths_q), cu_seqlens(lengths_k)
+
+    def attend(q, k, v, sinks):
+        return fastattn.varlen_attention(
+            q, k, v, cu_q, cu_k, 5, 4, window=(2, 1), softcap=3.0, sinks=sinks, return_lse=True, backend="cpu"
+        )
+
+    assert torch.autograd.gradcheck(attend, (*leaves, sinks))
 
 
 _CU = torch.tensor([0, 3, 8], dtype=torch.int32)

@@ -6,9 +6,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <tuple>
 
+#include "attention/attention_packing.h"
 #include "common/check.h"
 #include "common/device_launch.h"
 #include "common/memory.h"
@@ -115,12 +117,13 @@ Tensor empty_rows(const Tensor& like, int64_t head_dim) {
 }
 
 AttentionTensor operand(const Tensor& tensor) {
-  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  // Packed sequences share a batch of one, from which no stride leads to the next.
+  return {tensor.data_ptr(), tensor.size(0) == 1 ? 0 : tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
 // Conversions and copies of the small operands; they live as long as the kernel runs.
 struct Operands {
-  Tensor query, key, value, mask, alibi_slopes, sinks;
+  Tensor query, key, value, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k;
 };
 
 // A mask in a dtype that the kernels read, expanded to (batch, heads, seqlen_q, seqlen_k) with strides of 0. A
@@ -155,7 +158,26 @@ struct Scoring {
   int64_t window_left, window_right;
   bool bottom_right;
   double softcap;
+  const Packing* packing = nullptr;
 };
+
+// Lengths and rows become those of the sequences.
+void fill_packing(AttentionParams& p, Operands& operands, const Tensor& query, const Tensor& key,
+                  const Packing& packing, bool bottom_right) {
+  operands.cu_seqlens_q =
+      checked_cu_seqlens("cu_seqlens_q", packing.cu_seqlens_q, packing.max_seqlen_q, query, packing.check_values);
+  operands.cu_seqlens_k =
+      checked_cu_seqlens("cu_seqlens_k", packing.cu_seqlens_k, packing.max_seqlen_k, key, packing.check_values);
+  p.packed_q = {operands.cu_seqlens_q.const_data_ptr<int32_t>(), query.size(2)};
+  p.packed_k = {operands.cu_seqlens_k.const_data_ptr<int32_t>(), key.size(2)};
+  p.packed_bottom_right = bottom_right;
+  p.batch = operands.cu_seqlens_q.size(0) - 1;
+  TORCH_CHECK_VALUE(operands.cu_seqlens_k.size(0) == p.batch + 1, "varlen_attention: cu_seqlens_q has ", p.batch + 1,
+                    " entries but cu_seqlens_k has ", operands.cu_seqlens_k.size(0), ".");
+  // Nothing is planned for longer sequences than fit.
+  p.seqlen_q = std::min(packing.max_seqlen_q, query.size(2));
+  p.seqlen_k = std::min(packing.max_seqlen_k, key.size(2));
+}
 
 // Checks the operands that scores are made of and fills everything but value, out and lse.
 Operands fill_scores(AttentionParams& p, const Tensor& query, const Tensor& key, const OptionalTensor& attn_mask,
@@ -169,6 +191,7 @@ Operands fill_scores(AttentionParams& p, const Tensor& query, const Tensor& key,
   operands.key = with_contiguous_rows(key);
   p.q = operand(operands.query);
   p.k = operand(operands.key);
+  if (scoring.packing != nullptr) fill_packing(p, operands, query, key, *scoring.packing, scoring.bottom_right);
 
   p.scale = scoring.scale;
   p.softcap = scoring.softcap;
@@ -222,25 +245,27 @@ void fill_value_and_sinks(AttentionParams& p, Operands& operands, const Tensor& 
   }
 }
 
-// --- The ops --------------------------------------------------------------------------------------------------------
+// --- Forward and backward, of a dense batch or of packed sequences --------------------------------------------------
 
-std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value,
-                                     const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
-                                     const OptionalTensor& sinks, const OptionalTensor& rng_state, double dropout_p,
-                                     bool is_causal, double scale, int64_t window_left, int64_t window_right,
-                                     bool bottom_right, double softcap) {
+std::tuple<Tensor, Tensor> run_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                       const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
+                                       const OptionalTensor& sinks, const OptionalTensor& rng_state,
+                                       const Scoring& scoring) {
   check_qkv(query, key, value);
   AttentionParams p;
-  Operands operands = fill_scores(p, query, key, attn_mask, alibi_slopes, rng_state,
-                                  {dropout_p, is_causal, scale, window_left, window_right, bottom_right, softcap});
+  Operands operands = fill_scores(p, query, key, attn_mask, alibi_slopes, rng_state, scoring);
   fill_value_and_sinks(p, operands, query, value, sinks);
 
   const Tensor out = empty_rows(query, p.head_dim_v);
-  const Tensor lse = at::empty({p.batch, p.heads, p.seqlen_q}, query.options().dtype(statistics_dtype(query)));
+  const Tensor lse = at::empty(query.sizes().slice(0, 3), query.options().dtype(statistics_dtype(query)));
   p.out = operand(out);
   p.lse = lse.data_ptr();
   if (lse.numel() == 0) return {out, lse};
-  if (runs_cuda_kernels(query)) {
+  if (p.batch == 0 || p.seqlen_q == 0) {
+    // No row is in a sequence.
+    out.zero_();
+    lse.fill_(-std::numeric_limits<double>::infinity());
+  } else if (runs_cuda_kernels(query)) {
     run_on_device("attention", query, attention_fwd_cuda, p, attention_fwd_cuda_workspace_bytes);
   } else {
     FASTATTN_BF16_CPU_DISPATCH(attention_fwd_cpu, p);
@@ -248,20 +273,20 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
-    const Tensor& out, const Tensor& lse, const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, const OptionalTensor& rng_state, double dropout_p, bool is_causal, double scale,
-    int64_t window_left, int64_t window_right, bool bottom_right, double softcap, bool need_dmask, bool need_dsinks) {
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients run_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key,
+                       const Tensor& value, const Tensor& out, const Tensor& lse, const OptionalTensor& attn_mask,
+                       const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& rng_state,
+                       const Scoring& scoring, bool need_dmask, bool need_dsinks) {
   check_qkv(query, key, value);
   AttentionBwdParams p;
-  Operands operands = fill_scores(p, query, key, attn_mask, alibi_slopes, rng_state,
-                                  {dropout_p, is_causal, scale, window_left, window_right, bottom_right, softcap});
+  Operands operands = fill_scores(p, query, key, attn_mask, alibi_slopes, rng_state, scoring);
   fill_value_and_sinks(p, operands, query, value, sinks);
 
   const at::ScalarType statistics = statistics_dtype(query);
-  const int64_t row_shape[] = {p.batch, p.heads, p.seqlen_q};
-  const int64_t out_shape[] = {p.batch, p.heads, p.seqlen_q, p.head_dim_v};
+  const int64_t row_shape[] = {query.size(0), p.heads, query.size(2)};
+  const int64_t out_shape[] = {query.size(0), p.heads, query.size(2), p.head_dim_v};
   check_tensor("out", out, query, query.scalar_type(), out_shape);
   check_tensor("dout", dout, query, query.scalar_type(), out_shape);
   check_tensor("lse", lse, query, statistics, row_shape);
@@ -299,18 +324,75 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     p.dsinks = dsinks.data_ptr();
   }
 
-  if (lse.numel() > 0 && p.seqlen_k > 0 && runs_cuda_kernels(query)) {
+  const bool attends = lse.numel() > 0 && p.batch > 0 && p.seqlen_q > 0 && p.seqlen_k > 0;
+  if (attends && runs_cuda_kernels(query)) {
     run_on_device("attention", query, attention_bwd_cuda, p, attention_bwd_cuda_workspace_bytes);
-  } else if (lse.numel() > 0 && p.seqlen_k > 0) {
+  } else if (attends) {
     FASTATTN_BF16_CPU_DISPATCH(attention_bwd_cpu, p);
   } else {
-    // Nothing was attended to, except perhaps a sink: then lse is the sink itself.
+    // Nothing was attended to, except perhaps a sink: then lse is the sink itself, but for rows of no sequence.
     for (const Tensor& gradient : {dq, dk, dv, dmask}) gradient.zero_();
-    if (need_dsinks) dlse.has_value() ? dsinks.copy_(dlse->sum({0, 2})) : dsinks.zero_();
+    if (need_dsinks && dlse.has_value()) {
+      dsinks.copy_(at::where(lse.isneginf(), at::zeros_like(*dlse), *dlse).sum({0, 2}));
+    } else if (need_dsinks) {
+      dsinks.zero_();
+    }
   }
   if (need_dmask) dmask = dmask.to(attn_mask->scalar_type());
   if (need_dsinks) dsinks = dsinks.to(sinks->scalar_type());
   return {dq, dk, dv, dmask, dsinks};
+}
+
+// --- The ops --------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                     const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
+                                     const OptionalTensor& sinks, const OptionalTensor& rng_state, double dropout_p,
+                                     bool is_causal, double scale, int64_t window_left, int64_t window_right,
+                                     bool bottom_right, double softcap) {
+  return run_forward(query, key, value, attn_mask, alibi_slopes, sinks, rng_state,
+                     {dropout_p, is_causal, scale, window_left, window_right, bottom_right, softcap});
+}
+
+Gradients attention_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key,
+                             const Tensor& value, const Tensor& out, const Tensor& lse, const OptionalTensor& attn_mask,
+                             const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                             const OptionalTensor& rng_state, double dropout_p, bool is_causal, double scale,
+                             int64_t window_left, int64_t window_right, bool bottom_right, double softcap,
+                             bool need_dmask, bool need_dsinks) {
+  return run_backward(dout, dlse, query, key, value, out, lse, attn_mask, alibi_slopes, sinks, rng_state,
+                      {dropout_p, is_causal, scale, window_left, window_right, bottom_right, softcap}, need_dmask,
+                      need_dsinks);
+}
+
+std::tuple<Tensor, Tensor> varlen_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                            int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                            const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                                            const OptionalTensor& rng_state, double dropout_p, bool is_causal,
+                                            double scale, int64_t window_left, int64_t window_right, bool bottom_right,
+                                            double softcap) {
+  const Packing packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, /*check_values=*/true};
+  const auto [out, lse] =
+      run_forward(as_dense_batch(query), as_dense_batch(key), as_dense_batch(value), std::nullopt, alibi_slopes, sinks,
+                  rng_state, {dropout_p, is_causal, scale, window_left, window_right, bottom_right, softcap, &packing});
+  return {as_packed(out), lse.squeeze(0)};
+}
+
+// The forward has looked at the lengths.
+std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_attention_backward(
+    const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+    int64_t max_seqlen_k, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+    const OptionalTensor& rng_state, double dropout_p, bool is_causal, double scale, int64_t window_left,
+    int64_t window_right, bool bottom_right, double softcap, bool need_dsinks) {
+  const Packing packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, /*check_values=*/false};
+  const auto [dq, dk, dv, dmask, dsinks] = run_backward(
+      as_dense_batch(dout), dlse.has_value() ? OptionalTensor(dlse->unsqueeze(0)) : std::nullopt, as_dense_batch(query),
+      as_dense_batch(key), as_dense_batch(value), as_dense_batch(out), lse.unsqueeze(0), std::nullopt, alibi_slopes,
+      sinks, rng_state, {dropout_p, is_causal, scale, window_left, window_right, bottom_right, softcap, &packing},
+      /*need_dmask=*/false, need_dsinks);
+  return {as_packed(dq), as_packed(dk), as_packed(dv), dsinks};
 }
 
 Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& lse, const OptionalTensor& attn_mask,
@@ -345,6 +427,8 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const Tensor& l
 void register_ops(torch::Library& m) {
   m.impl("attention", &attention);
   m.impl("attention_backward", &attention_backward);
+  m.impl("varlen_attention", &varlen_attention);
+  m.impl("varlen_attention_backward", &varlen_attention_backward);
   m.impl("attention_weights", &attention_weights);
 }
 

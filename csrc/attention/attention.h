@@ -23,6 +23,13 @@ struct AttentionMask {
   int64_t stride_batch = 0, stride_head = 0, stride_q = 0, stride_k = 0;
 };
 
+// Sequences packed one behind the other: sequence b is rows [cu_seqlens[b], cu_seqlens[b + 1]) of `total`. Nobody has
+// to have looked at the numbers: packed.h clips them. cu_seqlens == nullptr: a dense batch.
+struct PackedRows {
+  const int32_t* cu_seqlens = nullptr;
+  int64_t total = 0;
+};
+
 constexpr int64_t kUnlimited = int64_t{1} << 40;
 
 struct AttentionParams {
@@ -33,6 +40,11 @@ struct AttentionParams {
   AttentionTensor q, k, v, out;
   // (batch, heads, seqlen_q) contiguous; double if dtype is kFloat64, else float. Natural log, before dropout.
   void* lse = nullptr;
+  // Both are set, or none. Then a batch entry is one of the sequences, with lengths and a diagonal of its own: seqlen_q
+  // and seqlen_k say how long they are at most, stride_batch of the operands is 0, lse is (heads, packed_q.total), and
+  // there is no mask. packed.h has what kernels need.
+  PackedRows packed_q, packed_k;
+  bool packed_bottom_right = false;
 
   double scale = 1.0;
   // Scores become softcap * tanh(scale * q.k / softcap); 0 = off.

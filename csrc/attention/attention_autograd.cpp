@@ -47,33 +47,68 @@ struct Scoring {
   }
 };
 
+// What packed sequences add; absent for a dense batch. Both are differentiated by the same functions.
+struct Packing {
+  Tensor cu_seqlens_q, cu_seqlens_k;
+  SymInt max_seqlen_q = 0, max_seqlen_k = 0;
+
+  bool is_present() const { return cu_seqlens_q.defined(); }
+};
+
 // --- The ops, through the dispatcher ---------------------------------------------------------------------------------
+
+template <typename Signature>
+auto find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
 
 std::tuple<Tensor, Tensor> call_attention(const Tensor& query, const Tensor& key, const Tensor& value,
                                           const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
                                           const OptionalTensor& sinks, const OptionalTensor& rng_state,
-                                          const Scoring& s) {
+                                          const Packing& packing, const Scoring& s) {
+  if (packing.is_present()) {
+    using Signature =
+        std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, SymInt,
+                                   SymInt, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, double,
+                                   bool, double, SymInt, SymInt, bool, double);
+    static const auto op = find_op<Signature>("fastattn::varlen_attention");
+    return op.call(query, key, value, packing.cu_seqlens_q, packing.cu_seqlens_k, packing.max_seqlen_q,
+                   packing.max_seqlen_k, alibi_slopes, sinks, rng_state, s.dropout_p, s.is_causal, s.scale,
+                   s.window_left, s.window_right, s.bottom_right, s.softcap);
+  }
   using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                                                const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                                                double, bool, double, SymInt, SymInt, bool, double);
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fastattn::attention", "").typed<Signature>();
+  static const auto op = find_op<Signature>("fastattn::attention");
   return op.call(query, key, value, attn_mask, alibi_slopes, sinks, rng_state, s.dropout_p, s.is_causal, s.scale,
                  s.window_left, s.window_right, s.bottom_right, s.softcap);
 }
 
+// dq, dk, dv, dmask, dsinks
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-using BackwardSignature = Gradients(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
-                                    const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                    const OptionalTensor&, const OptionalTensor&, double, bool, double, SymInt, SymInt,
-                                    bool, double, bool, bool);
 
 Gradients call_attention_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& query,
                                   const Tensor& key, const Tensor& value, const Tensor& out, const Tensor& lse,
                                   const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
-                                  const OptionalTensor& sinks, const OptionalTensor& rng_state, const Scoring& s,
-                                  bool need_dmask, bool need_dsinks) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fastattn::attention_backward", "").typed<BackwardSignature>();
+                                  const OptionalTensor& sinks, const OptionalTensor& rng_state, const Packing& packing,
+                                  const Scoring& s, bool need_dmask, bool need_dsinks) {
+  if (packing.is_present()) {
+    using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(
+        const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+        const Tensor&, const Tensor&, SymInt, SymInt, const OptionalTensor&, const OptionalTensor&,
+        const OptionalTensor&, double, bool, double, SymInt, SymInt, bool, double, bool);
+    static const auto op = find_op<Signature>("fastattn::varlen_attention_backward");
+    auto [dq, dk, dv, dsinks] =
+        op.call(dout, dlse, query, key, value, out, lse, packing.cu_seqlens_q, packing.cu_seqlens_k,
+                packing.max_seqlen_q, packing.max_seqlen_k, alibi_slopes, sinks, rng_state, s.dropout_p, s.is_causal,
+                s.scale, s.window_left, s.window_right, s.bottom_right, s.softcap, need_dsinks);
+    return {dq, dk, dv, Tensor(), dsinks};
+  }
+  using Signature =
+      Gradients(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                const OptionalTensor&, double, bool, double, SymInt, SymInt, bool, double, bool, bool);
+  static const auto op = find_op<Signature>("fastattn::attention_backward");
   return op.call(dout, dlse, query, key, value, out, lse, attn_mask, alibi_slopes, sinks, rng_state, s.dropout_p,
                  s.is_causal, s.scale, s.window_left, s.window_right, s.bottom_right, s.softcap, need_dmask,
                  need_dsinks);
@@ -84,8 +119,7 @@ Tensor call_attention_weights(const Tensor& query, const Tensor& key, const Tens
                               const OptionalTensor& rng_state, const Scoring& s, bool average_heads) {
   using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
                            const OptionalTensor&, double, bool, double, SymInt, SymInt, bool, double, bool);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fastattn::attention_weights", "").typed<Signature>();
+  static const auto op = find_op<Signature>("fastattn::attention_weights");
   return op.call(query, key, lse, attn_mask, alibi_slopes, rng_state, s.dropout_p, s.is_causal, s.scale, s.window_left,
                  s.window_right, s.bottom_right, s.softcap, average_heads);
 }
@@ -115,12 +149,15 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
 
   static variable_list forward(AutogradContext* ctx, const Tensor& query, const Tensor& key, const Tensor& value,
                                const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
-                               const OptionalTensor& sinks, const OptionalTensor& rng_state, const Scoring& scoring) {
+                               const OptionalTensor& sinks, const OptionalTensor& rng_state, const Packing& packing,
+                               const Scoring& scoring) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [out, lse] = call_attention(query, key, value, attn_mask, alibi_slopes, sinks, rng_state, scoring);
+    auto [out, lse] = call_attention(query, key, value, attn_mask, alibi_slopes, sinks, rng_state, packing, scoring);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({query, key, value, or_undefined(attn_mask), or_undefined(alibi_slopes), or_undefined(sinks),
-                            or_undefined(rng_state), out, lse});
+                            or_undefined(rng_state), out, lse, packing.cu_seqlens_q, packing.cu_seqlens_k});
+    ctx->saved_data["max_seqlen_q"] = packing.max_seqlen_q;
+    ctx->saved_data["max_seqlen_k"] = packing.max_seqlen_k;
     scoring.save(ctx);
     ctx->saved_data["need_dmask"] = is_floating_and_requires_grad(or_undefined(attn_mask));
     ctx->saved_data["need_dsinks"] = is_floating_and_requires_grad(or_undefined(sinks));
@@ -131,16 +168,18 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     const EmulationScope scope(ctx->saved_data["emulating"].toBool());
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &out = saved[7], &dlse = gradients[1];
-    // query, key, value, attn_mask, alibi_slopes, sinks, rng_state, scoring
-    variable_list inputs(8);
+    // query, key, value, attn_mask, alibi_slopes, sinks, rng_state, packing, scoring
+    variable_list inputs(9);
     if (!gradients[0].defined() && !dlse.defined()) return inputs;
     const Tensor dout = gradients[0].defined() ? gradients[0] : at::zeros_like(out);
 
+    const Packing packing{saved[9], saved[10], ctx->saved_data["max_seqlen_q"].toSymInt(),
+                          ctx->saved_data["max_seqlen_k"].toSymInt()};
     const bool need_dmask = ctx->saved_data["need_dmask"].toBool();
     const bool need_dsinks = ctx->saved_data["need_dsinks"].toBool();
     auto [dq, dk, dv, dmask, dsinks] = call_attention_backward(
         dout, or_absent(dlse), saved[0], saved[1], saved[2], out, saved[8], or_absent(saved[3]), or_absent(saved[4]),
-        or_absent(saved[5]), or_absent(saved[6]), Scoring::load(ctx), need_dmask, need_dsinks);
+        or_absent(saved[5]), or_absent(saved[6]), packing, Scoring::load(ctx), need_dmask, need_dsinks);
     inputs[0] = dq;
     inputs[1] = dk;
     inputs[2] = dv;
@@ -150,21 +189,41 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
   }
 };
 
+std::tuple<Tensor, Tensor> differentiable_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                    const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
+                                                    const OptionalTensor& sinks, const OptionalTensor& rng_state,
+                                                    const Packing& packing, const Scoring& scoring) {
+  const Tensor mask = or_undefined(attn_mask), sink_logits = or_undefined(sinks);
+  if (!differentiates({&query, &key, &value, &mask, &sink_logits})) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return call_attention(query, key, value, attn_mask, alibi_slopes, sinks, rng_state, packing, scoring);
+  }
+  variable_list outputs =
+      AttentionFunction::apply(query, key, value, attn_mask, alibi_slopes, sinks, rng_state, packing, scoring);
+  return {outputs[0], outputs[1]};
+}
+
 std::tuple<Tensor, Tensor> attention_autograd(const Tensor& query, const Tensor& key, const Tensor& value,
                                               const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
                                               const OptionalTensor& sinks, const OptionalTensor& rng_state,
                                               double dropout_p, bool is_causal, double scale, SymInt window_left,
                                               SymInt window_right, bool bottom_right, double softcap) {
-  const Scoring scoring{dropout_p,    is_causal, scale, std::move(window_left), std::move(window_right),
-                        bottom_right, softcap};
-  const Tensor mask = or_undefined(attn_mask), sink_logits = or_undefined(sinks);
-  if (!differentiates({&query, &key, &value, &mask, &sink_logits})) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return call_attention(query, key, value, attn_mask, alibi_slopes, sinks, rng_state, scoring);
-  }
-  variable_list outputs =
-      AttentionFunction::apply(query, key, value, attn_mask, alibi_slopes, sinks, rng_state, scoring);
-  return {outputs[0], outputs[1]};
+  return differentiable_attention(
+      query, key, value, attn_mask, alibi_slopes, sinks, rng_state, Packing{},
+      {dropout_p, is_causal, scale, std::move(window_left), std::move(window_right), bottom_right, softcap});
+}
+
+std::tuple<Tensor, Tensor> varlen_attention_autograd(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                                     SymInt max_seqlen_q, SymInt max_seqlen_k,
+                                                     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                                                     const OptionalTensor& rng_state, double dropout_p, bool is_causal,
+                                                     double scale, SymInt window_left, SymInt window_right,
+                                                     bool bottom_right, double softcap) {
+  return differentiable_attention(
+      query, key, value, std::nullopt, alibi_slopes, sinks, rng_state,
+      {cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k)},
+      {dropout_p, is_causal, scale, std::move(window_left), std::move(window_right), bottom_right, softcap});
 }
 
 // --- attention_backward: computes, but says so clearly if its own gradient is wanted
@@ -174,12 +233,12 @@ struct AttentionBackwardFunction : torch::autograd::Function<AttentionBackwardFu
   static variable_list forward(AutogradContext* ctx, const Tensor& dout, const OptionalTensor& dlse,
                                const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
                                const Tensor& lse, const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
-                               const OptionalTensor& sinks, const OptionalTensor& rng_state, const Scoring& scoring,
-                               bool need_dmask, bool need_dsinks) {
+                               const OptionalTensor& sinks, const OptionalTensor& rng_state, const Packing& packing,
+                               const Scoring& scoring, bool need_dmask, bool need_dsinks) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [dq, dk, dv, dmask, dsinks] =
         call_attention_backward(dout, dlse, query, key, value, out, lse, attn_mask, alibi_slopes, sinks, rng_state,
-                                scoring, need_dmask, need_dsinks);
+                                packing, scoring, need_dmask, need_dsinks);
     ctx->set_materialize_grads(false);
     return {dq, dk, dv, dmask, dsinks};
   }
@@ -191,24 +250,48 @@ struct AttentionBackwardFunction : torch::autograd::Function<AttentionBackwardFu
   }
 };
 
+Gradients once_differentiable_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& query,
+                                       const Tensor& key, const Tensor& value, const Tensor& out, const Tensor& lse,
+                                       const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
+                                       const OptionalTensor& sinks, const OptionalTensor& rng_state,
+                                       const Packing& packing, const Scoring& scoring, bool need_dmask,
+                                       bool need_dsinks) {
+  const Tensor mask = or_undefined(attn_mask), sink_logits = or_undefined(sinks), lse_gradient = or_undefined(dlse);
+  if (!differentiates({&dout, &lse_gradient, &query, &key, &value, &out, &lse, &mask, &sink_logits})) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return call_attention_backward(dout, dlse, query, key, value, out, lse, attn_mask, alibi_slopes, sinks, rng_state,
+                                   packing, scoring, need_dmask, need_dsinks);
+  }
+  variable_list outputs =
+      AttentionBackwardFunction::apply(dout, dlse, query, key, value, out, lse, attn_mask, alibi_slopes, sinks,
+                                       rng_state, packing, scoring, need_dmask, need_dsinks);
+  return {outputs[0], outputs[1], outputs[2], outputs[3], outputs[4]};
+}
+
 Gradients attention_backward_autograd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& query,
                                       const Tensor& key, const Tensor& value, const Tensor& out, const Tensor& lse,
                                       const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
                                       const OptionalTensor& sinks, const OptionalTensor& rng_state, double dropout_p,
                                       bool is_causal, double scale, SymInt window_left, SymInt window_right,
                                       bool bottom_right, double softcap, bool need_dmask, bool need_dsinks) {
-  const Scoring scoring{dropout_p,    is_causal, scale, std::move(window_left), std::move(window_right),
-                        bottom_right, softcap};
-  const Tensor mask = or_undefined(attn_mask), sink_logits = or_undefined(sinks), lse_gradient = or_undefined(dlse);
-  if (!differentiates({&dout, &lse_gradient, &query, &key, &value, &out, &lse, &mask, &sink_logits})) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return call_attention_backward(dout, dlse, query, key, value, out, lse, attn_mask, alibi_slopes, sinks, rng_state,
-                                   scoring, need_dmask, need_dsinks);
-  }
-  variable_list outputs =
-      AttentionBackwardFunction::apply(dout, dlse, query, key, value, out, lse, attn_mask, alibi_slopes, sinks,
-                                       rng_state, scoring, need_dmask, need_dsinks);
-  return {outputs[0], outputs[1], outputs[2], outputs[3], outputs[4]};
+  return once_differentiable_backward(
+      dout, dlse, query, key, value, out, lse, attn_mask, alibi_slopes, sinks, rng_state, Packing{},
+      {dropout_p, is_causal, scale, std::move(window_left), std::move(window_right), bottom_right, softcap}, need_dmask,
+      need_dsinks);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_attention_backward_autograd(
+    const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, SymInt max_seqlen_q,
+    SymInt max_seqlen_k, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+    const OptionalTensor& rng_state, double dropout_p, bool is_causal, double scale, SymInt window_left,
+    SymInt window_right, bool bottom_right, double softcap, bool need_dsinks) {
+  auto [dq, dk, dv, dmask, dsinks] = once_differentiable_backward(
+      dout, dlse, query, key, value, out, lse, std::nullopt, alibi_slopes, sinks, rng_state,
+      {cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k)},
+      {dropout_p, is_causal, scale, std::move(window_left), std::move(window_right), bottom_right, softcap},
+      /*need_dmask=*/false, need_dsinks);
+  return {dq, dk, dv, dsinks};
 }
 
 // --- attention_weights -----------------------------------------------------------------------------------------------
@@ -287,6 +370,8 @@ Tensor attention_weights_autograd(const Tensor& query, const Tensor& key, const 
 TORCH_LIBRARY_IMPL(fastattn, Autograd, m) {
   m.impl("attention", &attention_autograd);
   m.impl("attention_backward", &attention_backward_autograd);
+  m.impl("varlen_attention", &varlen_attention_autograd);
+  m.impl("varlen_attention_backward", &varlen_attention_backward_autograd);
   m.impl("attention_weights", &attention_weights_autograd);
 }
 

@@ -4,6 +4,7 @@
 // Work:    a task is one (batch, kv head) with its group of query heads; where there are too few of those for the
 // threads,
 //          one block of keys of it. Keys are the outer loop, so dk and dv are complete when a block of keys is.
+//          Of packed sequences the tasks with most work go first.
 // Memory:  a block of keys with its transposed copies stays in L2 while the rows of the heads stream past it; the tiles
 // of
 //          p and ds stay in L1. Operands that are not rows of T without gaps are copied and padded.
@@ -17,6 +18,7 @@
 #include "attention/attention_bwd_mask_cpu.h"
 #include "attention/attention_bwd_tile_cpu.h"
 #include "attention/attention_pack_cpu.h"
+#include "attention/attention_packed_cpu.h"
 #include "attention/ordered_turns.h"
 #include "common/dropout_cpu.h"
 #include "common/parallel.h"
@@ -61,18 +63,20 @@ class AttentionBackward {
         band_(make_band(params)),
         dropout_(make_dropout(params.dropout_p, params.rng_state)),
         group_(params.heads / params.heads_kv),
-        query_blocks_((params.seqlen_q + kTileQueries - 1) / kTileQueries),
         width_(whole_vectors<T>(params.head_dim)),
         width_v_(whole_vectors<T>(params.head_dim_v)),
         depth_(elements_for<Operand>(params.head_dim)),
         depth_v_(elements_for<Operand>(params.head_dim_v)) {
-    const int64_t tiles = (p_.seqlen_k + kTileKeys - 1) / kTileKeys, pairs = p_.batch * p_.heads_kv;
+    // Of packed sequences, as many as there were if all had the greatest length.
+    const int64_t entries = is_packed(p_) ? (p_.packed_q.total + p_.seqlen_q - 1) / p_.seqlen_q : p_.batch;
+    const int64_t pairs = entries * p_.heads_kv;
     threads_ = max_threads();
-    splits_ = threads_ > 1 && pairs % threads_ != 0 && pairs < 4 * threads_ && tiles > 1;
+    splits_ = threads_ > 1 && pairs % threads_ != 0 && pairs < 4 * threads_ && p_.seqlen_k > kTileKeys;
     // About 256 KiB of keys, values and their gradients; small blocks where threads share a head, to start them early.
     const int64_t widest = max_of(width_, width_v_);
     block_tiles_ = splits_ ? 1 : widest <= 64 ? 4 : widest <= 128 ? 2 : 1;
-    key_blocks_ = (tiles + block_tiles_ - 1) / block_tiles_;
+    count_blocks();
+    most_query_blocks_ = query_blocks_;
   }
 
   void run() {
@@ -82,28 +86,35 @@ class AttentionBackward {
     ScratchCursor cursor(shared.piece(0));
     take_shared(cursor);
     const MaskGradient<T> mask(p_, mask_partials_);
-    const int64_t rows = p_.batch * p_.heads * query_blocks_;
+    const int64_t rows = p_.batch * p_.heads * most_query_blocks_;
     set_zero(mask_partials_, MaskGradient<T>::partial_count(p_));
+    if (p_.dsinks) set_zero(sink_partials_, rows);
     if (splits_) set_zero(dq_counters_, rows);
     if (mask.takes_turns()) set_zero(mask_counters_, mask_counter_count());
 
     if (splits_) {
-      for (int64_t i = 0; i < p_.batch * p_.heads; ++i) point_at_tensors(shared_heads_[i], i / p_.heads, i % p_.heads);
+      for (int64_t i = 0; i < p_.batch * p_.heads; ++i) {
+        entry(i / p_.heads).point_at_tensors(shared_heads_[i], i / p_.heads, i % p_.heads);
+      }
       parallel_tasks(rows, [&](int64_t task, int) {
-        const int64_t batch_head = task / query_blocks_;
-        prepare_rows(shared_heads_[batch_head], batch_head / p_.heads, batch_head % p_.heads, task % query_blocks_);
+        const int64_t batch_head = task / most_query_blocks_, block = task % most_query_blocks_;
+        const AttentionBackward one = entry(batch_head / p_.heads);
+        if (block >= one.query_blocks_) return;
+        one.prepare_rows(shared_heads_[batch_head], batch_head / p_.heads, batch_head % p_.heads, block);
       });
     }
     ScratchCursor thread_size(nullptr);
     take_thread(thread_size);
     Scratch threads(threads_, thread_size.bytes());
-    const int64_t blocks_a_task = splits_ ? 1 : key_blocks_, tasks_a_pair = key_blocks_ / blocks_a_task;
-    parallel_tasks(p_.batch * p_.heads_kv * tasks_a_pair, [&](int64_t task, int thread) {
+    const EntryTasks tasks(p_, [&](int64_t batch) { return p_.heads_kv * entry(batch).tasks_a_pair(); });
+    parallel_tasks(tasks.count(), [&](int64_t number, int thread) {
       ScratchCursor thread_cursor(threads.piece(thread));
-      run_task(take_thread(thread_cursor), mask, task / tasks_a_pair, task % tasks_a_pair, blocks_a_task);
+      const EntryTask task = tasks.at(number);
+      entry(task.batch).run_task(take_thread(thread_cursor), mask, task);
     });
     mask.reduce();
     if (p_.dsinks) reduce_sinks();
+    if (is_packed(p_)) clear_all_gaps();
   }
 
  private:
@@ -115,6 +126,22 @@ class AttentionBackward {
     Head* heads;
   };
   static constexpr int64_t kTileElements = int64_t{kTileQueries} * kTileKeys;
+
+  // The kernel of one batch entry.
+  AttentionBackward entry(int64_t batch) const {
+    AttentionBackward one = *this;
+    narrow_to_entry(one.p_, batch);
+    one.band_ = make_band(one.p_);
+    one.count_blocks();
+    return one;
+  }
+  // A sequence without keys has one block without keys, for dq.
+  void count_blocks() {
+    const int64_t tiles = (p_.seqlen_k + kTileKeys - 1) / kTileKeys;
+    query_blocks_ = (p_.seqlen_q + kTileQueries - 1) / kTileQueries;
+    key_blocks_ = max_of<int64_t>(1, (tiles + block_tiles_ - 1) / block_tiles_);
+  }
+  int64_t tasks_a_pair() const { return splits_ ? key_blocks_ : 1; }
 
   // The kernels can work on the tensor itself if it is made of T and its rows are whole vectors without gaps: a power
   // of two between rows would put them all into a few sets of L1.
@@ -130,10 +157,13 @@ class AttentionBackward {
   void take_shared(ScratchCursor& cursor) {
     const int64_t heads = p_.batch * p_.heads;
     mask_partials_ = cursor.take<T>(MaskGradient<T>::partial_count(p_));
-    sink_partials_ = cursor.take<double>(p_.dsinks ? heads * query_blocks_ : 0);
+    sink_partials_ = cursor.take<double>(p_.dsinks ? heads * most_query_blocks_ : 0);
     mask_counters_ = cursor.take<int32_t>(MaskGradient<T>::sharers(p_) > 1 && p_.dmask ? mask_counter_count() : 0);
-    dq_counters_ = cursor.take<int32_t>(splits_ ? heads * query_blocks_ : 0);
-    shared_heads_ = splits_ ? take_heads(cursor, heads) : nullptr;
+    dq_counters_ = cursor.take<int32_t>(splits_ ? heads * most_query_blocks_ : 0);
+    shared_heads_ = cursor.take<Head>(splits_ ? heads : 0);
+    for (int64_t batch = 0; splits_ && batch < p_.batch; ++batch) {
+      entry(batch).take_rows(cursor, shared_heads_ ? shared_heads_ + batch * p_.heads : nullptr, p_.heads);
+    }
   }
 
   Rows<const Operand> take_left(ScratchCursor& cursor, const AttentionTensor& tensor, int64_t columns) const {
@@ -141,8 +171,8 @@ class AttentionBackward {
     return {cursor.take<Operand>(is_left(tensor, columns) ? 0 : p_.seqlen_q * width), width};
   }
 
-  Head* take_heads(ScratchCursor& cursor, int64_t count) const {
-    Head* heads = cursor.take<Head>(count);
+  // Memory for the rows of `count` heads; with heads == nullptr it is only counted.
+  void take_rows(ScratchCursor& cursor, Head* heads, int64_t count) const {
     const int64_t pairs = kPairs ? elements_for<Operand>(p_.seqlen_q) : 0;
     for (int64_t i = 0; i < count; ++i) {
       Head head;
@@ -155,7 +185,6 @@ class AttentionBackward {
       head.delta = cursor.take<T>(p_.seqlen_q);
       if (heads) heads[i] = head;
     }
-    return heads;
   }
 
   ThreadArrays take_thread(ScratchCursor& cursor) const {
@@ -171,7 +200,8 @@ class AttentionBackward {
     arrays.k = cursor.take<Operand>(is_direct(p_.k, p_.head_dim) ? 0 : keys / kTerms<Operand> * width_);
     arrays.dk = cursor.take<T>(is_direct(p_.dk, p_.head_dim) ? 0 : keys * width_);
     arrays.dv = cursor.take<T>(is_direct(p_.dv, p_.head_dim_v) ? 0 : keys * width_v_);
-    arrays.heads = splits_ ? nullptr : take_heads(cursor, group_);
+    arrays.heads = cursor.take<Head>(splits_ ? 0 : group_);
+    if (!splits_) take_rows(cursor, arrays.heads, group_);
     return arrays;
   }
 
@@ -239,7 +269,7 @@ class AttentionBackward {
   }
 
   void prepare_statistics(const Head& head, int64_t batch, int64_t head_index, int64_t row0, int rows) const {
-    const int64_t first = (batch * p_.heads + head_index) * p_.seqlen_q + row0;
+    const int64_t first = lse_offset(p_, batch, head_index) + row0;
     const T* lse = static_cast<const T*>(p_.lse) + first;
     const T* dlse = p_.dlse ? static_cast<const T*>(p_.dlse) + first : nullptr;
     alignas(64) T dots[kTileQueries];
@@ -257,12 +287,11 @@ class AttentionBackward {
         dsink -= __builtin_exp(static_cast<const T*>(p_.sinks)[head_index] - static_cast<double>(lse[r])) * delta;
       }
     }
-    if (p_.dsinks) sink_partials_[(batch * p_.heads + head_index) * query_blocks_ + row0 / kTileQueries] = dsink;
+    if (p_.dsinks) sink_partials_[(batch * p_.heads + head_index) * most_query_blocks_ + row0 / kTileQueries] = dsink;
   }
 
-  void run_task(const ThreadArrays& arrays, const MaskGradient<T>& mask, int64_t pair, int64_t first_block,
-                int64_t blocks) const {
-    const int64_t batch = pair / p_.heads_kv, head_kv = pair % p_.heads_kv;
+  void run_task(const ThreadArrays& arrays, const MaskGradient<T>& mask, EntryTask task) const {
+    const int64_t batch = task.batch, head_kv = task.index / tasks_a_pair();
     Head* heads = splits_ ? shared_heads_ + batch * p_.heads + head_kv * group_ : arrays.heads;
     if (!splits_) {
       for (int64_t g = 0; g < group_; ++g) {
@@ -272,7 +301,9 @@ class AttentionBackward {
         }
       }
     }
-    for (int64_t block = first_block; block < first_block + blocks; ++block) {
+    const int64_t first_block = splits_ ? task.index % key_blocks_ : 0,
+                  end_block = splits_ ? first_block + 1 : key_blocks_;
+    for (int64_t block = first_block; block < end_block; ++block) {
       run_block(arrays, mask, heads, batch, head_kv, block);
     }
   }
@@ -314,7 +345,7 @@ class AttentionBackward {
                 const Keys& first, int64_t batch, int64_t head_index, int64_t block) const {
     const HeadScores<T> scores = make_head_scores<T>(p_, batch, head_index);
     const int64_t batch_head = batch * p_.heads + head_index;
-    const OrderedTurns dq_turns(splits_ ? dq_counters_ + batch_head * query_blocks_ : nullptr);
+    const OrderedTurns dq_turns(splits_ ? dq_counters_ + batch_head * most_query_blocks_ : nullptr);
     const OrderedTurns mask_turns(
         mask.takes_turns() ? mask_counters_ + (mask.place(batch, head_index) * key_blocks_ + block) * query_blocks_
                            : nullptr);
@@ -381,26 +412,34 @@ class AttentionBackward {
     for (int64_t head = 0; head < p_.heads; ++head) {
       double sum = 0;
       for (int64_t batch = 0; batch < p_.batch; ++batch) {
-        for (int64_t block = 0; block < query_blocks_; ++block) {
-          sum += sink_partials_[(batch * p_.heads + head) * query_blocks_ + block];
+        for (int64_t block = 0; block < most_query_blocks_; ++block) {
+          sum += sink_partials_[(batch * p_.heads + head) * most_query_blocks_ + block];
         }
       }
       static_cast<T*>(p_.dsinks)[head] = static_cast<T>(sum);
     }
   }
 
-  const AttentionBwdParams& p_;
-  const Band band_;
-  const Dropout dropout_;
-  const int64_t group_, query_blocks_;
+  // Gradients of rows and keys that no sequence has are 0.
+  void clear_all_gaps() const {
+    clear_gaps(p_.dq, p_.dtype, p_.heads, p_.head_dim, p_.packed_q, p_.batch, p_.seqlen_q);
+    clear_gaps(p_.dk, p_.dtype, p_.heads_kv, p_.head_dim, p_.packed_k, p_.batch, p_.seqlen_k);
+    clear_gaps(p_.dv, p_.dtype, p_.heads_kv, p_.head_dim_v, p_.packed_k, p_.batch, p_.seqlen_k);
+  }
+
+  AttentionBwdParams p_;  // of the call, or of one of its sequences
+  Band band_;
+  Dropout dropout_;
+  int64_t group_;
   // Rows of q, k and of v, out in whole vectors.
-  const int64_t width_, width_v_;
+  int64_t width_, width_v_;
   // How many elements of Operand hold head_dim and head_dim_v terms.
-  const int64_t depth_, depth_v_;
+  int64_t depth_, depth_v_;
   int threads_;
   // True: threads share the heads, each working on other keys.
   bool splits_;
-  int64_t block_tiles_, key_blocks_;
+  int64_t block_tiles_, key_blocks_, query_blocks_;
+  int64_t most_query_blocks_;  // of the longest sequence
 
   T* mask_partials_ = nullptr;
   double* sink_partials_ = nullptr;

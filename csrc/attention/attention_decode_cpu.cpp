@@ -9,6 +9,7 @@
 
 #include "attention/attention_finish_cpu.h"
 #include "attention/attention_pack_cpu.h"
+#include "attention/attention_packed_cpu.h"
 #include "attention/attention_scores_cpu.h"
 #include "attention/attention_tile_cpu.h"
 #include "common/parallel.h"
@@ -93,11 +94,12 @@ struct Workspace {
 template <typename T, typename Element>
 struct Decode {
   using V = Vec<T>;
-  const AttentionParams& p;
+  AttentionParams p;  // of the call, or of one of its sequences
   Dropout dropout;
   int64_t group, heads_per_task, parts, slices, slice_tiles;
   int depth, columns;
-  // Each slice's unfinished rows: (batch, heads, seqlen_q, slices) x (columns, then largest and sum).
+  // Each slice's unfinished rows: (batch, heads, most_queries, slices) x (columns, then largest and sum).
+  int64_t most_queries;
   int64_t partial_elems;
   T* partials = nullptr;
 
@@ -113,6 +115,14 @@ struct Decode {
     slice_tiles = max_of((tiles + wanted - 1) / wanted, kShortestSlice / kTileKeys);
     slices = (tiles + slice_tiles - 1) / slice_tiles;
     partial_elems = columns + 2;
+    most_queries = p.seqlen_q;
+  }
+
+  // The kernel of one batch entry. Of packed sequences, each has as many slices as the longest; the last may be empty.
+  Decode entry(int64_t batch) const {
+    Decode one = *this;
+    narrow_to_entry(one.p, batch);
+    return one;
   }
 
   void run() {
@@ -125,13 +135,17 @@ struct Decode {
       Workspace<T> w;
       w.take(ScratchCursor(scratch.piece(thread)), depth, columns);
       const int64_t slice = task % slices, part = task / slices % parts, kv_head = task / slices / parts;
-      run_slice(w, kv_head / p.heads_kv, kv_head % p.heads_kv, part, slice);
+      entry(kv_head / p.heads_kv).run_slice(w, kv_head / p.heads_kv, kv_head % p.heads_kv, part, slice);
     });
     if (slices > 1) {
       parallel_ranges(rows, 16, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) join_slices(row);
+        for (int64_t row = begin; row < end; ++row) {
+          const int64_t batch_head = row / most_queries;
+          entry(batch_head / p.heads).join_slices(batch_head, row % most_queries);
+        }
       });
     }
+    if (is_packed(p)) finish_gaps<T>(p);
   }
 
   void run_slice(Workspace<T>& w, int64_t batch, int64_t kv_head, int64_t part, int64_t slice) {
@@ -157,7 +171,7 @@ struct Decode {
       if (slices == 1) {
         finish_row<T, Element>(p, batch, head, query, statistics, dropout.keep_scale, out);
       } else {
-        T* partial = partials + (((batch * p.heads + head) * p.seqlen_q + query) * slices + slice) * partial_elems;
+        T* partial = partials + (((batch * p.heads + head) * most_queries + query) * slices + slice) * partial_elems;
         for (int c = 0; c < columns && !first; ++c) partial[c] = out[c];
         partial[columns] = static_cast<T>(statistics.largest);
         partial[columns + 1] = static_cast<T>(statistics.sum);
@@ -249,8 +263,9 @@ struct Decode {
   }
 
   // The slices of one row, brought to the scale of the largest score.
-  void join_slices(int64_t row) const {
-    T* partial = partials + row * slices * partial_elems;
+  void join_slices(int64_t batch_head, int64_t query) const {
+    if (query >= p.seqlen_q) return;
+    T* partial = partials + (batch_head * most_queries + query) * slices * partial_elems;
     RowStatistics all;
     for (int64_t s = 0; s < slices; ++s) {
       const T* statistics = partial + s * partial_elems + columns;
@@ -266,9 +281,7 @@ struct Decode {
       const V scale = V::set1(static_cast<T>(factor));
       for (int c = 0; c < columns; c += V::kLanes) fma(V::load(slice + c), scale, V::load(out + c)).store(out + c);
     }
-    const int64_t batch_head = row / p.seqlen_q;
-    finish_row<T, Element>(p, batch_head / p.heads, batch_head % p.heads, row % p.seqlen_q, all, dropout.keep_scale,
-                           out);
+    finish_row<T, Element>(p, batch_head / p.heads, batch_head % p.heads, query, all, dropout.keep_scale, out);
   }
 };
 

@@ -5,6 +5,7 @@
 
 #include "attention/attention.h"
 #include "attention/attention_pack_cpu.h"
+#include "attention/packed.h"
 #include "common/simd.h"
 
 namespace fastattn {
@@ -53,7 +54,7 @@ FASTATTN_INLINE void finish_row(const AttentionParams& p, int64_t batch, int64_t
       largest = both;
     }
   }
-  T* lse = static_cast<T*>(p.lse) + (batch * p.heads + head) * p.seqlen_q;
+  T* lse = static_cast<T*>(p.lse) + lse_offset(p, batch, head);
   lse[row] = static_cast<T>(sum == 0 ? -kInfinity : largest + __builtin_log(sum));
   store_row(head_of<Element>(p.out, batch, head) + row * p.out.stride_row, src, static_cast<int>(p.head_dim_v),
             static_cast<T>(sum == 0 ? 0 : factor / sum));

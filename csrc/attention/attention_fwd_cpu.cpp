@@ -1,5 +1,7 @@
 // Forward attention on the CPU:  out = softmax(scores) v,   lse = log-sum-exp of each row's scores.
 // Work:    one task per (batch, head, range of rows); inside, blocks of kBlockRows rows visit the key tiles they see.
+// Of
+//          packed sequences the tasks with most work go first.
 // Memory:  keys are packed (transposed) tile by tile when a thread first needs them and kept while it stays with the
 // same
 //          kv head; a block's queries, probabilities and unfinished output live in L1 and L2.
@@ -12,6 +14,7 @@
 #include "attention/attention_decode_cpu.h"
 #include "attention/attention_finish_cpu.h"
 #include "attention/attention_pack_cpu.h"
+#include "attention/attention_packed_cpu.h"
 #include "attention/attention_scores_cpu.h"
 #include "attention/attention_tile_cpu.h"
 #include "common/parallel.h"
@@ -66,9 +69,9 @@ template <typename T, typename Element, typename Operand = T>
 struct Forward {
   using V = Vec<T>;
   using Arrays = Workspace<T, Operand>;
-  const AttentionParams& p;
+  AttentionParams p;  // of the call, or of one of its sequences
   Dropout dropout;
-  int64_t group, tiles, slots, columns, rows_per_task, tasks_per_head;
+  int64_t group, tiles, slots, most_slots, columns, tile_bytes, rows_per_task;
   int depth;
   bool packs_values;
 
@@ -79,41 +82,63 @@ struct Forward {
     columns = whole_vectors<T>(p.head_dim_v);
     // Values can be read in place if their rows are whole vectors of T and lie together.
     packs_values = !std::is_same_v<Operand, Element> || columns != p.head_dim_v || p.v.stride_row != columns;
-    tiles = (p.seqlen_k + kTileKeys - 1) / kTileKeys;
     const int64_t tile_elements = (depth + (packs_values ? columns / kTerms<Operand> : 0)) * kTileKeys;
-    const int64_t tile_bytes = tile_elements * static_cast<int64_t>(sizeof(Operand));
-    slots = tiles * tile_bytes <= kPackedBytes ? tiles : 1;
+    tile_bytes = tile_elements * static_cast<int64_t>(sizeof(Operand));
+    plan_keys();
+    // A sequence shorter than the longest may keep its tiles where the longest cannot.
+    most_slots = is_packed(p) ? max_of<int64_t>(slots, min_of(tiles, kPackedBytes / tile_bytes)) : slots;
     plan_tasks();
+  }
+
+  void plan_keys() {
+    tiles = (p.seqlen_k + kTileKeys - 1) / kTileKeys;
+    slots = tiles * tile_bytes <= kPackedBytes ? tiles : 1;
   }
 
   // Whole heads where that keeps all threads busy: each of a head's tasks may have to pack its keys once more.
   void plan_tasks() {
-    const int64_t heads = p.batch * p.heads, threads = max_threads();
+    // Of packed sequences, as many as there were if all had the greatest length.
+    const int64_t entries = is_packed(p) ? (p.packed_q.total + p.seqlen_q - 1) / p.seqlen_q : p.batch;
+    const int64_t heads = entries * p.heads, threads = max_threads();
     const int64_t blocks = (p.seqlen_q + kBlockRows - 1) / kBlockRows;
     const bool heads_balance = heads % threads == 0 || heads >= 8 * threads;
     const int64_t wanted = heads_balance ? 1 : (8 * threads + heads - 1) / heads;
     constexpr int64_t kMostBlocks = 6;
     int64_t blocks_per_task = max_of<int64_t>(1, min_of<int64_t>(kMostBlocks, blocks / wanted));
     rows_per_task = blocks_per_task * kBlockRows;
-    tasks_per_head = (p.seqlen_q + rows_per_task - 1) / rows_per_task;
+  }
+  int64_t tasks_per_head() const { return (p.seqlen_q + rows_per_task - 1) / rows_per_task; }
+
+  // The kernel of one batch entry.
+  Forward entry(int64_t batch) const {
+    Forward one = *this;
+    narrow_to_entry(one.p, batch);
+    one.plan_keys();
+    return one;
   }
 
   void run() {
     const int threads = max_threads();
-    const Scratch scratch(threads, Arrays::bytes(slots, depth, columns, packs_values));
+    const Scratch scratch(threads, Arrays::bytes(most_slots, depth, columns, packs_values));
     for (int thread = 0; thread < threads; ++thread) *workspace(scratch, thread).kv_head = -1;
-    parallel_tasks(p.batch * p.heads * tasks_per_head, [&](int64_t task, int thread) {
-      Arrays w = workspace(scratch, thread);
-      const int64_t head = task / tasks_per_head;
-      // The last rows see most under a causal mask, so they go first.
-      const int64_t range = tasks_per_head - 1 - task % tasks_per_head;
-      const int64_t end = min_of(p.seqlen_q, (range + 1) * rows_per_task);
-      run_rows(w, head / p.heads, head % p.heads, {range * rows_per_task, end});
+    const EntryTasks tasks(p, [&](int64_t batch) { return p.heads * entry(batch).tasks_per_head(); });
+    parallel_tasks(tasks.count(), [&](int64_t number, int thread) {
+      const EntryTask task = tasks.at(number);
+      entry(task.batch).run_task(workspace(scratch, thread), task);
     });
+    if (is_packed(p)) finish_gaps<T>(p);
+  }
+
+  void run_task(Arrays w, EntryTask task) {
+    const int64_t ranges = tasks_per_head();
+    // The last rows see most under a causal mask, so they go first.
+    const int64_t range = ranges - 1 - task.index % ranges;
+    run_rows(w, task.batch, task.index / ranges,
+             {range * rows_per_task, min_of(p.seqlen_q, (range + 1) * rows_per_task)});
   }
 
   FASTATTN_INLINE Arrays workspace(const Scratch& scratch, int thread) const {
-    return Arrays(ScratchCursor(scratch.piece(thread)), slots, depth, columns, packs_values);
+    return Arrays(ScratchCursor(scratch.piece(thread)), most_slots, depth, columns, packs_values);
   }
 
   void run_rows(Arrays& w, int64_t batch, int64_t head, IndexRange range) {

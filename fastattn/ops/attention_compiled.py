@@ -12,6 +12,7 @@ from fastattn.dispatch import refuses_device
 
 if TYPE_CHECKING:
     from fastattn.ops.attention import AttentionCall
+    from fastattn.ops.varlen_attention import VarlenCall
 
 _CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 _CUDA_DTYPES = frozenset({torch.bfloat16, torch.float16})
@@ -60,6 +61,12 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return torch.ops.fastattn.attention(*call)
 
 
+def run_varlen(call: VarlenCall) -> tuple[Tensor, Tensor]:
+    if call.alibi_slopes is not None:
+        call = call._replace(alibi_slopes=call.alibi_slopes.float())
+    return torch.ops.fastattn.varlen_attention(*call)
+
+
 def run_weights(call: AttentionCall, lse: Tensor, average_heads: bool) -> Tensor:
     slopes = None if call.alibi_slopes is None else call.alibi_slopes.float()
     return torch.ops.fastattn.attention_weights(
@@ -76,6 +83,11 @@ def empty_rows(like: Tensor, head_dim: int) -> Tensor:
     if like.stride(1) < like.stride(2):
         return like.new_empty(batch, seqlen, heads, head_dim).transpose(1, 2)
     return like.new_empty(batch, heads, seqlen, head_dim)
+
+
+def _empty_packed_rows(like: Tensor, head_dim: int) -> Tensor:
+    """(total, heads, head_dim), laid out as the same rows of a dense batch would be."""
+    return empty_rows(like.transpose(0, 1)[None], head_dim)[0].transpose(0, 1)
 
 
 def _statistics_dtype(query: Tensor) -> torch.dtype:
@@ -97,6 +109,19 @@ if extension is not None:
         dsinks = sinks.new_empty(sinks.shape) if need_dsinks else query.new_empty(0)
         dk, dv = empty_rows(key, key.shape[3]), empty_rows(value, value.shape[3])
         return empty_rows(query, query.shape[3]), dk, dv, dmask, dsinks
+
+    @torch.library.register_fake("fastattn::varlen_attention")
+    def _(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, rng_state,
+          dropout_p, is_causal, scale, window_left, window_right, bottom_right, softcap):  # fmt: skip
+        lse = query.new_empty(query.shape[1], query.shape[0], dtype=_statistics_dtype(query))
+        return _empty_packed_rows(query, value.shape[2]), lse
+
+    @torch.library.register_fake("fastattn::varlen_attention_backward")
+    def _(dout, dlse, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+          alibi_slopes, sinks, rng_state, dropout_p, is_causal, scale, window_left, window_right, bottom_right, softcap,
+          need_dsinks):  # fmt: skip
+        dsinks = sinks.new_empty(sinks.shape) if need_dsinks else query.new_empty(0)
+        return *(_empty_packed_rows(x, x.shape[2]) for x in (query, key, value)), dsinks
 
     @torch.library.register_fake("fastattn::attention_weights")
     def _(query, key, lse, attn_mask, alibi_slopes, rng_state, dropout_p, is_causal, scale, window_left, window_right,

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.dispatch import select
+from fastattn.dispatch import Kernel, select
 from fastattn.ops import attention_checks as checks
+from fastattn.ops import attention_compiled as compiled
 from fastattn.ops.attention import AttentionCall, kernels_around
 from fastattn.ops.philox import draw_rng_state
 
@@ -252,4 +253,15 @@ def with_diagonals(call: AttentionCall, visible: Tensor, diagonal: Tensor) -> At
     return call._replace(attn_mask=mask, alibi_slopes=None, is_causal=False, window_left=-1, window_right=-1)
 
 
-dispatch.register("varlen_attention", *kernels_around(_run_padded), prepare=_prepare)
+# --- The table -------------------------------------------------------------------------------------------------------
+
+_CUDA, _TRITON, _CPU, _EAGER, _EMULATED = kernels_around(_run_padded)
+dispatch.register(
+    "varlen_attention",
+    _CUDA,
+    _TRITON,
+    Kernel("cpu", compiled.refuses_cpu, compiled.run_varlen),
+    _EAGER,
+    _EMULATED,
+    prepare=_prepare,
+)
