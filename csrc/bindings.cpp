@@ -1,5 +1,5 @@
-// The pybind11 module fastattn._C: facts about the build and the processor, the emulator's switch, the short way to
-// int8_linear. Importing it also loads the ops of ops.cpp.
+// The pybind11 module fastattn._C: facts about the build and the processor, the emulator's switch, the short ways
+// to ops. Importing it also loads the ops of ops.cpp.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,6 +13,7 @@
 #include "common/isa.h"
 #include "int8_matmul/int8_linear_bindings.h"
 #include "layer_norm/layer_norm_bindings.h"
+#include "linear/linear_bindings.h"
 
 namespace fastattn {
 namespace {
@@ -97,4 +98,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   fastattn::bind_emulator(m);
   fastattn::bind_int8_linear(m);
   fastattn::bind_layer_norm(m);
+  fastattn::bind_linear(m);
 }

@@ -72,6 +72,11 @@ TORCH_LIBRARY(fastattn, m) {
       "bool need_dbias, ScalarType? bias_dtype, ScalarType input_dtype) -> "
       "(Tensor dinput, Tensor dresidual, Tensor dweight, Tensor dbias)");
 
+  // --- linear ---
+  // activation(input @ weight^T + bias) of input (..., K), weight (N, K), bias (N,), all of one dtype; made for few
+  // rows on the CPU, where reading the weight takes all the time. Has no backward.
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias, str activation) -> Tensor");
+
   // --- int8_matmul ---
   // (..., K) -> q (..., K) int8 and scale (...) fp32; input ~ q * scale.
   m.def("quantize_int8(Tensor input) -> (Tensor q, Tensor scale)");

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastattn._joint_projection import JointProjection
-from fastattn.modules import Int8Linear, LayerNorm, RMSNorm
+from fastattn.modules import Int8Linear, LayerNorm, Linear, RMSNorm
 from fastattn.modules_foreign import ForeignNorm, conv1d_as_linear, is_conv1d, looks_like_norm, norm_swap
 from fastattn.multi_head_attention import MultiHeadAttention
 
-_OURS = (MultiHeadAttention, LayerNorm, RMSNorm, ForeignNorm, Int8Linear)
+_OURS = (MultiHeadAttention, LayerNorm, RMSNorm, ForeignNorm, Linear, Int8Linear)
 
 # Linear layers with fewer inputs or outputs are left in floats: routers, gates and classifiers, whose precision counts
 # and which the INT8 kernels, with tiles of 16 outputs, would not make faster.
@@ -34,6 +34,7 @@ def accelerate(
     attention: bool = True,
     layer_norm: bool = True,
     int8: bool = False,
+    linear: bool = False,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     verbose: bool | None = None,
 ) -> nn.Module:
@@ -54,6 +55,9 @@ def accelerate(
             attention likewise. For inference: the weights take no gradient, ``state_dict`` holds INT8. ``restore`` has
             the float weights. Without ``filter_fn`` the output head (a layer called lm_head, returned by the model's
             ``get_output_embeddings`` or tied to an embedding) and layers with fewer than 16 inputs or outputs are left.
+        linear: ``nn.Linear`` -> a subclass that runs on the CPU's own kernel in inference: in float32 for any number of
+            rows where MKL has no AVX-512 kernels for the processor, else for the few of a decoder's step; where both
+            are asked for, ``int8`` has it.
         filter_fn: ``filter_fn(module, name)`` is asked about each module that fits; True = swap.
         verbose: what is printed: a line that counts what is swapped and left; True = the whole report, False = nothing.
     Returns: ``model``.
@@ -63,7 +67,7 @@ def accelerate(
     left: dict[str, str] = {}
     heads = _output_heads(model) if int8 and filter_fn is None else set()
     for name, module in list(model.named_modules()):
-        swap = _fitting_swap(module, attention, layer_norm, int8)
+        swap = _fitting_swap(module, attention, layer_norm, int8, linear)
         if callable(swap) and filter_fn is None:
             swap = _reason_to_keep_floats(module, name, heads, swap) if swap in _INT8_LINEARS else swap
         elif callable(swap) and filter_fn is not None and not filter_fn(module, name):
@@ -87,16 +91,11 @@ def restore(model: nn.Module) -> nn.Module:
 
     Modules that became INT8 get their float weights back. Returns ``model``.
     """
-    for module in list(model.modules()):
-        for before in reversed(module.__dict__.pop(_UNDO, [])):
-            placement = _placement(module)
-            for name in before.added:
-                del module.__dict__[name]
-            module.__dict__.update(before.replaced)
-            module.__class__ = before.cls
-            if "_parameters" in before.replaced:
-                # The model may have been moved or converted while it did not have these.
-                module.to(**placement)
+    # Again, because a restored module may have swapped ones inside that the model did not show meanwhile.
+    while swapped := [module for module in model.modules() if _UNDO in module.__dict__]:
+        for module in swapped:
+            for before in reversed(module.__dict__.pop(_UNDO)):
+                _undo(module, before)
     model.__dict__.pop(_LEFT, None)
     return model
 
@@ -185,6 +184,23 @@ def _become(module: nn.Module, cls: type[nn.Module], attributes: dict[str, Any])
     module.__class__ = cls
 
 
+def _undo(module: nn.Module, before: _Before) -> None:
+    placement = _placement(module)
+    for name in before.added:
+        del module.__dict__[name]
+    module.__dict__.update(before.replaced)
+    module.__class__ = before.cls
+    if "_parameters" in before.replaced:
+        # The model may have been moved or converted while it did not have these.
+        module.to(**placement)
+
+
+def _class_before(module: nn.Module) -> type[nn.Module]:
+    """What a module was before its swaps, if it was swapped."""
+    before = module.__dict__.get(_UNDO)
+    return before[0].cls if before else type(module)
+
+
 def _placement(module: nn.Module) -> dict[str, Any]:
     """Where a module is, and the dtype of its floating parameters, as far as it has any."""
     devices = [tensor.device for tensor in module.buffers()]
@@ -197,7 +213,7 @@ def _placement(module: nn.Module) -> dict[str, Any]:
 _Swap = Callable[[Any], tuple[type[nn.Module], dict[str, Any]]]
 
 
-def _fitting_swap(module: nn.Module, attention: bool, layer_norm: bool, int8: bool) -> _Swap | str | None:
+def _fitting_swap(module: nn.Module, attention: bool, layer_norm: bool, int8: bool, linear: bool) -> _Swap | str | None:
     """How to swap ``module``, the reason to leave it, or None if nobody would expect it to be swapped."""
     kind = type(module)
     if attention and int8 and kind in (nn.MultiheadAttention, MultiHeadAttention):
@@ -211,12 +227,14 @@ def _fitting_swap(module: nn.Module, attention: bool, layer_norm: bool, int8: bo
     elif layer_norm and looks_like_norm(module):
         attributes = norm_swap(module)
         swap = attributes if isinstance(attributes, str) else _foreign_norm
-    elif int8 and kind is nn.Linear:
+    elif int8 and kind in (nn.Linear, Linear) and _class_before(module) is not NonDynamicallyQuantizableLinear:
         swap = _int8_linear
     elif int8 and is_conv1d(module):
         swap = _int8_conv1d
+    elif linear and kind in (nn.Linear, NonDynamicallyQuantizableLinear):
+        swap = _linear
     else:
-        return _reason_for_another_class(module, attention, layer_norm, int8)
+        return _reason_for_another_class(module, attention, layer_norm, int8 or linear)
     if callable(swap) and "forward" in module.__dict__:
         return "its forward was replaced"
     if swap in _INT8_LINEARS and "weight" not in module._parameters:
@@ -224,14 +242,14 @@ def _fitting_swap(module: nn.Module, attention: bool, layer_norm: bool, int8: bo
     return swap
 
 
-def _reason_for_another_class(module: nn.Module, attention: bool, layer_norm: bool, int8: bool) -> str | None:
+def _reason_for_another_class(module: nn.Module, attention: bool, layer_norm: bool, linear: bool) -> str | None:
     if isinstance(module, (*_OURS, NonDynamicallyQuantizableLinear)):
         return None
     for asked, base in (
         (attention, nn.MultiheadAttention),
         (layer_norm, nn.LayerNorm),
         (layer_norm, nn.RMSNorm),
-        (int8, nn.Linear),
+        (linear, nn.Linear),
     ):
         if asked and isinstance(module, base):
             return f"a subclass of nn.{base.__name__}, whose forward may differ"
@@ -276,6 +294,10 @@ def _foreign_norm(module: nn.Module) -> tuple[type[nn.Module], dict[str, Any]]:
 
 def _attention(module: nn.MultiheadAttention) -> tuple[type[nn.Module], dict[str, Any]]:
     return MultiHeadAttention, {"num_kv_heads": module.num_heads, "window": None, "backend": "auto"}
+
+
+def _linear(module: nn.Linear) -> tuple[type[nn.Module], dict[str, Any]]:
+    return Linear, {"backend": "auto"}
 
 
 def _int8_linear(module: nn.Linear) -> tuple[type[nn.Module], dict[str, Any]]:

@@ -13,6 +13,7 @@ from fastattn._nested import nested_like, packed_tokens
 from fastattn.ops import int8_matmul as int8_ops
 from fastattn.ops import int8_matmul_compiled
 from fastattn.ops.layer_norm import layer_norm, rms_norm
+from fastattn.ops.linear import linear
 
 
 def _packing_key(weight: Tensor) -> tuple[int, int] | None:
@@ -147,6 +148,19 @@ class Int8Linear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._pack()
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear`` on the CPU's kernel in inference, elsewhere PyTorch's: same parameters and ``state_dict``.
+
+    What ``accelerate(model, linear=True)`` makes of ``nn.Linear``. ``forward`` can apply an activation, a key of
+    ``fastattn.ops.linear.ACTIVATIONS``, in the pass that writes the result. ``backend``: as in ``fastattn.attention``.
+    """
+
+    backend = "auto"
+
+    def forward(self, input: Tensor, activation: str = "none") -> Tensor:
+        return linear(input, self.weight, self.bias, activation=activation, backend=self.backend)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -15,6 +15,7 @@ from fastattn._nested import nested_like, packed_tokens, pad_tokens, token_posit
 from fastattn.dispatch import BACKENDS
 from fastattn.ops.attention import attention, attention_and_weights
 from fastattn.ops.attention_checks import autocast_is_on
+from fastattn.ops.linear import linear
 from fastattn.ops.varlen_attention import varlen_attention
 
 
@@ -259,9 +260,10 @@ class MultiHeadAttention(nn.MultiheadAttention):
             kv_dim = self.num_kv_heads * self.head_dim
             biases = _split(self.in_proj_bias, [self.embed_dim, kv_dim, kv_dim])
             weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-            return [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+            inputs = query, key, value
+            return [linear(x, w, b, backend=self.backend) for x, w, b in zip(inputs, weights, biases, strict=True)]
         if query is key and key is value:
-            return F.linear(query, weight, self.in_proj_bias).chunk(3, dim=-1)
+            return linear(query, weight, self.in_proj_bias, backend=self.backend).chunk(3, dim=-1)
         # (input, how many of the three projections it takes), in order
         runs = [(query, 1), (key, 1), (value, 1)]
         if key is value:
@@ -271,7 +273,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         rows = [count * self.embed_dim for _, count in runs]
         projected: list[Tensor] = []
         for (x, count), w, b in zip(runs, weight.split(rows), _split(self.in_proj_bias, rows), strict=True):
-            projected += F.linear(x, w, b).chunk(count, dim=-1)
+            projected += linear(x, w, b, backend=self.backend).chunk(count, dim=-1)
         return projected
 
     def _split_heads(self, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastattn
+from fastattn.modules import Linear
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "eager", "emulated")
 # Feed-forward activations by the names that fastattn.Int8Linear fuses; "swiglu" gates with silu.
@@ -46,7 +47,7 @@ def set_backend(model: nn.Module, backend: str = "auto", *, int8: bool = False) 
     if reason is not None:
         raise NotImplementedError(f"backend {backend!r} cannot run here: {reason}.")
     if backend != "eager" or int8:
-        fastattn.accelerate(model, int8=False, verbose=False)
+        fastattn.accelerate(model, linear=True, verbose=False)
     for module in model.modules():
         if hasattr(module, "backend"):
             module.backend = backend
@@ -107,9 +108,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gated = self.up if self.gate is None else self.gate
-        hidden = gated(x)
-        if not isinstance(gated, fastattn.Int8Linear):
-            hidden = ACTIVATIONS[self.activation](hidden)
+        if isinstance(gated, Linear):
+            hidden = gated(x, "silu" if self.activation == "swiglu" else self.activation)
+        elif isinstance(gated, fastattn.Int8Linear):
+            hidden = gated(x)
+        else:
+            hidden = ACTIVATIONS[self.activation](gated(x))
         return self.down(hidden if self.gate is None else hidden * self.up(x))
 
 

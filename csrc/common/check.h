@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 
+#include "common/activation.h"
 #include "common/dtype.h"
 
 namespace fastattn {
@@ -24,6 +25,15 @@ inline DType kernel_dtype(const char* op, at::ScalarType type) {
     default:
       TORCH_CHECK_TYPE(false, op, ": dtype ", type, " is not float32, bfloat16, float16 or float64.");
   }
+}
+
+inline Activation parse_activation(const char* op, c10::string_view name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "silu") return Activation::kSilu;
+  TORCH_CHECK_VALUE(false, op, ": activation must be 'none', 'relu', 'gelu', 'gelu_tanh' or 'silu', got '", name, "'.");
 }
 
 }  // namespace fastattn

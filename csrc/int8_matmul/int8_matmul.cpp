@@ -22,16 +22,6 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-Activation parse_activation(c10::string_view name) {
-  if (name == "none") return Activation::kNone;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  if (name == "silu") return Activation::kSilu;
-  TORCH_CHECK_VALUE(false, "int8_matmul: activation must be 'none', 'relu', 'gelu', 'gelu_tanh' or 'silu', got '", name,
-                    "'.");
-}
-
 DType element_dtype(const char* op, const char* argument, at::ScalarType dtype) {
   switch (dtype) {
     case at::kFloat:
@@ -190,7 +180,7 @@ Tensor int8_matmul(const Tensor& a, const Tensor& b, const Tensor& a_scale, cons
   p.a = a_rows.const_data_ptr();
   p.stride_a = a_rows.stride(0);
   p.a_scale = a_scales.const_data_ptr<float>();
-  p.activation = parse_activation(activation);
+  p.activation = parse_activation(kOp, activation);
   Tensor weight = b, weight_scale = b_scale;
   OptionalTensor bias_kept = bias;
   set_weight(kOp, p, a.device(), weight, weight_scale, bias_kept);
@@ -228,7 +218,7 @@ Tensor linear(const Tensor& input, const Tensor* packed, const Tensor& weight, c
   p.a_dtype = element_dtype(kOp, "input", rows.storage.scalar_type());
   p.a = rows.storage.const_data_ptr();
   p.stride_a = rows.stride;
-  p.activation = parse_activation(activation);
+  p.activation = parse_activation(kOp, activation);
   Tensor weight_kept = weight, scale_kept = weight_scale;
   OptionalTensor bias_kept = bias;
   set_weight(kOp, p, input.device(), weight_kept, scale_kept, bias_kept);
@@ -309,7 +299,7 @@ class LinearFunction : public torch::autograd::Function<LinearFunction> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& input, const OptionalTensor& bias,
                         const OptionalTensor& packed, const Tensor& weight, const Tensor& weight_scale,
                         c10::string_view activation) {
-    const bool linear_only = parse_activation(activation) == Activation::kNone;
+    const bool linear_only = parse_activation("int8_linear", activation) == Activation::kNone;
     // The pre-activation is computed again in backward: that costs less than keeping it.
     ctx->save_for_backward({linear_only ? Tensor() : input, linear_only ? Tensor() : packed.value_or(Tensor()), weight,
                             weight_scale, linear_only ? Tensor() : bias.value_or(Tensor())});
@@ -327,7 +317,7 @@ class LinearFunction : public torch::autograd::Function<LinearFunction> {
     const Tensor &input = saved[0], &weight = saved[2], &weight_scale = saved[3];
     const OptionalTensor packed = if_defined(saved[1]), bias = if_defined(saved[4]);
     Tensor dout = grads[0].to(at::kFloat);
-    const Activation activation = parse_activation(ctx->saved_data["activation"].toStringRef());
+    const Activation activation = parse_activation("int8_linear", ctx->saved_data["activation"].toStringRef());
     if (activation != Activation::kNone) {
       const Tensor preactivation = call_linear(input.to(at::kFloat), packed, weight, weight_scale, bias, "none");
       dout = activation_backward(activation, dout, preactivation);

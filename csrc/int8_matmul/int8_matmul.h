@@ -3,13 +3,12 @@
 
 #include <cstdint>
 
+#include "common/activation.h"
 #include "common/device.h"
 #include "common/dtype.h"
 #include "common/isa.h"
 
 namespace fastattn {
-
-enum class Activation : int { kNone, kRelu, kGelu, kGeluTanh, kSilu };
 
 // The int32 sum of K products of values in [-127, 127] cannot overflow up to here: 127 * 127 * K < 2^31.
 constexpr int64_t kInt8MaxDepth = 133144;

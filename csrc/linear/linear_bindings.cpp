@@ -1,0 +1,74 @@
+// The short way from Python to the op linear. It also decides, in less time than Python takes to look at a shape,
+// whether a call is one for the kernel: a decoder asks a hundred times a token.
+#include "linear/linear_bindings.h"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <optional>
+
+#include "common/check.h"
+#include "common/python_tensor.h"
+#include "linear/linear.h"
+
+namespace fastattn {
+namespace {
+
+namespace py = pybind11;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// A tensor that the kernel takes; a gradient that is wanted of it, it cannot give.
+bool is_taken(const Tensor& tensor, at::ScalarType dtype) {
+  return tensor.is_cpu() && !tensor.is_nested() && tensor.layout() == at::kStrided && tensor.scalar_type() == dtype &&
+         !(at::GradMode::is_enabled() && tensor.requires_grad());
+}
+
+// Whether autocast would convert the tensors, or a transform such as vmap stands between them and the kernels.
+bool is_transformed() {
+  return at::autocast::is_autocast_enabled(at::kCPU) ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+bool is_faster(const Tensor& input) {
+  const at::ScalarType dtype = input.scalar_type();
+  const bool has_kernel = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+  const int64_t depth = input.size(-1);
+  return has_kernel && depth > 0 && input.numel() / depth <= linear_max_rows(kernel_dtype("linear", dtype));
+}
+
+py::object linear_if_faster(const py::handle& input, const py::handle& weight, const py::handle& bias,
+                            const char* activation) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastattn::linear", "")
+                             .typed<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view)>();
+  if (!is_plain_tensor(input) || !is_plain_tensor(weight) || calls_are_watched() || is_transformed()) return py::none();
+  const Tensor &x = THPVariable_Unpack(input.ptr()), &w = THPVariable_Unpack(weight.ptr());
+  const at::ScalarType dtype = x.scalar_type();
+  if (!is_taken(x, dtype) || !is_taken(w, dtype) || x.dim() < 1 || !is_faster(x)) return py::none();
+  OptionalTensor b;
+  if (!bias.is_none()) {
+    if (!is_plain_tensor(bias)) return py::none();
+    b = THPVariable_Unpack(bias.ptr());
+    if (!is_taken(*b, dtype)) return py::none();
+  }
+  Tensor out;
+  {
+    const py::gil_scoped_release other_threads_run;
+    out = op.call(x, w, b, activation);
+  }
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(out)));
+}
+
+}  // namespace
+
+void bind_linear(py::module_& m) {
+  m.def("linear_if_faster", &linear_if_faster,
+        "The op linear (input, weight, bias, activation), or None where PyTorch's product is faster or the op cannot "
+        "serve: another device or dtype, a gradient, autocast, somebody who has to see the call.");
+  m.def(
+      "linear_is_faster", [](const Tensor& input) { return input.dim() >= 1 && is_faster(input); },
+      "Whether the op linear is faster than PyTorch's product for an input of this shape and dtype.");
+}
+
+}  // namespace fastattn
