@@ -80,6 +80,31 @@ def test_keys_past_the_end_do_not_disturb(head_dim):
         assert result.isfinite().all(), name
 
 
+# --- Masks in shared memory ------------------------------------------------------------------------------------------
+
+MASK_SHAPES = {"each": (1, 2, 150, 272), "heads": (2, 150, 272), "row": (1, 1, 1, 272)}
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_masks_copied_ahead_match_masks_read_in_place(head_dim, mask_dtype):
+    """TMA copies masks whose rows start at multiples of 16 bytes; in longer rows the same mask is read in place."""
+    torch.use_deterministic_algorithms(True)
+    on_hopper(ADVERSARIAL[head_dim // 32 % 3])
+    for shape in MASK_SHAPES.values():
+        torch.manual_seed(4)
+        noise, tiles = torch.randn(shape), torch.arange(272) // 128
+        mask = ((noise > 0) | (tiles == 0)) & (tiles != 2) if mask_dtype == torch.bool else noise.to(mask_dtype)
+        odd_rows = torch.zeros(*shape[:-1], 273, dtype=mask_dtype)[..., :272].copy_(mask)
+        case = Case(batch=1, heads=2, seqlen_q=150, seqlen_k=272, head_dim=head_dim, options={"is_causal": True,
+                    "alignment": "bottom_right"}, tensors={"attn_mask": lambda case, mask=mask: mask})  # fmt: skip
+        inputs = case.inputs(torch.float16)
+        copied, read = (run(case, {**inputs, "attn_mask": each}, "emulated") for each in (mask, odd_rows))
+        for name, result in copied.items():
+            assert torch.equal(result, read[name]), (name, shape)
+    check(case, torch.float16, "emulated", inputs)
+
+
 # --- The order of additions to dq ------------------------------------------------------------------------------------
 
 ORDERED = {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/attention_bwd_scores.cuh"
+#include "attention/attention_mask_stage_sm90.cuh"
 #include "attention/attention_tile_sm90.cuh"
 
 namespace fastattn {
@@ -14,12 +15,21 @@ FASTATTN_DEVICE void pack_column_tile(uint32_t (&operand)[kDepthTiles][4], int n
   operand[n / 2][n % 2 * 2 + 1] = pack2<Element>(x[2], x[3]);
 }
 
+// Where a step finds attn_mask.
+struct StepMask {
+  bool is_needed = false;
+  const MaskStages* stages = nullptr;
+  const uint8_t* stage_smem = nullptr;  // null: in global memory
+  int stage = 0;
+  int key = 0;  // of this lane's first row, in the stage
+};
+
 // Scores become probabilities: `p` is the operand of the product with dO, 0 where dropped; `s` what the gradient of the
 // scores needs, p (1 - t^2), negative where dropped.
 template <typename Traits>
 FASTATTN_DEVICE void make_probabilities(typename Traits::Scores& s, typename Traits::Operand& p,
                                         const ScoreArgs& scores, const DropoutState& dropout, TransposedPlace place,
-                                        bool is_masked, bool is_cut, const float* lse_smem) {
+                                        bool is_cut, const float* lse_smem, const StepMask& mask) {
   constexpr bool kPlain = Traits::kKind == ScoreKind::kPlain, kEverything = Traits::kKind == ScoreKind::kEverything;
 #pragma unroll
   for (int n = 0; n < Traits::kColTiles; ++n) {
@@ -34,7 +44,13 @@ FASTATTN_DEVICE void make_probabilities(typename Traits::Scores& s, typename Tra
       }
       if (scores.alibi_slopes != nullptr) add_alibi_transposed(x, scores, place);
     }
-    if (!kPlain && is_masked) apply_mask_transposed(x, scores, place);
+    if (!kPlain && mask.is_needed) {
+      if (mask.stage_smem != nullptr) {
+        apply_mask_stage_transposed(x, scores, *mask.stages, mask.stage_smem, mask.key, 8 * n + lane_column());
+      } else {
+        apply_mask_transposed(x, scores, place);
+      }
+    }
     if (is_cut) hide_outside_band_transposed</*kHidePastEnd=*/true>(x, scores, place);
 
     const float2 lse = *reinterpret_cast<const float2*>(lse_smem + 8 * n + lane_column());

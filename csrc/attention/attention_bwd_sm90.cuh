@@ -34,6 +34,8 @@ struct AttentionBwdSm90Traits {
   static constexpr bool kFewLeft = kHeadDim == 128 && kKind != ScoreKind::kPlain;
   static constexpr bool kEarlyDp = kKind != ScoreKind::kEverything;
   static constexpr bool kEarlyDv = kBlockQ == 64 && !(kFewLeft && kKind == ScoreKind::kMask);
+  // Whether tiles of attn_mask come ahead; with everything at head_dim 128 there are no registers for it.
+  static constexpr bool kCopiesMasks = kKind == ScoreKind::kMask || (kKind == ScoreKind::kEverything && !kFewLeft);
   // Whether dv runs while dX is made; else it is done before dP begins, and P's registers are dP's.
   static constexpr bool kOverlapsDv = kEarlyDv && !kFewLeft;
 
@@ -61,7 +63,7 @@ struct AttentionBwdSm90Traits {
   // visible tiles of a mask.
   static constexpr int kFeedingRegisters = kKind == ScoreKind::kPlain ? 24 : kFewLeft ? 40 : 56;
   static constexpr int kMultiplyingRegisters = (512 - kFeedingRegisters) / 2 / 8 * 8;
-  static_assert(kFeedingRegisters + kGroups * kMultiplyingRegisters <= 512, "of a multiprocessor's");
+  static_assert(kFeedingRegisters + kGroups * kMultiplyingRegisters <= 3 * 168, "what the launch gave");
 };
 
 template <typename Traits>
@@ -72,12 +74,18 @@ struct AttentionBwdSm90Smem {
   alignas(1024) uint8_t dout[Traits::kStages][Traits::TileQ::kBytes];
   alignas(1024) uint8_t dx[Traits::kStages][Traits::TileDx::kBytes];
   alignas(1024) float dq[Traits::kGroups][DqSum::kRows * Traits::kDqCols];
+  // Of the kernels with masks.
+  static constexpr int kOtherBytes = Traits::TileK::kBytes + Traits::TileV::kBytes +
+                                     Traits::kStages * (2 * Traits::TileQ::kBytes + Traits::TileDx::kBytes) +
+                                     Traits::kGroups * DqSum::kRows * Traits::kDqCols * 4;
+  alignas(1024) uint8_t mask[bwd_mask_bytes<kOtherBytes, Traits::kBlockK, Traits::kCopiesMasks>()];
   alignas(16) float lse[Traits::kStages][Traits::kBlockQ];
   alignas(16) float delta[Traits::kStages][Traits::kBlockQ];
   BwdStageInfo info[Traits::kStages], dq_info[Traits::kGroups];
   uint64_t k_full, v_full;
   uint64_t q_full[Traits::kStages], q_empty[Traits::kStages];        // and lse
   uint64_t dout_full[Traits::kStages], dout_empty[Traits::kStages];  // and delta
+  uint64_t mask_full[kMaxMaskStages], mask_empty[kMaxMaskStages];
   uint64_t dq_full[Traits::kGroups], dq_empty[Traits::kGroups];
 };
 
@@ -122,13 +130,16 @@ struct BwdGroup {
 
   AttentionBwdSm90Smem<Traits>& smem;
   const AttentionBwdArgs& args;
+  const MaskStages& mask;
   const BwdKeys<Traits> keys;
   const int group, first_key, warp_row, lane;  // first_key and warp_row count from the block's first key
   DropoutState dropout;
 
-  FASTATTN_DEVICE BwdGroup(AttentionBwdSm90Smem<Traits>& smem_, const AttentionBwdArgs& args_, int group_)
+  FASTATTN_DEVICE BwdGroup(AttentionBwdSm90Smem<Traits>& smem_, const AttentionBwdArgs& args_, const MaskStages& mask_,
+                           int group_)
       : smem(smem_),
         args(args_),
+        mask(mask_),
         keys(args_),
         group(group_),
         first_key(group_ * Traits::kGroupKeys),
@@ -157,7 +168,13 @@ struct BwdGroup {
     // Keys that do not exist count as hidden too: k is 0 there, but dX must not be infinite.
     const bool is_cut = all.begin > keys.first || all.end < keys.first + Traits::kBlockK;
     const TransposedPlace place = {keys.first + warp_row + lane / 4, query + lane_column(), keys.batch, info.head};
-    make_probabilities<Traits>(s, p, scores, dropout, place, info.is_partial != 0, is_cut, lse_smem);
+    if constexpr (Traits::kKind == ScoreKind::kPlain) {
+      make_probabilities<Traits>(s, p, scores, dropout, place, is_cut, lse_smem, {});
+    } else {
+      const StepMask step_mask = wait_for_mask<Traits>(smem, mask, info, warp_row + lane / 4);
+      make_probabilities<Traits>(s, p, scores, dropout, place, is_cut, lse_smem, step_mask);
+      release_mask(smem, step_mask);
+    }
   }
 
   // dX to shared memory, where both warpgroups' next product reads it once they have met.
@@ -199,9 +216,10 @@ struct BwdGroup {
 };
 
 template <typename Traits>
-FASTATTN_DEVICE void multiply_bwd_tiles(AttentionBwdSm90Smem<Traits>& smem, const AttentionBwdArgs& args, int group_) {
+FASTATTN_DEVICE void multiply_bwd_tiles(AttentionBwdSm90Smem<Traits>& smem, const AttentionBwdArgs& args,
+                                        const MaskStages& mask, int group_) {
   using Element = typename Traits::Element;
-  BwdGroup<Traits> group(smem, args, group_);
+  BwdGroup<Traits> group(smem, args, mask, group_);
   typename Traits::Gradient dk = {}, dv = {};
   RingPosition<Traits::kStages> at;
   mbarrier_wait(&smem.k_full, 0);
@@ -274,7 +292,8 @@ template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     attention_bwd_sm90_kernel(const __grid_constant__ AttentionBwdSm90Args args,
                               const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-                              const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap dout_map) {
+                              const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap dout_map,
+                              const __grid_constant__ MaskStages mask) {
   FASTATTN_DYNAMIC_SMEM(bytes);
   auto& smem = *reinterpret_cast<AttentionBwdSm90Smem<Traits>*>(bytes);
   if (threadIdx.x == 0) {
@@ -287,6 +306,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       mbarrier_init(&smem.q_empty[stage], kWarps);
       mbarrier_init(&smem.dout_full[stage], 1);
       mbarrier_init(&smem.dout_empty[stage], kWarps);
+    }
+    for (int stage = 0; Traits::kCopiesMasks && stage < kMaxMaskStages; ++stage) {
+      mbarrier_init(&smem.mask_full[stage], 1);
+      mbarrier_init(&smem.mask_empty[stage], kWarps);
     }
     for (int group = 0; group < Traits::kGroups; ++group) {
       mbarrier_init(&smem.dq_full[group], 4);
@@ -302,10 +325,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       feed_bwd_stages<Traits>(smem, args.bwd, &q_map, &k_map, &v_map, &dout_map);
     } else if (warp <= Traits::kGroups && threadIdx.x % 32 == 0) {
       add_dq_pieces(smem, args, warp - 1);
+    } else if (warp == 3) {
+      if constexpr (Traits::kCopiesMasks) feed_bwd_masks<Traits>(smem, args.bwd, mask);
     }
   } else {
     setmaxnreg_inc<Traits::kMultiplyingRegisters>();
-    multiply_bwd_tiles(smem, args.bwd, warp / 4 - 1);
+    multiply_bwd_tiles(smem, args.bwd, mask, warp / 4 - 1);
   }
 }
 

@@ -76,9 +76,14 @@ const char* launch_bwd_sm90_kernel(const AttentionBwdSm90Args& args, int64_t bat
   if (error == nullptr) {
     error = make_rows_map<TileQ, Element>(dout_map, bwd.dout, batch, heads, seqlen_q, bwd.head_dim_v, Traits::kBlockQ);
   }
+  MaskStages mask;
+  if (error == nullptr && Traits::kKind != ScoreKind::kPlain) {
+    error = make_mask_stages(mask, bwd.scores, static_cast<int>(batch), bwd.heads, Traits::kBlockK, 1,
+                             static_cast<int>(sizeof(Smem::mask)));
+  }
   if (error != nullptr) return error;
   return launch_kernel(BwdSm90KernelOf<Traits>::kKernel, blocks, Traits::kThreads, kSmemBytes, stream, args, q_map,
-                       k_map, v_map, dout_map);
+                       k_map, v_map, dout_map, mask);
 }
 
 template <typename Element, int kHeadDim, ScoreKind kKind>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/attention_bwd_dq_sum_sm90.cuh"
+#include "attention/attention_bwd_probabilities_sm90.cuh"
 #include "attention/attention_tile_sm90.cuh"
 
 namespace fastattn {
@@ -10,7 +11,7 @@ namespace fastattn {
 // What the feeding warp tells the others of a stage.
 struct BwdStageInfo {
   int head = -1, query_tile = 0;  // no head: there are no more stages
-  int is_partial = 0;             // attn_mask must be looked at
+  int mask_number = 0;            // 0: attn_mask changes nothing; else this is the block's 1st, 2nd, ... tile of it
 };
 
 // The block's keys.
@@ -28,7 +29,14 @@ struct BwdKeys {
   }
 };
 
-// ---- the feeding warp
+// Tiles of attn_mask in what a block's other tiles leave of shared memory.
+template <int kOtherBytes, int kBlockK, bool kCopiesMasks>
+constexpr int bwd_mask_bytes() {
+  constexpr int kSpare = 224 * 1024 - kOtherBytes, kMost = kMaxMaskStages * mask_stage_bytes(kBlockK, 4);
+  return !kCopiesMasks ? 16 : kSpare < kMost ? kSpare : kMost;
+}
+
+// ---- the feeding warps
 
 // Copies k and v once and then, stage by stage, q with lse and dO with delta. Smem has a place for each, and mbarriers.
 template <typename Traits, typename Smem>
@@ -48,6 +56,7 @@ FASTATTN_DEVICE void feed_bwd_stages(Smem& smem, const AttentionBwdArgs& args, c
   }
   RingPosition<Traits::kStages> at;
   RingPosition<Traits::kDoutStages> dout_at;
+  int masks = 0;
   // The lanes look for the next tile together.
   for (QueryTileWalk<Traits> walk(args, keys.batch, keys.head_kv, keys.tile, {keys.first, keys.first + keys.count});
        !walk.done(); walk.advance(), ++at.count, ++dout_at.count) {
@@ -55,7 +64,7 @@ FASTATTN_DEVICE void feed_bwd_stages(Smem& smem, const AttentionBwdArgs& args, c
       const int stage = at.stage(), dout_stage = dout_at.stage(), query = walk.tile * Traits::kBlockQ;
       const int64_t row = (int64_t{keys.batch} * args.heads + walk.head) * args.padded_rows + query;
       mbarrier_wait(&smem.q_empty[stage], at.parity() ^ 1);  // the first round finds every stage empty
-      smem.info[stage] = {walk.head, walk.tile, walk.is_partial() ? 1 : 0};
+      smem.info[stage] = {walk.head, walk.tile, walk.is_partial() ? ++masks : 0};
       mbarrier_arrive_expect_tx(&smem.q_full[stage], TileQ::kBytes + kRowBytes);
       load_tile_sm90<TileQ>(smem.q[stage], q_map, &smem.q_full[stage], query, walk.head, keys.batch);
       bulk_load(smem.lse[stage], args.lse_log2 + row, kRowBytes, &smem.q_full[stage]);
@@ -72,6 +81,49 @@ FASTATTN_DEVICE void feed_bwd_stages(Smem& smem, const AttentionBwdArgs& args, c
     mbarrier_arrive(&smem.q_full[at.stage()]);
   }
 }
+
+// By a warp of its own, which waits for nothing else: the tiles of attn_mask that must be looked at.
+template <typename Traits, typename Smem>
+FASTATTN_DEVICE void feed_bwd_masks(Smem& smem, const AttentionBwdArgs& args, const MaskStages& mask) {
+  if (mask.count == 0) return;
+  const BwdKeys<Traits> keys(args);
+  MaskRingPosition at;
+  for (QueryTileWalk<Traits> walk(args, keys.batch, keys.head_kv, keys.tile, {keys.first, keys.first + keys.count});
+       !walk.done(); walk.advance()) {
+    if (!walk.is_partial()) continue;
+    if (threadIdx.x % 32 == 0) {
+      const int stage = at.stage(mask);
+      mbarrier_wait(&smem.mask_empty[stage], at.parity(mask) ^ 1);
+      load_mask_stage(smem.mask + stage * mask.stage_bytes, mask, &smem.mask_full[stage], walk.tile * Traits::kBlockQ,
+                      keys.first, walk.head, keys.batch);
+    }
+    __syncwarp();
+    ++at.count;
+  }
+}
+
+// ---- what reads attn_mask
+
+// The mask of a step, once it is there; `key` is this lane's first row of the accumulators.
+template <typename Traits, typename Smem>
+FASTATTN_DEVICE StepMask wait_for_mask(Smem& smem, const MaskStages& mask, BwdStageInfo info, int key) {
+  if (info.mask_number == 0) return {};
+  if (!Traits::kCopiesMasks || mask.count == 0) return {true};
+  const MaskRingPosition at = {static_cast<uint32_t>(info.mask_number - 1)};
+  const int stage = at.stage(mask);
+  mbarrier_wait(&smem.mask_full[stage], at.parity(mask));
+  return {true, &mask, smem.mask + stage * mask.stage_bytes, stage, key};
+}
+
+// Gives its stage back, by whole warps, if it was in one.
+template <typename Smem>
+FASTATTN_DEVICE void release_mask(Smem& smem, const StepMask& mask) {
+  if (mask.stage_smem == nullptr) return;
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(&smem.mask_empty[mask.stage]);
+}
+
+// ---- turns in adding to dq
 
 // How many blocks of keys add to these queries before this one: the visible ones among those of smaller keys.
 template <typename Traits>

@@ -24,6 +24,7 @@ struct AttentionBwdWideSm90Traits {
   static constexpr int kBlockK = 64, kBlockQ = 64, kColTiles = kBlockQ / 8, kThreads = 384;
   static constexpr int kStages = 2, kDoutStages = kHeadDim <= 192 ? 2 : 1;
   static constexpr bool kEarlyDv = true;  // P is rounded when it is made
+  static constexpr bool kCopiesMasks = kKind != ScoreKind::kPlain;
   static constexpr int kDqCols = 64, kDqPieces = kHeadDim / kDqCols, kDqPlaces = 2;
   static_assert(kHeadDim % kDqCols == 0 && kDqPieces >= 3 && kHeadDim <= 256, "pieces of dq, registers of a gradient");
 
@@ -36,8 +37,8 @@ struct AttentionBwdWideSm90Traits {
   using Gradient = float[1][kHeadDim / 8][4];
   using DqPiece = float[1][kDqCols / 8][4];
 
-  // A launch gives three warpgroups 168 registers a thread each, which they share out. Feeding takes more where it looks
-  // for visible tiles of a mask; then values, which has no pieces of dq in flight, goes without.
+  // A launch gives three warpgroups 168 registers a thread each, which they share out. Feeding takes more where it
+  // looks for visible tiles of a mask; then values, which has no pieces of dq in flight, goes without.
   static constexpr int kFeedingRegisters = kKind == ScoreKind::kPlain ? 24 : 56;
   static constexpr int kKeysRegisters = 240, kValuesRegisters = 3 * 168 - kFeedingRegisters - kKeysRegisters;
 };
@@ -51,13 +52,19 @@ struct AttentionBwdWideSm90Smem {
   alignas(1024) uint8_t dout[kDoutStages][Traits::TileQ::kBytes];
   alignas(1024) uint8_t dx[Traits::TileDx::kBytes];
   alignas(1024) float dq[Traits::kDqPlaces][DqSum::kRows * Traits::kDqCols];
-  float4 p[Traits::kColTiles][128];  // P (1 - t^2), negative where dropped
+  static constexpr int kPBytes = Traits::kColTiles * 128 * 16;
+  static constexpr int kOtherBytes = Traits::TileK::kBytes + Traits::TileV::kBytes +
+                                     (kStages + kDoutStages) * Traits::TileQ::kBytes + Traits::TileDx::kBytes +
+                                     Traits::kDqPlaces * DqSum::kRows * Traits::kDqCols * 4 + kPBytes;
+  alignas(1024) uint8_t mask[bwd_mask_bytes<kOtherBytes, Traits::kBlockK, Traits::kCopiesMasks>()];
+  alignas(16) float4 p[Traits::kColTiles][128];  // P (1 - t^2), negative where dropped
   alignas(16) float lse[kStages][Traits::kBlockQ];
   alignas(16) float delta[kDoutStages][Traits::kBlockQ];
   BwdStageInfo info[kStages], dq_info[Traits::kDqPlaces];
   uint64_t k_full, v_full;
   uint64_t q_full[kStages], q_empty[kStages];                // and lse
   uint64_t dout_full[kDoutStages], dout_empty[kDoutStages];  // and delta
+  uint64_t mask_full[kMaxMaskStages], mask_empty[kMaxMaskStages];
   uint64_t p_full, p_empty;
   uint64_t dq_full[Traits::kDqPlaces], dq_empty[Traits::kDqPlaces];
 };
@@ -145,7 +152,8 @@ struct BwdWideGroup {
 };
 
 template <typename Traits>
-FASTATTN_DEVICE void make_dv(AttentionBwdWideSm90Smem<Traits>& smem, const AttentionBwdArgs& args) {
+FASTATTN_DEVICE void make_dv(AttentionBwdWideSm90Smem<Traits>& smem, const AttentionBwdArgs& args,
+                             const MaskStages& mask) {
   using Element = typename Traits::Element;
   BwdWideGroup<Traits> group(smem, args);
   const ScoreArgs& scores = args.scores;
@@ -173,8 +181,12 @@ FASTATTN_DEVICE void make_dv(AttentionBwdWideSm90Smem<Traits>& smem, const Atten
     const bool is_cut = all.begin > group.keys.first || all.end < group.keys.first + Traits::kBlockK;
     const TransposedPlace place = {group.keys.first + group.warp_row + group.lane / 4, query + lane_column(),
                                    group.keys.batch, info.head};
-    make_probabilities<Traits>(s, p, scores, dropout, place, info.is_partial != 0, is_cut,
-                               smem.lse[group.q_at.stage()]);
+    StepMask step_mask;
+    if constexpr (Traits::kKind != ScoreKind::kPlain) {
+      step_mask = wait_for_mask<Traits>(smem, mask, info, group.warp_row + group.lane / 4);
+    }
+    make_probabilities<Traits>(s, p, scores, dropout, place, is_cut, smem.lse[group.q_at.stage()], step_mask);
+    if constexpr (Traits::kKind != ScoreKind::kPlain) release_mask(smem, step_mask);
     group.release_q();
     mbarrier_wait(&smem.p_empty, (group.q_at.count & 1) ^ 1);
 #pragma unroll
@@ -301,8 +313,8 @@ template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     attention_bwd_wide_sm90_kernel(const __grid_constant__ AttentionBwdSm90Args args,
                                    const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-                                   const __grid_constant__ TensorMap v_map,
-                                   const __grid_constant__ TensorMap dout_map) {
+                                   const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap dout_map,
+                                   const __grid_constant__ MaskStages mask) {
   FASTATTN_DYNAMIC_SMEM(bytes);
   auto& smem = *reinterpret_cast<AttentionBwdWideSm90Smem<Traits>*>(bytes);
   if (threadIdx.x == 0) {
@@ -317,6 +329,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     for (int stage = 0; stage < Traits::kDoutStages; ++stage) {
       mbarrier_init(&smem.dout_full[stage], 1);
       mbarrier_init(&smem.dout_empty[stage], 2 * kGroupWarps);
+    }
+    for (int stage = 0; Traits::kCopiesMasks && stage < kMaxMaskStages; ++stage) {
+      mbarrier_init(&smem.mask_full[stage], 1);
+      mbarrier_init(&smem.mask_empty[stage], kGroupWarps);
     }
     mbarrier_init(&smem.p_full, kGroupWarps);
     mbarrier_init(&smem.p_empty, kGroupWarps);
@@ -334,10 +350,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       feed_bwd_stages<Traits>(smem, args.bwd, &q_map, &k_map, &v_map, &dout_map);
     } else if (warp == 1 && threadIdx.x % 32 == 0) {
       add_wide_dq_pieces(smem, args);
+    } else if (warp == 2) {
+      if constexpr (Traits::kCopiesMasks) feed_bwd_masks<Traits>(smem, args.bwd, mask);
     }
   } else if (warp < 8) {
     setmaxnreg_inc<Traits::kValuesRegisters>();
-    make_dv(smem, args.bwd);
+    make_dv(smem, args.bwd, mask);
   } else {
     setmaxnreg_inc<Traits::kKeysRegisters>();
     make_dk_and_dq(smem, args.bwd);
