@@ -137,6 +137,27 @@ def test_masks_copied_ahead_match_masks_read_in_place(head_dim, mask_dtype):
         check_forward(case, dtype, inputs)
 
 
+# --- Heads packed into rows ------------------------------------------------------------------------------------------
+
+PACKED = {
+    "plain": ({"is_causal": True, "alignment": "bottom_right"}, {}),
+    "sinks": ({"window": (60, 90)}, {"sinks": lambda case: torch.randn(case.heads)}),
+    "mask": ({}, {"attn_mask": lambda case: torch.randn(case.heads, case.seqlen_q, case.seqlen_k)}),
+}
+
+
+@each_harsh_mode
+@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("group, seqlen_q", [(2, 35), (4, 33), (8, 20), (32, 5), (64, 3)])
+def test_packed_heads(group, seqlen_q, kind, mode):
+    """Heads that share k and v become rows of a tile where scores are plain, and everywhere in the other kernel."""
+    hopper(mode)
+    options, tensors = PACKED[kind]
+    case = Case(batch=2, heads=2 * group, heads_kv=2, seqlen_q=seqlen_q, seqlen_k=112,
+                head_dim=HEAD_DIMS[(group + mode.seed) % len(HEAD_DIMS)], options=options, tensors=tensors)  # fmt: skip
+    check_forward(case, HALF[mode.seed % 2])
+
+
 # --- Persistent blocks -----------------------------------------------------------------------------------------------
 
 

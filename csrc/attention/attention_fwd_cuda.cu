@@ -103,10 +103,23 @@ int choose_splits(int64_t blocks, int64_t key_tiles, int64_t slots) {
   return 1;
 }
 
-// The Hopper kernel takes what its tensor maps can describe and what fills the card without heads packed into row tiles
-// and without split keys.
-int choose_sm90_tile(const AttentionParams& p, const DeviceLaunch& launch) {
-  if (launch.compute_capability != 90 || p.seqlen_q <= 64) return -1;
+// Of the Hopper kernel: heads that share k and v are packed into rows where that leaves a tenth fewer rows of its tiles
+// idle, and scores are plain, which leaves registers for it. A box of its tensor maps has all of a group, or a part,
+// for the same number of queries.
+int heads_packed_sm90(const AttentionParams& p) {
+  constexpr int64_t kBlockQ = 128;
+  const int64_t group = p.heads / p.heads_kv;
+  const bool is_power_of_two = (group & (group - 1)) == 0;
+  const auto rows = [](int64_t used) { return ceil_div(used, kBlockQ) * kBlockQ; };
+  const bool is_plain = score_kind(p) == ScoreKind::kPlain;
+  const bool pays = 10 * rows(p.seqlen_q * group) <= 9 * group * rows(p.seqlen_q);
+  return is_plain && is_power_of_two && group <= 64 && pays ? static_cast<int>(group) : 1;
+}
+
+// The Hopper kernel takes what its tensor maps can describe and what fills the card without split keys.
+int choose_sm90_tile(const AttentionParams& p, const DeviceLaunch& launch, int64_t group) {
+  const int64_t rows = p.seqlen_q * group;
+  if (launch.compute_capability != 90 || rows <= 64) return -1;
   if (!tma_can_address(p.q, p.batch, p.heads, p.seqlen_q, p.head_dim) ||
       !tma_can_address(p.k, p.batch, p.heads_kv, p.seqlen_k, p.head_dim) ||
       !tma_can_address(p.v, p.batch, p.heads_kv, p.seqlen_k, p.head_dim_v) ||
@@ -116,8 +129,8 @@ int choose_sm90_tile(const AttentionParams& p, const DeviceLaunch& launch) {
   const int64_t head_dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
   for (int i = 0; i < kFwdSm90TileCount; ++i) {
     const FwdSm90Tile& tile = kFwdSm90Tiles[i];
-    if (!tile.serves(head_dim, score_kind(p), p.seqlen_q)) continue;
-    const int64_t blocks = p.batch * p.heads * ceil_div(p.seqlen_q, tile.block_q());
+    if (!tile.serves(head_dim, score_kind(p), rows)) continue;
+    const int64_t blocks = p.batch * (p.heads / group) * ceil_div(rows, tile.block_q());
     const int64_t key_tiles = visible_key_tiles(p, min_of(p.seqlen_q, tile.block_q()), tile.block_k);
     return choose_splits(blocks, key_tiles, launch.multiprocessors) == 1 ? i : -1;
   }
@@ -128,11 +141,13 @@ FwdPlan plan_fwd(const AttentionParams& p, const DeviceLaunch& launch) {
   FwdPlan plan;
   plan.tile = choose_tile(p, launch);
   if (plan.tile < 0) return plan;
-  plan.sm90_tile = choose_sm90_tile(p, launch);
+  const int packed = heads_packed_sm90(p);
+  plan.sm90_tile = choose_sm90_tile(p, launch, packed);
   if (plan.sm90_tile >= 0) {
     const FwdSm90Tile& tile = kFwdSm90Tiles[plan.sm90_tile];
-    plan.tile_heads = p.heads;
-    plan.row_tiles = ceil_div(p.seqlen_q, tile.block_q());
+    plan.group = packed;
+    plan.tile_heads = p.heads / packed;
+    plan.row_tiles = ceil_div(p.seqlen_q * packed, tile.block_q());
     plan.blocks = p.batch * plan.tile_heads * plan.row_tiles;
     plan.mask_tiles = plan_mask_tiles(p, tile.block_q(), tile.block_k, plan.group);
     return plan;

@@ -24,6 +24,10 @@ struct AttentionFwdSm90Traits {
   static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_, kBlockK = kBlockK_, kStages = 2;
   static constexpr ScoreKind kKind = kKind_;
   static constexpr int kThreads = 128 * (1 + kGroups), kBlockQ = 64 * kGroups;
+  // Heads packed into the rows of a tile; other kinds have no registers left for it.
+  FASTATTN_HOST_DEVICE static int packed_heads(const AttentionFwdArgs& args) {
+    return kKind == ScoreKind::kPlain ? args.group : 1;
+  }
   using TileQ = TileSm90<64, kHeadDim>;  // of one warpgroup, as is the output's
   using TileK = TileSm90<kBlockK, kHeadDim>;
 
@@ -36,11 +40,13 @@ struct AttentionFwdSm90Traits {
   static constexpr int kOptionalBytes =
       !kHasMask ? kOutFits * kOutBytes
                 : (kMostMaskBytes + kOutBytes < kSpareBytes ? kMostMaskBytes + kOutBytes : kSpareBytes) / 1024 * 1024;
-  // What the producer gives up of the launch's registers, the others get. It needs more for masks, but not where a
-  // thread holds 128 registers of the output.
+  // What the producers give up of the launch's registers, the others get. They need more for masks; where a thread
+  // holds 128 registers of the output they do with less.
   static constexpr bool kFeedsMasks = kHasMask && kHeadDim < 256;
   static constexpr int kProducerRegisters = kGroups == 3 ? 32 : kFeedsMasks ? 56 : 40;
   static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : kFeedsMasks ? 224 : 232;
+  static_assert(kProducerRegisters + kGroups * kConsumerRegisters <= (kGroups == 2 ? 3 * 168 : 4 * 128),
+                "setmaxnreg shares out what the launch gave");
 
   static_assert(kGroups == 2 || (kGroups == 3 && !kHasMask), "the warpgroups' shares of the registers");
   static_assert(kBlockK % 16 == 0 && kBlockK <= 256, "wgmma's columns");
@@ -69,7 +75,7 @@ struct AttentionFwdSm90Smem {
 
 // How tiles come and go.
 struct AttentionFwdMaps {
-  TensorMap q, k, v, out;  // boxes of 64 rows, of kBlockK rows twice, and of a warp's 16 rows
+  TensorMap q, k, v, out;  // boxes of 64 packed rows, of kBlockK rows twice, and of a warp's 16 packed rows
   MaskStages mask;
   bool out_fits = false;  // next to the mask's stages
 
@@ -81,12 +87,18 @@ struct AttentionFwdMaps {
 
 // ---- what a block does
 
-// One row tile of one head, and the key tiles that it visits.
+// One row tile of one head, or of the heads packed into its rows, and the key tiles that it visits.
 template <typename Traits>
 struct FwdTileWork {
   FwdWork at;
   int first_row, head_kv;
   KeyTiles keys;
+};
+
+// Where a packed row lies in the maps of q and out, of rows that start their box.
+struct PackedRow {
+  int query, head;
+  FASTATTN_DEVICE PackedRow(int row, int group) : query(group == 1 ? row : row / group), head(row - query * group) {}
 };
 
 // The block's row tile of this round, of `row_tiles` in all. They are ordered from long to short (fwd_work); every
@@ -101,13 +113,15 @@ FASTATTN_DEVICE FwdTileWork<Traits> fwd_tile_work(const AttentionFwdArgs& args, 
   FwdTileWork<Traits> work;
   work.at = fwd_work(args, row_tile, 0);
   work.first_row = work.at.row_tile * Traits::kBlockQ;
-  work.head_kv = work.at.tile_head / (args.heads / args.heads_kv);
-  const int end_row = min(work.first_row + Traits::kBlockQ, args.scores.seqlen_q);
-  work.keys = key_tiles<Traits::kBlockK>(args.scores, {work.first_row, end_row});
+  const int group = Traits::packed_heads(args);
+  work.head_kv = group > 1 ? work.at.tile_head : work.at.tile_head / (args.heads / args.heads_kv);
+  const int end_row = min(work.first_row + Traits::kBlockQ, args.scores.seqlen_q * group);
+  const QueryRows rows = {0, 0, group};
+  work.keys = key_tiles<Traits::kBlockK>(args.scores, {rows.query_of(work.first_row), rows.query_of(end_row - 1) + 1});
   return work;
 }
 
-// ---- producer: one warp, of which one lane waits and copies
+// ---- producers: a warp, of which one lane waits and copies, and another for attn_mask
 
 template <typename Traits>
 FASTATTN_DEVICE void produce_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const AttentionFwdArgs& args,
@@ -117,7 +131,6 @@ FASTATTN_DEVICE void produce_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const
   const bool copies = threadIdx.x == 0;
   RingPosition<Traits::kStages> k_at, v_at;
   RingPosition<1> q_at;
-  MaskRingPosition mask_at;
   for (int round = 0; row_tile_of_round(round) < row_tiles; ++round, ++q_at.count) {
     const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, row_tile_of_round(round));
     // The first round finds every stage empty.
@@ -139,15 +152,6 @@ FASTATTN_DEVICE void produce_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const
       }
       ++v_at.count;
     };
-    const auto load_mask = [&](int tile) {
-      const int stage = mask_at.stage(maps.mask);
-      for (int group = 0; group < Traits::kGroups && copies; ++group) {
-        mbarrier_wait(&smem.mask_empty[stage][group], mask_at.parity(maps.mask) ^ 1);
-        load_mask_stage(smem.mask(maps.mask, stage, group), maps.mask, &smem.mask_full[stage][group],
-                        work.first_row + 64 * group, tile * Traits::kBlockK, work.at.tile_head, work.at.batch);
-      }
-      ++mask_at.count;
-    };
 
     MaskTileReader<Traits::kKind == ScoreKind::kPlain> visible(args.mask_tiles, work.at.batch, work.at.tile_head,
                                                                work.at.row_tile, work.keys.end);
@@ -158,21 +162,44 @@ FASTATTN_DEVICE void produce_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const
       for (int group = 0; group < Traits::kGroups; ++group) {
         mbarrier_wait(&smem.q_empty[group], q_at.parity() ^ 1);
         mbarrier_arrive_expect_tx(&smem.q_full[group], TileQ::kBytes);
-        load_tile_sm90<TileQ>(smem.q[group], &maps.q, &smem.q_full[group], work.first_row + 64 * group,
-                              work.at.tile_head, work.at.batch);
+        const PackedRow row(work.first_row + 64 * group, Traits::packed_heads(args));
+#pragma unroll
+        for (int panel = 0; panel < TileQ::kPanels; ++panel) {
+          tma_load(smem.q[group] + panel * TileQ::kPanelBytes, &maps.q, &smem.q_full[group],
+                   {panel * TileQ::kPanelCols, row.head, row.query, work.at.tile_head, work.at.batch});
+        }
       }
     }
-    const bool has_stages = Traits::kHasMask && maps.mask.count > 0;
-    if (has_stages && tile < work.keys.end && visible.is_partial(tile)) load_mask(tile);
-    // In the order in which the consumers need them: k of one tile before v of the tile before, and what takes longest
-    // to become free last: the mask, whose stage is given back only under the softmax.
+    // In the order in which the consumers need them: k of one tile before v of the tile before.
 #pragma unroll 1
     while (tile < work.keys.end) {
       const int next = visible.next(tile + 1);
       if (next < work.keys.end) load_k(next);
       load_v(tile);
-      if (has_stages && next < work.keys.end && visible.is_partial(next)) load_mask(next);
       tile = next;
+    }
+  }
+}
+
+// By a warp of its own, which waits for nothing else: the tiles of attn_mask that must be looked at.
+template <typename Traits>
+FASTATTN_DEVICE void produce_fwd_masks(AttentionFwdSm90Smem<Traits>& smem, const AttentionFwdArgs& args,
+                                       const MaskStages& mask, int row_tiles) {
+  if (mask.count == 0) return;
+  MaskRingPosition at;
+  for (int round = 0; row_tile_of_round(round) < row_tiles; ++round) {
+    const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, row_tile_of_round(round));
+    MaskTileReader<false> visible(args.mask_tiles, work.at.batch, work.at.tile_head, work.at.row_tile, work.keys.end);
+    for (int tile = visible.next(work.keys.begin); tile < work.keys.end; tile = visible.next(tile + 1)) {
+      if (!visible.is_partial(tile)) continue;
+      const int stage = at.stage(mask), group = static_cast<int>(threadIdx.x) % 32;
+      if (group < Traits::kGroups) {
+        mbarrier_wait(&smem.mask_empty[stage][group], at.parity(mask) ^ 1);
+        load_mask_stage(smem.mask(mask, stage, group), mask, &smem.mask_full[stage][group], work.first_row + 64 * group,
+                        tile * Traits::kBlockK, work.at.tile_head, work.at.batch);
+      }
+      __syncwarp();
+      ++at.count;
     }
   }
 }
@@ -327,9 +354,10 @@ FASTATTN_DEVICE void finish_fwd_rows(float (&o)[1][Traits::kHeadDim / 8][4], con
       o[0][n][2 * half + 1] *= normaliser;
     }
     const int row = rows.rows.row(0, half);
-    if (row >= args.scores.seqlen_q || threadIdx.x % 4 != 0) continue;
-    const int64_t batch_head = int64_t{rows.work.at.batch} * args.heads + rows.work.at.tile_head;
-    args.lse[batch_head * args.scores.seqlen_q + row] = rows.softmax.lse_log2(0, half, total) * kLn2;
+    if (row >= args.scores.seqlen_q * Traits::packed_heads(args) || threadIdx.x % 4 != 0) continue;
+    const int64_t batch_head = int64_t{rows.work.at.batch} * args.heads + rows.rows.head_of(row);
+    args.lse[batch_head * args.scores.seqlen_q + rows.rows.query_of(row)] =
+        rows.softmax.lse_log2(0, half, total) * kLn2;
   }
 }
 
@@ -351,11 +379,12 @@ FASTATTN_DEVICE void store_fwd_rows(const float (&o)[1][Traits::kHeadDim / 8][4]
   fence_proxy_async();
   __syncwarp();
   if (!stores) return;
+  const PackedRow row(work.first_row + 64 * group + warp_row, Traits::packed_heads(args));
 #pragma unroll
   for (int panel = 0; panel < TileQ::kPanels; ++panel) {
     if (panel * TileQ::kPanelCols >= args.head_dim_v) break;
     tma_store(&maps.out, out_smem + panel * TileQ::kPanelBytes + warp_row * TileQ::kRowBytes,
-              {panel * TileQ::kPanelCols, work.first_row + 64 * group + warp_row, work.at.tile_head, work.at.batch});
+              {panel * TileQ::kPanelCols, row.head, row.query, work.at.tile_head, work.at.batch});
   }
   bulk_commit_group();
   if (!has_tile) {
@@ -381,11 +410,14 @@ FASTATTN_DEVICE void consume_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const
   for (int round = 0; row_tile_of_round(round) < row_tiles; ++round, ++q_at.count) {
     const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, row_tile_of_round(round));
     const int first_row = work.first_row + 64 * group + 16 * (warp % 4) + lane / 4;
-    const QueryRows lane_rows = {first_row, work.at.tile_head, 1};
+    const int packed = Traits::packed_heads(args);
+    const QueryRows lane_rows = {first_row, work.at.tile_head * packed, packed};
     FwdRows<Traits> rows{args, work, smem, maps.mask, mask_at, group, lane_rows, {}, dropout};
-    const float sink = args.sinks != nullptr ? args.sinks[work.at.tile_head] * kLog2E : -INFINITY;
-    rows.softmax.start(0, 0, sink);
-    rows.softmax.start(0, 1, sink);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int head = lane_rows.head_of(lane_rows.row(0, half));
+      rows.softmax.start(0, half, args.sinks != nullptr ? args.sinks[head] * kLog2E : -INFINITY);
+    }
     float o[1][Traits::kHeadDim / 8][4] = {};
     mbarrier_wait(&smem.q_full[group], q_at.parity());
     attend(o, rows, smem, at, group, maps.template out_has_tile<Traits>());
@@ -429,7 +461,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __syncthreads();
   if (threadIdx.x < 128) {
     setmaxnreg_dec<Traits::kProducerRegisters>();
-    if (threadIdx.x < 32) produce_fwd_tiles(smem, args, maps, row_tiles);
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    if (warp == 0) {
+      produce_fwd_tiles(smem, args, maps, row_tiles);
+    } else if (Traits::kHasMask && warp == 1) {
+      produce_fwd_masks(smem, args, maps.mask, row_tiles);
+    }
   } else {
     setmaxnreg_inc<Traits::kConsumerRegisters>();
     consume_fwd_tiles(smem, args, maps, row_tiles);

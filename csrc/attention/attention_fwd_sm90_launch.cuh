@@ -14,8 +14,8 @@ struct FwdSm90Tile {
   int groups, block_k;
 
   constexpr int block_q() const { return 64 * groups; }
-  constexpr bool serves(int64_t head_dim_asked, ScoreKind kind_asked, int64_t seqlen_q) const {
-    return head_dim >= head_dim_asked && kind >= kind_asked && seqlen_q > block_q() - 64;  // no warpgroup is idle
+  constexpr bool serves(int64_t head_dim_asked, ScoreKind kind_asked, int64_t rows) const {
+    return head_dim >= head_dim_asked && kind >= kind_asked && rows > block_q() - 64;  // no warpgroup is idle
   }
 };
 
@@ -37,10 +37,11 @@ const char* make_fwd_maps(AttentionFwdMaps& maps, const AttentionFwdArgs& args) 
   using TileK = typename Traits::TileK;
   const int batch = args.batch, seqlen_q = args.scores.seqlen_q, seqlen_k = args.scores.seqlen_k;
   const char* errors[] = {
-      make_rows_map<TileQ, Element>(maps.q, args.q, batch, args.heads, seqlen_q, args.head_dim, 64),
+      make_packed_rows_map<TileQ, Element>(maps.q, args.q, batch, args.heads, args.group, seqlen_q, args.head_dim, 64),
       make_rows_map<TileK, Element>(maps.k, args.k, batch, args.heads_kv, seqlen_k, args.head_dim, Traits::kBlockK),
       make_rows_map<TileK, Element>(maps.v, args.v, batch, args.heads_kv, seqlen_k, args.head_dim_v, Traits::kBlockK),
-      make_rows_map<TileQ, Element>(maps.out, args.out, batch, args.heads, seqlen_q, args.head_dim_v, 16),
+      make_packed_rows_map<TileQ, Element>(maps.out, args.out, batch, args.heads, args.group, seqlen_q, args.head_dim_v,
+                                           16),
   };
   for (const char* error : errors) {
     if (error != nullptr) return error;

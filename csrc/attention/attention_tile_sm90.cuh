@@ -44,19 +44,37 @@ struct TileSm90 {
 
 // ---- copies
 
+// The stride of a dimension of size 1 is never used, and may be anything in torch.
+inline uint64_t stride_of_map(int64_t size, int64_t stride, int64_t head_dim) {
+  return static_cast<uint64_t>(size > 1 ? stride : (head_dim + 7) / 8 * 8);
+}
+
 // Of a (batch, heads, seqlen, head_dim) tensor; a copy takes `box_rows` rows of one panel of Tile. Null, or the error.
 template <typename Tile, typename Element>
 const char* make_rows_map(TensorMap& map, const AttentionTensor& tensor, int64_t batch, int64_t heads, int64_t seqlen,
                           int64_t head_dim, int box_rows) {
-  // The stride of a dimension of size 1 is never used, and may be anything in torch.
-  const auto stride = [&](int64_t size, int64_t elems) {
-    return static_cast<uint64_t>(size > 1 ? elems : (head_dim + 7) / 8 * 8);
-  };
+  const auto stride = [&](int64_t size, int64_t elems) { return stride_of_map(size, elems, head_dim); };
   const uint64_t dim[4] = {static_cast<uint64_t>(head_dim), static_cast<uint64_t>(seqlen), static_cast<uint64_t>(heads),
                            static_cast<uint64_t>(batch)};
   const uint64_t strides[4] = {1, stride(seqlen, tensor.stride_row), stride(heads, tensor.stride_head),
                                stride(batch, tensor.stride_batch)};
   const uint32_t box[4] = {Tile::kPanelCols, static_cast<uint32_t>(box_rows), 1, 1};
+  return make_tensor_map(map, static_cast<const Element*>(tensor.data), dim, strides, box, Tile::kSwizzle);
+}
+
+// Of the same tensor with `group` heads, a power of two, packed into rows: row r is query r / group of head r % group.
+// Positions are (column, head of the group, query, group, batch).
+template <typename Tile, typename Element>
+const char* make_packed_rows_map(TensorMap& map, const AttentionTensor& tensor, int64_t batch, int64_t heads, int group,
+                                 int64_t seqlen, int64_t head_dim, int box_rows) {
+  const auto stride = [&](int64_t size, int64_t elems) { return stride_of_map(size, elems, head_dim); };
+  const int64_t groups = heads / group;
+  const uint64_t dim[5] = {static_cast<uint64_t>(head_dim), static_cast<uint64_t>(group), static_cast<uint64_t>(seqlen),
+                           static_cast<uint64_t>(groups), static_cast<uint64_t>(batch)};
+  const uint64_t strides[5] = {1, stride(group, tensor.stride_head), stride(seqlen, tensor.stride_row),
+                               stride(groups, group * tensor.stride_head), stride(batch, tensor.stride_batch)};
+  const auto box_heads = static_cast<uint32_t>(group < box_rows ? group : box_rows);
+  const uint32_t box[5] = {Tile::kPanelCols, box_heads, static_cast<uint32_t>(box_rows) / box_heads, 1, 1};
   return make_tensor_map(map, static_cast<const Element*>(tensor.data), dim, strides, box, Tile::kSwizzle);
 }
 
