@@ -82,7 +82,7 @@ def test_keys_past_the_end_do_not_disturb(head_dim):
 
 # --- Masks in shared memory ------------------------------------------------------------------------------------------
 
-MASK_SHAPES = {"each": (1, 2, 150, 272), "heads": (2, 150, 272), "row": (1, 1, 1, 272)}
+MASK_SHAPES = {"each": (1, 2, 150, 272), "row": (1, 1, 1, 272)}
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32, torch.float16], ids=str)
