@@ -44,6 +44,7 @@ def launches(
     """
     from fastattn.ops import attention_triton_plan as plan
     from fastattn.ops import attention_triton_tuning as tuning
+    from fastattn.ops.attention_triton_mask import plan_mask_states
     from fastattn.ops.attention_triton_tiles import Gpu
 
     batch, heads, heads_kv, seqlen = 4, 16, 4, 4096
@@ -55,9 +56,10 @@ def launches(
     )
     lse, row_lse, delta = (torch.empty(batch, heads, seqlen, device="meta") for _ in range(3))
     scoring, gpu = _scoring(variant, batch, heads, seqlen), Gpu(capability)
-    inputs = plan.BackwardInputs(query, key, value, dout, row_lse, delta)
+    mask_launches, states = plan_mask_states(query, value, scoring.attn_mask, gpu)
+    inputs = plan.BackwardInputs(query, key, value, dout, row_lse, delta, states)
     for planned in (
-        functools.partial(plan.plan_forward, query, key, value, out, lse, scoring, gpu),
+        functools.partial(plan.plan_forward, query, key, value, out, lse, scoring, states, gpu),
         functools.partial(plan.plan_dq, inputs, dq, scoring, gpu),
         functools.partial(plan.plan_dkdv, inputs, dk, dv, scoring, gpu),
     ):
@@ -68,6 +70,7 @@ def launches(
             yield from defaults
     if candidates:
         return
+    yield from mask_launches
     yield plan.plan_delta(out, dout, lse, lse, row_lse, delta, scoring.sinks)[0]
     if scoring.attn_mask is not None and scoring.attn_mask.is_floating_point():
         yield plan.plan_dmask(inputs, scoring, gpu)[0]
@@ -92,7 +95,7 @@ def aot_candidates(capability: tuple[int, int]) -> Iterator[tuple[str, Launch]]:
 
 
 def _name(launch: Launch, dtype: torch.dtype, head_dim: int, variant: str) -> str:
-    tile = f"{launch.arguments['BLOCK_Q']}x{launch.arguments.get('BLOCK_K', '-')}"
+    tile = f"{launch.arguments.get('BLOCK_Q', '-')}x{launch.arguments.get('BLOCK_K', '-')}"
     dtype_name = str(dtype).removeprefix("torch.")
     name = launch.kernel.__name__.removesuffix("_kernel")
     if name == "attention_dkdv":

@@ -87,7 +87,8 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
     out, lse = empty_rows(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
     if lse.numel() > 0:
         call = plan.Scoring(_addressable(attn_mask), alibi_slopes, sinks, *scoring)
-        tuning.run(query, plan.plan_forward, _rows(query), _rows(key), _rows(value), out, lse, call)
+        states = tuning.mask_states(query, value, call.attn_mask)
+        tuning.run(query, plan.plan_forward, _rows(query), _rows(key), _rows(value), out, lse, call, states)
     return out, lse
 
 
@@ -116,7 +117,8 @@ def _backward(dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, val
     out, dout = _rows(out), _rows(dout)
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     row_lse, delta = (lse.new_empty(*lse.shape[:2], plan.padded_rows(lse.shape[2])) for _ in range(2))
-    inputs = plan.BackwardInputs(_rows(query), _rows(key), _rows(value), dout, row_lse, delta)
+    states = tuning.mask_states(query, value, call.attn_mask)
+    inputs = plan.BackwardInputs(_rows(query), _rows(key), _rows(value), dout, row_lse, delta, states)
     launch, sink_sums = plan.plan_delta(out, dout, dlse, lse, row_lse, delta, learned_sinks)
     launch.run(query)
     tuning.run(query, plan.plan_dkdv, inputs, dk, dv, call)

@@ -20,12 +20,14 @@ from fastattn.ops.attention_triton_scores import (
     MASK_NONE,
     WHOLE_WALK,
     clip_to_visible_keys,
+    listed_tiles,
     load_lse,
     load_tile,
     mask_hides,
     store_tile,
     tile_probabilities,
     tile_range,
+    visited_position,
     walk_part,
 )
 from fastattn.ops.philox_triton import dropout_keep
@@ -73,17 +75,17 @@ def attention_delta_kernel(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, row_lse_ptr, delta_ptr, dq_ptr, mask_ptr, alibi_ptr, rng_state_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, row_lse_ptr, delta_ptr, dq_ptr, mask_ptr, lists_ptr, alibi_ptr, rng_state_ptr,
     stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
     stride_v_batch, stride_v_head, stride_v_row, stride_dout_batch, stride_dout_head, stride_dout_row,
     stride_dq_batch, stride_dq_head, stride_dq_row,
-    stride_mask_batch, stride_mask_head, stride_mask_q, stride_mask_k, stride_alibi_batch,
-    heads, group, seqlen_q, seqlen_k, padded_rows, diagonal, window_left, window_right,
+    stride_mask_batch, stride_mask_head, stride_mask_q, stride_mask_k, stride_lists_batch, stride_lists_head,
+    stride_alibi_batch, heads, group, seqlen_q, seqlen_k, padded_rows, diagonal, window_left, window_right,
     scale, unit, softcap, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    PLAIN: tl.constexpr, PRECISION: tl.constexpr, ONE_WALK: tl.constexpr,
+    PLAIN: tl.constexpr, PRECISION: tl.constexpr, ONE_WALK: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch * heads * row tiles,), the last rows first."""
     row_tiles = tl.cdiv(seqlen_q, BLOCK_Q)
@@ -95,6 +97,8 @@ def attention_dq_kernel(
     slope = 0.0
     if MASK != MASK_NONE:
         mask_ptr += batch * stride_mask_batch + head * stride_mask_head
+    if LISTED:
+        lists_ptr += batch * stride_lists_batch + head * stride_lists_head
     if ALIBI:
         slope = tl.load(alibi_ptr + batch * stride_alibi_batch + head)
 
@@ -124,8 +128,11 @@ def attention_dq_kernel(
     LAST_PART: tl.constexpr = WHOLE_WALK if ONE_WALK else 2
     for part in tl.static_range(FIRST_PART, LAST_PART + 1):
         start, stop = walk_part(begin, full_begin, full_end, end, part)
-        for first_col in tl.range(start, stop, BLOCK_K, num_stages=STAGES if part != 1 else None):
-            first_col = tl.multiple_of(tl.to_tensor(first_col), BLOCK_K)
+        list_ptr = lists_ptr
+        if LISTED:
+            list_ptr, start, stop = listed_tiles(lists_ptr, first_row // BLOCK_Q, seqlen_k, start, stop, BLOCK_K)
+        for at in tl.range(start, stop, 1 if LISTED else BLOCK_K, num_stages=STAGES if part != 1 else None):
+            first_col = visited_position(at, list_ptr, BLOCK_K, LISTED)
             k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, part != 1)
             dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             v = load_tile(v_ptr, first_col, seqlen_k, stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, part != 1)
@@ -151,17 +158,19 @@ def attention_dq_kernel(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def attention_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, row_lse_ptr, delta_ptr, dk_ptr, dv_ptr, mask_ptr, alibi_ptr, rng_state_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, row_lse_ptr, delta_ptr, dk_ptr, dv_ptr, mask_ptr, lists_ptr, alibi_ptr,
+    rng_state_ptr,
     stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
     stride_v_batch, stride_v_head, stride_v_row, stride_dout_batch, stride_dout_head, stride_dout_row,
     stride_dk_batch, stride_dk_head, stride_dk_row, stride_dv_batch, stride_dv_head, stride_dv_row,
-    stride_mask_batch, stride_mask_head, stride_mask_q, stride_mask_k, stride_alibi_batch,
-    heads, group, seqlen_q, seqlen_k, padded_rows, diagonal, window_left, window_right,
+    stride_mask_batch, stride_mask_head, stride_mask_q, stride_mask_k, stride_lists_batch, stride_lists_head,
+    stride_alibi_batch, heads, group, seqlen_q, seqlen_k, padded_rows, diagonal, window_left, window_right,
     scale, unit, softcap, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    PLAIN: tl.constexpr, PRECISION: tl.constexpr, ONE_WALK: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    PLAIN: tl.constexpr, PRECISION: tl.constexpr, ONE_WALK: tl.constexpr, LISTED: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """Writes dk if DK, dv if DV: where the sums of both do not fit the registers, two launches share the work.
 
@@ -220,8 +229,14 @@ def attention_dkdv_kernel(
             start, stop = walk_part(begin, full_begin, full_end, end, part)
             if KEY_MASK:
                 stop = tl.where(sees, stop, start)
-            for first_row in tl.range(start, stop, BLOCK_Q, num_stages=STAGES if part != 1 else None):
-                first_row = tl.multiple_of(tl.to_tensor(first_row), BLOCK_Q)
+            list_ptr = lists_ptr
+            if LISTED:
+                list_ptr, start, stop = listed_tiles(
+                    lists_ptr + batch * stride_lists_batch + head * stride_lists_head, first_col // BLOCK_K, seqlen_q,
+                    start, stop, BLOCK_Q,
+                )  # fmt: skip
+            for at in tl.range(start, stop, 1 if LISTED else BLOCK_Q, num_stages=STAGES if part != 1 else None):
+                first_row = visited_position(at, list_ptr, BLOCK_Q, LISTED)
                 rows = first_row + row
                 q = load_tile(q_head_ptr, first_row, seqlen_q, stride_q_row, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
                 dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)

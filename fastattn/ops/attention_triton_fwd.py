@@ -20,12 +20,14 @@ from fastattn.ops.attention_triton_scores import (
     cap_scores,
     clip_to_visible_keys,
     exponentials,
+    listed_tiles,
     load_lse,
     load_tile,
     mask_scores,
     store_tile,
     tile_probabilities,
     tile_range,
+    visited_position,
     walk_part,
 )
 from fastattn.ops.philox_triton import dropout_keep
@@ -34,18 +36,19 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _visit_keys(acc, row_max, row_sum, q, begin, end, first_row, k_ptr, v_ptr, mask_ptr, rng_state_ptr,
+def _visit_keys(acc, row_max, row_sum, q, begin, end, list_ptr, first_row, k_ptr, v_ptr, mask_ptr, rng_state_ptr,
                 stride_k_row, stride_v_row, stride_mask_q, stride_mask_k, slope, batch_head,
                 seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap, threshold,
                 HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
                 BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr,
                 SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-                PLAIN: tl.constexpr, PRECISION: tl.constexpr, BOUNDARY: tl.constexpr):  # fmt: skip
-    """The online softmax over the key tiles of [begin, end)."""
+                PLAIN: tl.constexpr, PRECISION: tl.constexpr, LISTED: tl.constexpr,
+                BOUNDARY: tl.constexpr):  # fmt: skip
+    """The online softmax over the key tiles of [begin, end), or, LISTED, over those that part of a list names."""
     row, col = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     STAGES: tl.constexpr = 1 if MASK != MASK_NONE and BOUNDARY else None
-    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
-        first_col = tl.multiple_of(tl.to_tensor(start), BLOCK_K)
+    for at in tl.range(begin, end, 1 if LISTED else BLOCK_K, num_stages=STAGES):
+        first_col = visited_position(at, list_ptr, BLOCK_K, LISTED)
         k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, BOUNDARY)
         dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores, _ = cap_scores(dots, scale, softcap, SOFTCAP, PLAIN)
@@ -71,18 +74,19 @@ def _visit_keys(acc, row_max, row_sum, q, begin, end, first_row, k_ptr, v_ptr, m
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "diagonal", "window_left", "window_right", "threshold"])
 def attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, alibi_ptr, sinks_ptr, rng_state_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, lists_ptr, alibi_ptr, sinks_ptr, rng_state_ptr,
     stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
     stride_v_batch, stride_v_head, stride_v_row, stride_out_batch, stride_out_head, stride_out_row,
-    stride_mask_batch, stride_mask_head, stride_mask_q, stride_mask_k, stride_alibi_batch,
-    heads, group, seqlen_q, seqlen_k, diagonal, window_left, window_right,
+    stride_mask_batch, stride_mask_head, stride_mask_q, stride_mask_k, stride_lists_batch, stride_lists_head,
+    stride_alibi_batch, heads, group, seqlen_q, seqlen_k, diagonal, window_left, window_right,
     scale, unit, softcap, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    PLAIN: tl.constexpr, PRECISION: tl.constexpr, ONE_WALK: tl.constexpr,
+    PLAIN: tl.constexpr, PRECISION: tl.constexpr, ONE_WALK: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (batch * heads * row tiles,). Parameters: attention_triton.py; PLAIN, unit: attention_triton_scores.py."""
+    """Grid: (batch * heads * row tiles,). Parameters: attention_triton.py; PLAIN, unit: attention_triton_scores.py;
+    LISTED, lists_ptr: attention_triton_mask_tiles.py."""
     row_tiles = tl.cdiv(seqlen_q, BLOCK_Q)
     batch_head = tl.program_id(0) // row_tiles
     first_row = (row_tiles - 1 - tl.program_id(0) % row_tiles) * BLOCK_Q
@@ -95,6 +99,8 @@ def attention_fwd_kernel(
     slope = 0.0
     if MASK != MASK_NONE:
         mask_ptr += batch * stride_mask_batch + head * stride_mask_head
+    if LISTED:
+        lists_ptr += batch * stride_lists_batch + head * stride_lists_head
     if ALIBI:
         slope = tl.load(alibi_ptr + batch * stride_alibi_batch + head)
 
@@ -123,12 +129,15 @@ def attention_fwd_kernel(
     LAST_PART: tl.constexpr = WHOLE_WALK if ONE_WALK else 2
     for part in tl.static_range(FIRST_PART, LAST_PART + 1):
         start, stop = walk_part(begin, full_begin, full_end, end, part)
+        list_ptr = lists_ptr
+        if LISTED:
+            list_ptr, start, stop = listed_tiles(lists_ptr, first_row // BLOCK_Q, seqlen_k, start, stop, BLOCK_K)
         acc, row_max, row_sum = _visit_keys(
-            acc, row_max, row_sum, q, start, stop, first_row, k_ptr, v_ptr, mask_ptr, rng_state_ptr,
+            acc, row_max, row_sum, q, start, stop, list_ptr, first_row, k_ptr, v_ptr, mask_ptr, rng_state_ptr,
             stride_k_row, stride_v_row, stride_mask_q, stride_mask_k, slope, batch_head,
             seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap, threshold,
             HEAD_DIM, HEAD_DIM_V, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT,
-            PLAIN, PRECISION, BOUNDARY=part != 1,
+            PLAIN, PRECISION, LISTED, BOUNDARY=part != 1,
         )  # fmt: skip
 
     # A row that saw nothing has sum 0 and maximum -inf: output 0, lse -inf.

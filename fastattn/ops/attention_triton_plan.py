@@ -15,7 +15,8 @@ from fastattn.ops import attention_triton_tiles as tiles
 from fastattn.ops.attention_triton_bwd import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
 from fastattn.ops.attention_triton_dmask import attention_dmask_kernel
 from fastattn.ops.attention_triton_fwd import attention_fwd_kernel, attention_weights_kernel
-from fastattn.ops.attention_triton_scores import MASK_ADD, MASK_BOOL, MASK_NONE
+from fastattn.ops.attention_triton_mask import ceil_div, mask_arguments, plan_lists
+from fastattn.ops.attention_triton_scores import MASK_ADD, MASK_NONE
 from fastattn.ops.attention_triton_tiles import Tile, Tiling
 from fastattn.ops.triton_launch import Launch
 
@@ -41,10 +42,6 @@ class Scoring(NamedTuple):
     softcap: float
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _padded(head_dim: int) -> int:
     """tl.dot wants powers of two, at least 16."""
     return max(16, 1 << (head_dim - 1).bit_length())
@@ -56,27 +53,11 @@ def _strides(name: str, tensor: Tensor) -> dict[str, int]:
     return {f"stride_{name}_batch": batch, f"stride_{name}_head": head, f"stride_{name}_row": row}
 
 
-def _mask_arguments(mask: Tensor | None) -> dict[str, Any]:
-    """A mask is read through its strides, 0 where it broadcasts."""
-    strides: tuple[int, ...] = (0, 0, 0, 0)
-    kind = MASK_NONE
-    if mask is not None:
-        mask = mask[(None,) * (4 - mask.dim())]
-        if mask.dtype == torch.bool:
-            mask, kind = mask.view(torch.uint8), MASK_BOOL
-        else:
-            kind = MASK_ADD
-            mask = mask if mask.dtype in (torch.float32, torch.bfloat16, torch.float16) else mask.float()
-        strides = tuple(0 if n == 1 else stride for n, stride in zip(mask.shape, mask.stride(), strict=True))
-    names = ("stride_mask_batch", "stride_mask_head", "stride_mask_q", "stride_mask_k")
-    return {"mask_ptr": mask, "MASK": kind.value, **dict(zip(names, strides, strict=True))}
-
-
 def _scoring_arguments(query: Tensor, key: Tensor, scoring: Scoring) -> dict[str, Any]:
     """Arguments of every kernel that computes scores."""
     _, heads, seqlen_q, head_dim = query.shape
     heads_kv, seqlen_k = key.shape[1], key.shape[2]
-    mask = _mask_arguments(scoring.attn_mask)
+    mask = mask_arguments(scoring.attn_mask)
     # A side of the window that reaches past every key limits nothing.
     longest = seqlen_q + seqlen_k
     right = 0 if scoring.is_causal else scoring.window_right
@@ -159,10 +140,11 @@ def plan_forward(
     out: Tensor,
     lse: Tensor,
     scoring: Scoring,
+    mask_states: Tensor | None,
     gpu: tiles.Gpu,
     tiling: Tiling | None = None,
 ) -> list[Launch]:
-    """Writes out and lse."""
+    """Writes out and lse. ``mask_states``, here and below: of attention_triton_mask.py."""
     arguments = _scoring_arguments(query, key, scoring) | _value_dims(value)
     if scoring.sinks is not None:
         # The sink is a natural logit, so the others are too.
@@ -174,8 +156,10 @@ def plan_forward(
     }  # fmt: skip
     (tile,) = tiling or tiles.forward(gpu, *shape_of_tiles(arguments))
     batch, heads, seqlen_q, _ = query.shape
-    programs = batch * heads * _ceil_div(seqlen_q, tile.block_q)
-    return [Launch(attention_fwd_kernel, (programs,), arguments | _blocks(tile), tile.launch_options())]
+    programs = batch * heads * ceil_div(seqlen_q, tile.block_q)
+    launches, lists = plan_lists(mask_states, tile, (seqlen_q, key.shape[2]), shape_of_tiles(arguments)[1])
+    arguments |= _blocks(tile) | lists
+    return [*launches, Launch(attention_fwd_kernel, (programs,), arguments, tile.launch_options())]
 
 
 def plan_weights(
@@ -189,13 +173,13 @@ def plan_weights(
     }  # fmt: skip
     batch, heads, seqlen_q, _ = query.shape
     matrices = batch * (1 if average_heads else heads)
-    programs = matrices * _ceil_div(seqlen_q, tile.block_q) * _ceil_div(key.shape[2], tile.block_k)
+    programs = matrices * ceil_div(seqlen_q, tile.block_q) * ceil_div(key.shape[2], tile.block_k)
     return Launch(attention_weights_kernel, (programs,), arguments, tile.launch_options())
 
 
 def padded_rows(seqlen_q: int) -> int:
     """How many rows the backward's statistics have: every kernel's tiles of rows divide it."""
-    return _ceil_div(seqlen_q, 256) * 256
+    return ceil_div(seqlen_q, 256) * 256
 
 
 def plan_delta(
@@ -227,6 +211,7 @@ class BackwardInputs(NamedTuple):
     dout: Tensor
     row_lse: Tensor
     delta: Tensor
+    mask_states: Tensor | None
 
     def arguments(self, scoring: Scoring) -> dict[str, Any]:
         return _scoring_arguments(self.query, self.key, scoring) | {
@@ -249,8 +234,11 @@ def plan_dq(
     }
     (tile,) = tiling or tiles.dq(gpu, *shape_of_tiles(arguments))
     batch, heads, seqlen_q, _ = dq.shape
-    programs = batch * heads * _ceil_div(seqlen_q, tile.block_q)
-    return [Launch(attention_dq_kernel, (programs,), arguments | _blocks(tile), tile.launch_options())]
+    programs = batch * heads * ceil_div(seqlen_q, tile.block_q)
+    seqlens = seqlen_q, inputs.key.shape[2]
+    launches, lists = plan_lists(inputs.mask_states, tile, seqlens, shape_of_tiles(arguments)[1])
+    arguments |= _blocks(tile) | lists
+    return [*launches, Launch(attention_dq_kernel, (programs,), arguments, tile.launch_options())]
 
 
 def plan_dkdv(
@@ -269,13 +257,13 @@ def plan_dkdv(
     passes = tiling or tiles.dkdv(gpu, *shape_of_tiles(arguments))
     batch, heads_kv, seqlen_k, _ = dk.shape
     written = ((True, True),) if len(passes) == 1 else ((False, True), (True, False))
-    return [
-        Launch(
-            attention_dkdv_kernel, (batch * heads_kv * _ceil_div(seqlen_k, tile.block_k),),
-            arguments | _blocks(tile) | {"DK": DK, "DV": DV}, tile.launch_options(),
-        )
-        for tile, (DK, DV) in zip(passes, written, strict=True)
-    ]  # fmt: skip
+    launches, seqlens = [], (inputs.query.shape[2], seqlen_k)
+    for tile, (DK, DV) in zip(passes, written, strict=True):
+        listing, lists = plan_lists(inputs.mask_states, tile, seqlens, shape_of_tiles(arguments)[1], by_keys=True)
+        programs = batch * heads_kv * ceil_div(seqlen_k, tile.block_k)
+        of_pass = arguments | _blocks(tile) | lists | {"DK": DK, "DV": DV}
+        launches += [*listing, Launch(attention_dkdv_kernel, (programs,), of_pass, tile.launch_options())]
+    return launches
 
 
 def plan_dmask(inputs: BackwardInputs, scoring: Scoring, gpu: tiles.Gpu) -> tuple[Launch, Tensor, list[int]]:
@@ -287,13 +275,13 @@ def plan_dmask(inputs: BackwardInputs, scoring: Scoring, gpu: tiles.Gpu) -> tupl
     seqlen_k = inputs.key.shape[2]
     mask_batches, mask_heads, mask_q, mask_k = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     tile = tiles.scores(gpu, inputs.query.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]))
-    row_tiles, key_tiles = _ceil_div(seqlen_q, tile.block_q), _ceil_div(seqlen_k, tile.block_k)
+    row_tiles, key_tiles = ceil_div(seqlen_q, tile.block_q), ceil_div(seqlen_k, tile.block_k)
     sum_rows, sum_keys = mask_q < seqlen_q, mask_k < seqlen_k
 
     programs = mask_batches * mask_heads * row_tiles * key_tiles
     shared = (batch // mask_batches) * (heads // mask_heads)
-    pairs = _ceil_div(shared, max(1, min(shared, _DMASK_PROGRAMS // programs)))
-    splits = _ceil_div(shared, pairs)
+    pairs = ceil_div(shared, max(1, min(shared, _DMASK_PROGRAMS // programs)))
+    splits = ceil_div(shared, pairs)
     sums = [dim for dim, summed in ((0, splits > 1), (3, sum_rows), (4, sum_keys)) if summed]
     rows, keys = row_tiles if sum_rows else seqlen_q, key_tiles if sum_keys else seqlen_k
     dtype = torch.float32 if sums or mask.dtype == torch.float64 else mask.dtype

@@ -105,6 +105,26 @@ def clip_to_visible_keys(mask_ptr, stride_mask_k, begin, full_begin, full_end, e
     return begin, full_begin, full_end, end
 
 
+@triton.jit
+def listed_tiles(lists_ptr, tile, length, start, stop, BLOCK: tl.constexpr):
+    """(list, first, last): where own ``tile`` lists the tiles of [start, stop) that the mask leaves visible, of those
+    of ``length`` positions (attention_triton_mask_tiles.py)."""
+    tiles = tl.cdiv(length, BLOCK)
+    lists_ptr += tl.to_tensor(tile).to(tl.int64) * (2 * tiles + 1)
+    first = tl.load(lists_ptr + tl.minimum(start // BLOCK, tiles))
+    last = tl.load(lists_ptr + tl.minimum(tl.cdiv(stop, BLOCK), tiles))
+    return lists_ptr + tiles + 1, first, last
+
+
+@triton.jit
+def visited_position(at, list_ptr, BLOCK: tl.constexpr, LISTED: tl.constexpr):
+    """The first position of the tile that a walk visits: ``at`` itself, or what the list says there."""
+    if LISTED:
+        return tl.multiple_of(tl.load(list_ptr + at), BLOCK)
+    else:
+        return tl.multiple_of(tl.to_tensor(at), BLOCK)
+
+
 # --- Tiles of the operands -------------------------------------------------------------------------------------------
 
 

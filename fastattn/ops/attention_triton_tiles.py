@@ -59,7 +59,8 @@ _FORWARD: _Table = {
 # Sums held in tensor memory pass through registers to be rescaled.
 _FORWARD[10] = _FORWARD[9] | {64: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2))}
 _DQ: _Table = {
-    8: {64: (Tile(128, 32, 8, 3), Tile(128, 32, 8, 2)), 128: (Tile(128, 32, 8, 2), Tile(64, 64, 8, 1)),
+    8: {64: (Tile(128, 32, 8, 3), Tile(128, 32, 8, 2)),
+        128: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 64, 8, 1)),
         256: (Tile(32, 64, 8, 1),)},
     9: {64: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)), 128: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
         256: (Tile(128, 32, 8, 2),)},
@@ -68,7 +69,8 @@ _DQ[10] = _DQ[9] | {64: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 1))}
 # dk and dv are two sums as wide as head_dim: the tile of one pass that makes both or, where the registers do not hold
 # them together, those of a pass for dv and of one for dk, which has a product more.
 _DKDV: dict[int, dict[int, tuple[Tile | tuple[Tile, Tile], ...]]] = {
-    8: {64: (Tile(32, 128, 8, 2), Tile(16, 128, 8, 2)), 128: (Tile(16, 128, 8, 2), (Tile(16, 128, 8, 2, True),) * 2),
+    8: {64: (Tile(32, 128, 8, 2), Tile(16, 128, 8, 2)),
+        128: (Tile(16, 128, 8, 2), (Tile(16, 128, 8, 2, True), Tile(32, 64, 8, 2, True))),
         256: ((Tile(32, 32, 8, 1, True),) * 2,)},
     9: {64: (Tile(32, 128, 8, 2),), 128: (Tile(16, 128, 8, 2), (Tile(16, 128, 8, 2),) * 2),
         256: ((Tile(16, 128, 8, 2),) * 2, (Tile(16, 128, 8, 1), Tile(32, 32, 8, 1)))},

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastattn.ops import attention_triton_tiles as tiles
 from fastattn.ops import triton_autotune
+from fastattn.ops.attention_triton_mask import plan_mask_states
 from fastattn.ops.attention_triton_plan import shape_of_tiles
 from fastattn.ops.attention_triton_tiles import Tile, Tiling
 from fastattn.ops.triton_launch import Launch
@@ -27,6 +28,13 @@ def run(on: Tensor, plan: Callable[..., list[Launch]], *arguments: Any) -> None:
     if triton_autotune.is_on():
         launches = _fastest(on, gpu, partial(plan, *arguments, gpu), launches)
     _run_all(launches, on)
+
+
+def mask_states(query: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor | None:
+    """Which parts of the mask leave a key visible, where it pays to look: read once for all plans of a pass."""
+    launches, states = plan_mask_states(query, value, attn_mask, tiles.gpu_of(query))
+    _run_all(launches, query)
+    return states
 
 
 def _run_all(launches: list[Launch], on: Tensor) -> None:
