@@ -16,6 +16,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from devices import new_tensors_for
+
 from fastattn._extension import extension, missing_reason
 from fastattn.dispatch import available_backends
 
@@ -42,6 +44,14 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(was_enabled, warn_only=was_warn_only)
+
+
+@pytest.fixture
+def tensors_where_the_backend_runs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """New tensors of a test of a ``backend`` are on its device; files ask for it by ``pytestmark``."""
+    callspec = getattr(request.node, "callspec", None)
+    with new_tensors_for(callspec.params.get("backend", "cpu") if callspec else "cpu"):
+        yield
 
 
 @pytest.fixture(params=_ISAS or [pytest.param(None, marks=pytest.mark.skip(reason=str(missing_reason)))])

@@ -64,7 +64,7 @@ def evaluate(
     outputs = getattr(fastattn, op)(normalized_shape=shape, backend=backend, **leaves, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(8)
-    gradients = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
+    gradients = [torch.randn(o.shape, generator=generator, dtype=torch.float64, device="cpu") for o in outputs]
     # Every run must see the same numbers: rounded to what the outputs' dtypes hold in the run that is not converted.
     if dtype is not None:
         dtypes = [inputs["input"].dtype, inputs.get("residual", inputs["input"]).dtype]

@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import DTYPES, FEATURES, KERNEL_BACKENDS, Case, dtype_id, run
+from devices import device_for, generator_state, moved_for, set_generator_state
 
 import fastattn
 from fastattn.ops.attention import attention_and_weights
 from fastattn.ops.philox import draw_rng_state, dropout_mask
 
+pytestmark = pytest.mark.usefixtures("tensors_where_the_backend_runs")
 BACKENDS = [*KERNEL_BACKENDS, "eager"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 INF = float("inf")
@@ -76,7 +78,7 @@ def test_eager_matches_a_loop_over_scores(feature):
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.7}, {"attn_mask": torch.rand(20, 30) > 0.5},
                                      {"attn_mask": torch.randn(3, 1, 30)}, {"enable_gqa": True}])  # fmt: skip
 def test_means_what_torch_means(options, backend):
-    heads_kv = 1 if "enable_gqa" in options else 3
+    heads_kv, options = 1 if "enable_gqa" in options else 3, moved_for(backend, options)
     q, k, v = torch.randn(2, 3, 20, 16), torch.randn(2, heads_kv, 30, 16), torch.randn(2, heads_kv, 30, 16)
     expected = F.scaled_dot_product_attention(q, k, v, **options)
     torch.testing.assert_close(fastattn.attention(q, k, v, **options, backend=backend), expected)
@@ -181,8 +183,8 @@ def test_rows_that_see_nothing_are_zero(dropout_p, name, dtype, backend):
     seqlen_k = 6 if name == "causal" else 12
     q, k, v = (torch.randn(2, 2, n, 8).to(dtype).requires_grad_() for n in (9, seqlen_k, seqlen_k))
     out, lse = fastattn.attention(
-        q, k, v, dropout_p=dropout_p, return_lse=True, backend=backend, **EMPTY_ROWS[name]
-    )  # fmt: skip
+        q, k, v, dropout_p=dropout_p, return_lse=True, backend=backend, **moved_for(backend, EMPTY_ROWS[name])
+    )
     assert (out[:, :, :3] == 0).all() and (lse[:, :, :3] == -INF).all()
     assert (lse[:, :, 3:] > -INF).all()
     # Whatever reaches such a row from above, it passes on nothing.
@@ -243,14 +245,14 @@ def test_drops_exactly_the_elements_that_eager_drops(dropout_p, shape, backend):
 @each_backend
 def test_dropout_uses_the_generator_only_when_it_drops(backend):
     q = torch.randn(1, 2, 5, 8)
-    state = torch.get_rng_state()
+    state = generator_state(backend)
     fastattn.attention(q, q, q, dropout_p=0.0, backend=backend)
     fastattn.explain(fastattn.attention, q, q, q, dropout_p=0.5)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(generator_state(backend), state)
     first = fastattn.attention(q, q, q, dropout_p=0.5, backend=backend)
-    assert not torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(generator_state(backend), state)
     assert not torch.equal(fastattn.attention(q, q, q, dropout_p=0.5, backend=backend), first)
-    torch.set_rng_state(state)
+    set_generator_state(backend, state)
     assert torch.equal(fastattn.attention(q, q, q, dropout_p=0.5, backend=backend), first)
 
 
@@ -273,6 +275,7 @@ def test_dropout_of_everything_is_zero_and_leaves_the_lse(backend):
                                      {"attn_mask": torch.randn(4, 33, 40)}])  # fmt: skip
 def test_weights_belong_to_the_output(options, average_heads, dtype, backend):
     q, k, v = (torch.randn(2, h, n, 16).to(dtype).requires_grad_() for h, n in ((4, 33), (2, 40), (2, 40)))
+    options = moved_for(backend, options)
     torch.manual_seed(3)
     _, weights = attention_and_weights(q, k, v, **options, average_heads=average_heads, backend=backend)
     torch.manual_seed(3)
@@ -301,7 +304,7 @@ def test_heads_of_a_transposed_query_merge_without_a_copy(backend):
 @each_backend
 def test_autocast_converts_operands_as_torch_does(backend):
     q, k, v = (torch.randn(1, 2, 9, 16) for _ in range(3))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device_for(backend), torch.bfloat16):
         out = fastattn.attention(q, k.bfloat16(), v, backend=backend)
         assert F.scaled_dot_product_attention(q, k.bfloat16(), v).dtype == out.dtype == torch.bfloat16
         wide = fastattn.attention(q.double(), k.double(), v.double(), backend=backend)

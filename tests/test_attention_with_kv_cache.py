@@ -6,9 +6,11 @@ import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
 from attention_cases import DTYPES, KERNEL_BACKENDS, dtype_id
+from devices import moved_for
 
 import fastattn
 
+pytestmark = pytest.mark.usefixtures("tensors_where_the_backend_runs")
 BACKENDS = [*KERNEL_BACKENDS, "eager"]
 BATCH, HEADS, HEADS_KV, HEAD_DIM, CAPACITY = 3, 4, 2, 16, 48
 NAN = float("nan")
@@ -112,8 +114,9 @@ OPTIONS = {
 @pytest.mark.parametrize("block_size", [None, 8], ids=["contiguous", "paged"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options(options, block_size, backend):
-    Problem(torch.float32, block_size=block_size).check(backend, torch.tensor([5, 0, 40]), **OPTIONS[options])
-    Problem(torch.float32, lengths=(21,) * 3, block_size=block_size).check(backend, 21, **OPTIONS[options])
+    options = moved_for(backend, OPTIONS[options])
+    Problem(torch.float32, block_size=block_size).check(backend, torch.tensor([5, 0, 40]), **options)
+    Problem(torch.float32, lengths=(21,) * 3, block_size=block_size).check(backend, 21, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

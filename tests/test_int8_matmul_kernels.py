@@ -41,6 +41,7 @@ class Tile(IntEnum):
 FEW_ROWS = (Tile.FEW_ROWS_8, Tile.FEW_ROWS_16, Tile.FEW_ROWS_32)
 LARGE = (Tile.T64X64, Tile.T64X128, Tile.T128X128, Tile.T128X256)
 HOPPER = (Tile.HOPPER_128X128, Tile.HOPPER_128X256)
+RUNS_HOPPER_TILES = not ON_DEVICE or torch.cuda.get_device_capability() == (9, 0)
 
 
 class Int8Call(ctypes.Structure):
@@ -87,6 +88,8 @@ def poisoned(shape, dtype):
 def multiply(library, a, b, tile, splits=1, a_scale=None, b_scale=None, bias=None, activation=None,
              out_dtype=torch.float32, multiprocessors=132):  # fmt: skip
     """One product by the kernel of ``tile``; checks that nothing but the output was written."""
+    if tile in HOPPER and not RUNS_HOPPER_TILES:
+        pytest.skip(f"{tile.name} is for compute capability 9.0")
     rows, columns = a.shape[0], b.shape[0]
     storage, out = poisoned((rows, columns), out_dtype)
     a_scale = torch.ones(rows) if a_scale is None else a_scale
@@ -189,7 +192,7 @@ def test_odd_shapes(plain_library, rows, depth):
         a, b = random_int8(rows, depth), random_int8(columns, depth)
         tile = (FEW_ROWS if rows <= 16 else LARGE)[(columns + depth) % 3]
         assert torch.equal(multiply(plain_library, a, b, tile), exact(a, b)), (tile, columns)
-        if depth > 0 and columns in (1, 65, 130):
+        if RUNS_HOPPER_TILES and depth > 0 and columns in (1, 65, 130):
             tile = HOPPER[(columns + depth) % 2]
             assert torch.equal(multiply(plain_library, a, b, tile), exact(a, b)), (tile, columns)
 

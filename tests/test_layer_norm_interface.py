@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import device_for
 from layer_norm_cases import OPS, dtype_id, evaluate, make_inputs, needs_cpu, skip_refusals
 from torch.overrides import TorchFunctionMode
 
@@ -12,6 +13,8 @@ import fastattn
 from fastattn.dispatch import TABLE, available_backends
 from fastattn.ops import layer_norm_compiled
 from fastattn.ops.layer_norm_compiled import layer_norm_if_plain
+
+pytestmark = pytest.mark.usefixtures("tensors_where_the_backend_runs")
 
 
 @pytest.fixture(params=[kernel.backend for kernel in TABLE["layer_norm"]])
@@ -107,7 +110,7 @@ def test_the_short_way_is_taken_only_to_the_cpu_kernel(monkeypatch):
 @pytest.mark.parametrize("op", ["add_layer_norm", "add_rms_norm"])
 def test_one_of_two_outputs_is_used(op, dropout_p, wanted, backend):
     inputs = make_inputs(op, (6, 97), torch.float32)
-    options = {"dropout_p": dropout_p, "wanted": wanted}
+    options = {"dropout_p": dropout_p, "wanted": wanted, "device": device_for(backend)}
     actual, expected = (evaluate(op, inputs, each, **options) for each in (backend, "eager"))
     for name in ("dinput", "dresidual"):
         torch.testing.assert_close(actual[name], expected[name])
@@ -121,10 +124,10 @@ def test_only_some_inputs_require_grad(names, backend):
     torch.manual_seed(8)
     out, _ = fastattn.add_layer_norm(normalized_shape=97, backend=backend, **leaves)
     generator = torch.Generator().manual_seed(8)
-    out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64).float())
+    out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu").to(out))
     for name, leaf in leaves.items():
         if name in names:
-            torch.testing.assert_close(leaf.grad, expected[f"d{name}"], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(leaf.grad.cpu(), expected[f"d{name}"], rtol=1e-4, atol=1e-5)
         else:
             assert leaf.grad is None
 

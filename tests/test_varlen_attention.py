@@ -8,9 +8,11 @@ import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
 from attention_cases import DTYPES, KERNEL_BACKENDS, dtype_id
+from devices import moved_for
 
 import fastattn
 
+pytestmark = pytest.mark.usefixtures("tensors_where_the_backend_runs")
 INF = float("inf")
 HEADS, HEADS_KV, HEAD_DIM, HEAD_DIM_V = 4, 2, 24, 16
 # Empty sequences of either kind, more queries than keys and fewer, one token.
@@ -81,7 +83,7 @@ def _cotangents(out, lse):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_matches_one_call_for_each_sequence(options, dtype, backend):
-    check(inputs(dtype), LENGTHS_Q, LENGTHS_K, backend, **OPTIONS[options])
+    check(inputs(dtype), LENGTHS_Q, LENGTHS_K, backend, **moved_for(backend, OPTIONS[options]))
 
 
 def check(operands, lengths_q, lengths_k, backend, **options):
@@ -114,7 +116,13 @@ def test_a_few_queries_for_many_keys(options, dtype, backend):
     lengths_q, lengths_k = (1, 4, 0, 2, 3), (700, 30, 5, 0, 260)
     torch.manual_seed(1)
     shapes = (10, HEADS, 32), (995, HEADS_KV, 32), (995, HEADS_KV, 32)
-    check([torch.randn(shape).to(dtype) for shape in shapes], lengths_q, lengths_k, backend, **OPTIONS[options])
+    check(
+        [torch.randn(shape).to(dtype) for shape in shapes],
+        lengths_q,
+        lengths_k,
+        backend,
+        **moved_for(backend, OPTIONS[options]),
+    )
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
