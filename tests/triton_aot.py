@@ -118,8 +118,9 @@ def compile_launch(name: str, launch: Launch, capability: tuple[int, int]) -> Co
 
 
 def _has_wide_dot(ttir: str) -> bool:
-    rows = re.findall(r"tt\.dot .*-> tensor<(\d+)x", ttir)
-    return any(int(count) >= WGMMA_ROWS for count in rows)
+    """Of operands that tensor cores multiply: of float32, only those rounded to TensorFloat-32."""
+    dots = re.findall(r"tt\.dot (.*) : tensor<\w+x(\w+)> \* .*-> tensor<(\d+)x", ttir)
+    return any(int(rows) >= WGMMA_ROWS and (dtype != "f32" or "tf32" in options) for options, dtype, rows in dots)
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from fastattn.ops.attention_triton_scores import (
     load_lse,
     load_tile,
     mask_hides,
+    sliced_dot,
     store_tile,
     tile_probabilities,
     tile_range,
@@ -85,13 +86,15 @@ def attention_dq_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    PLAIN: tl.constexpr, PRECISION: tl.constexpr, ONE_WALK: tl.constexpr, LISTED: tl.constexpr,
+    PLAIN: tl.constexpr, PRECISION: tl.constexpr, SLICE: tl.constexpr, ONE_WALK: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch * heads * row tiles,), the last rows first."""
     row_tiles = tl.cdiv(seqlen_q, BLOCK_Q)
     batch_head = tl.program_id(0) // row_tiles
     first_row = (row_tiles - 1 - tl.program_id(0) % row_tiles) * BLOCK_Q
     batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
+    q_ptr += batch * stride_q_batch + head * stride_q_head
+    dout_ptr += batch * stride_dout_batch + head * stride_dout_head
     k_ptr += batch * stride_k_batch + head // group * stride_k_head
     v_ptr += batch * stride_v_batch + head // group * stride_v_head
     slope = 0.0
@@ -104,10 +107,9 @@ def attention_dq_kernel(
 
     row, col = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     rows = first_row + row
-    q = load_tile(q_ptr + batch * stride_q_batch + head * stride_q_head, first_row, seqlen_q, stride_q_row,
-                  BLOCK_Q, HEAD_DIM, BLOCK_D, True)  # fmt: skip
-    dout = load_tile(dout_ptr + batch * stride_dout_batch + head * stride_dout_head, first_row, seqlen_q,
-                     stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True)  # fmt: skip
+    if SLICE == 0:
+        q = load_tile(q_ptr, first_row, seqlen_q, stride_q_row, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
+        dout = load_tile(dout_ptr, first_row, seqlen_q, stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True)
     lse = tl.load(row_lse_ptr + batch_head.to(tl.int64) * padded_rows + rows)
     delta = tl.load(delta_ptr + batch_head.to(tl.int64) * padded_rows + rows)
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
@@ -133,10 +135,17 @@ def attention_dq_kernel(
             list_ptr, start, stop = listed_tiles(lists_ptr, first_row // BLOCK_Q, seqlen_k, start, stop, BLOCK_K)
         for at in tl.range(start, stop, 1 if LISTED else BLOCK_K, num_stages=STAGES if part != 1 else None):
             first_col = visited_position(at, list_ptr, BLOCK_K, LISTED)
-            k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, part != 1)
-            dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            v = load_tile(v_ptr, first_col, seqlen_k, stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, part != 1)
-            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+            if SLICE > 0:
+                dots = sliced_dot(q_ptr, first_row, seqlen_q, stride_q_row, k_ptr, first_col, seqlen_k, stride_k_row,
+                                  BLOCK_Q, BLOCK_K, HEAD_DIM, SLICE, PRECISION)  # fmt: skip
+                dp = sliced_dot(dout_ptr, first_row, seqlen_q, stride_dout_row, v_ptr, first_col, seqlen_k,
+                                stride_v_row, BLOCK_Q, BLOCK_K, HEAD_DIM_V, SLICE, PRECISION)  # fmt: skip
+                k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, part != 1)
+            else:
+                k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, part != 1)
+                dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                v = load_tile(v_ptr, first_col, seqlen_k, stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, part != 1)
+                dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             p, ratio = tile_probabilities(
                 dots, lse[:, None], first_row, first_col, row[:, None], col[None, :], mask_ptr, stride_mask_q,
                 stride_mask_k, slope, seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap,
@@ -169,7 +178,7 @@ def attention_dkdv_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    PLAIN: tl.constexpr, PRECISION: tl.constexpr, ONE_WALK: tl.constexpr, LISTED: tl.constexpr,
+    PLAIN: tl.constexpr, PRECISION: tl.constexpr, SLICE: tl.constexpr, ONE_WALK: tl.constexpr, LISTED: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """Writes dk if DK, dv if DV: where the sums of both do not fit the registers, two launches share the work.
@@ -185,11 +194,13 @@ def attention_dkdv_kernel(
     batch, head_kv = (batch_head_kv // heads_kv).to(tl.int64), (batch_head_kv % heads_kv).to(tl.int64)
     row, col = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     cols = first_col + col
-    k = load_tile(k_ptr + batch * stride_k_batch + head_kv * stride_k_head, first_col, seqlen_k, stride_k_row,
-                  BLOCK_K, HEAD_DIM, BLOCK_D, True)  # fmt: skip
+    k_ptr += batch * stride_k_batch + head_kv * stride_k_head
+    v_ptr += batch * stride_v_batch + head_kv * stride_v_head
+    if SLICE == 0:
+        k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, True)
+        if DK:
+            v = load_tile(v_ptr, first_col, seqlen_k, stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, True)
     if DK:
-        v = load_tile(v_ptr + batch * stride_v_batch + head_kv * stride_v_head, first_col, seqlen_k, stride_v_row,
-                      BLOCK_K, HEAD_DIM_V, BLOCK_DV, True)  # fmt: skip
         dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     if DV:
         dv = tl.zeros((BLOCK_K, BLOCK_DV), tl.float32)
@@ -238,8 +249,20 @@ def attention_dkdv_kernel(
             for at in tl.range(start, stop, 1 if LISTED else BLOCK_Q, num_stages=STAGES if part != 1 else None):
                 first_row = visited_position(at, list_ptr, BLOCK_Q, LISTED)
                 rows = first_row + row
-                q = load_tile(q_head_ptr, first_row, seqlen_q, stride_q_row, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
-                dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                if SLICE > 0:
+                    dots = sliced_dot(k_ptr, first_col, seqlen_k, stride_k_row, q_head_ptr, first_row, seqlen_q,
+                                      stride_q_row, BLOCK_K, BLOCK_Q, HEAD_DIM, SLICE, PRECISION)  # fmt: skip
+                    # Read any later, q and dout would be in registers together with all that multiplies them.
+                    if DK:
+                        dp = sliced_dot(v_ptr, first_col, seqlen_k, stride_v_row, dout_head_ptr, first_row, seqlen_q,
+                                        stride_dout_row, BLOCK_K, BLOCK_Q, HEAD_DIM_V, SLICE, PRECISION)  # fmt: skip
+                        q = load_tile(q_head_ptr, first_row, seqlen_q, stride_q_row, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
+                    if DV:
+                        dout = load_tile(dout_head_ptr, first_row, seqlen_q, stride_dout_row, BLOCK_Q, HEAD_DIM_V,
+                                         BLOCK_DV, True)  # fmt: skip
+                else:
+                    q = load_tile(q_head_ptr, first_row, seqlen_q, stride_q_row, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
+                    dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                 lse = tl.load(row_lse_head_ptr + rows)
                 p, ratio = tile_probabilities(
                     dots, lse[None, :], first_row, first_col, row[None, :], col[:, None], mask_head_ptr, stride_mask_q,
@@ -248,15 +271,17 @@ def attention_dkdv_kernel(
                 )  # fmt: skip
                 if DROPOUT:
                     keep = tl.trans(dropout_keep(rng_state_ptr, batch_head, rows, first_col, threshold, BLOCK_K))
-                dout = load_tile(dout_head_ptr, first_row, seqlen_q, stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV,
-                                 True)  # fmt: skip
+                if SLICE == 0:
+                    dout = load_tile(dout_head_ptr, first_row, seqlen_q, stride_dout_row, BLOCK_Q, HEAD_DIM_V,
+                                     BLOCK_DV, True)  # fmt: skip
                 if DV:
                     kept = p
                     if DROPOUT:
                         kept = tl.where(keep, p * keep_scale, 0.0)
                     dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
                 if DK:
-                    dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+                    if SLICE == 0:
+                        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
                     if DROPOUT:
                         dp = tl.where(keep, dp * keep_scale, 0.0)
                     delta = tl.load(delta_head_ptr + rows)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.ops.attention_triton_scores import load_tile, tile_probabilities, tile_range
+from fastattn.ops.attention_triton_scores import sliced_dot, tile_probabilities, tile_range
 from fastattn.ops.philox_triton import dropout_keep
 
 
@@ -25,9 +25,9 @@ def attention_dmask_kernel(
     heads, group, seqlen_q, seqlen_k, padded_rows, diagonal, window_left, window_right,
     scale, unit, softcap, threshold, keep_scale, mask_batches, mask_heads, batches_shared, heads_shared, pairs,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr,
-    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    PLAIN: tl.constexpr, PRECISION: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_KEYS: tl.constexpr,
+    MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr, SLICE: tl.constexpr,
+    SUM_ROWS: tl.constexpr, SUM_KEYS: tl.constexpr,
 ):  # fmt: skip
     """dmask: (splits, mask_batches, mask_heads, rows or row tiles if SUM_ROWS, keys or key tiles if SUM_KEYS).
 
@@ -58,19 +58,15 @@ def attention_dmask_kernel(
         batch = (mask_batch + pair // heads_shared).to(tl.int64)
         head = (mask_head + pair % heads_shared).to(tl.int64)
         batch_head = batch * heads + head
-        q = load_tile(q_ptr + batch * stride_q_batch + head * stride_q_head, first_row, seqlen_q, stride_q_row,
-                      BLOCK_Q, HEAD_DIM, BLOCK_D, True)  # fmt: skip
-        k = load_tile(k_ptr + batch * stride_k_batch + head // group * stride_k_head, first_col, seqlen_k,
-                      stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, True)  # fmt: skip
-        dout = load_tile(dout_ptr + batch * stride_dout_batch + head * stride_dout_head, first_row, seqlen_q,
-                         stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True)  # fmt: skip
-        v = load_tile(v_ptr + batch * stride_v_batch + head // group * stride_v_head, first_col, seqlen_k,
-                      stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, True)  # fmt: skip
+        dots = sliced_dot(q_ptr + batch * stride_q_batch + head * stride_q_head, first_row, seqlen_q, stride_q_row,
+                          k_ptr + batch * stride_k_batch + head // group * stride_k_head, first_col, seqlen_k,
+                          stride_k_row, BLOCK_Q, BLOCK_K, HEAD_DIM, SLICE, PRECISION)  # fmt: skip
+        dp = sliced_dot(dout_ptr + batch * stride_dout_batch + head * stride_dout_head, first_row, seqlen_q,
+                        stride_dout_row, v_ptr + batch * stride_v_batch + head // group * stride_v_head, first_col,
+                        seqlen_k, stride_v_row, BLOCK_Q, BLOCK_K, HEAD_DIM_V, SLICE, PRECISION)  # fmt: skip
         slope = 0.0
         if ALIBI:
             slope = tl.load(alibi_ptr + batch * stride_alibi_batch + head)
-        dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         lse = tl.load(row_lse_ptr + batch_head * padded_rows + rows)
         p, _ = tile_probabilities(
             dots, lse[:, None], first_row, first_col, row[:, None], col[None, :],

@@ -24,6 +24,7 @@ from fastattn.ops.attention_triton_scores import (
     load_lse,
     load_tile,
     mask_scores,
+    sliced_dot,
     store_tile,
     tile_probabilities,
     tile_range,
@@ -37,20 +38,31 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _visit_keys(acc, row_max, row_sum, q, begin, end, list_ptr, first_row, k_ptr, v_ptr, mask_ptr, rng_state_ptr,
-                stride_k_row, stride_v_row, stride_mask_q, stride_mask_k, slope, batch_head,
+                stride_q_row, stride_k_row, stride_v_row, stride_mask_q, stride_mask_k, slope, batch_head,
                 seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap, threshold,
                 HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
                 BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr,
                 SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-                PLAIN: tl.constexpr, PRECISION: tl.constexpr, LISTED: tl.constexpr,
+                PLAIN: tl.constexpr, PRECISION: tl.constexpr, SLICE: tl.constexpr, LISTED: tl.constexpr,
                 BOUNDARY: tl.constexpr):  # fmt: skip
-    """The online softmax over the key tiles of [begin, end), or, LISTED, over those that part of a list names."""
+    """The online softmax over the key tiles of [begin, end), or, LISTED, over those that part of a list names.
+
+    q: the rows' tile or, if SLICE > 0, where it begins.
+    """
     row, col = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
-    STAGES: tl.constexpr = 1 if MASK != MASK_NONE and BOUNDARY else None
+    # The few tiles at the edges are not worth the registers of as many addresses and comparisons as there are stages.
+    CUT_DIMS: tl.constexpr = PLAIN and HEAD_DIM != BLOCK_D
+    STAGES: tl.constexpr = 1 if BOUNDARY and (MASK != MASK_NONE or CUT_DIMS) else None
     for at in tl.range(begin, end, 1 if LISTED else BLOCK_K, num_stages=STAGES):
         first_col = visited_position(at, list_ptr, BLOCK_K, LISTED)
-        k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, BOUNDARY)
-        dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if SLICE > 0:
+            dots = sliced_dot(q, first_row, seqlen_q, stride_q_row, k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_Q,
+                              BLOCK_K, HEAD_DIM, SLICE, PRECISION)  # fmt: skip
+            # Read any later, v would be in registers together with all that multiplies it.
+            v = load_tile(v_ptr, first_col, seqlen_k, stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, BOUNDARY)
+        else:
+            k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, BOUNDARY)
+            dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores, _ = cap_scores(dots, scale, softcap, SOFTCAP, PLAIN)
         scores = mask_scores(scores, first_row, first_col, row[:, None], col[None, :], mask_ptr, stride_mask_q,
                              stride_mask_k, slope, seqlen_q, seqlen_k, diagonal, window_left, window_right, MASK, ALIBI,
@@ -67,7 +79,8 @@ def _visit_keys(acc, row_max, row_sum, q, begin, end, list_ptr, first_row, k_ptr
             keep = dropout_keep(rng_state_ptr, batch_head, first_row + row, first_col, threshold, BLOCK_K)
             p = tl.where(keep, p, 0.0)
 
-        v = load_tile(v_ptr, first_col, seqlen_k, stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, BOUNDARY)
+        if SLICE == 0:
+            v = load_tile(v_ptr, first_col, seqlen_k, stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, BOUNDARY)
         acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
     return acc, row_max, row_sum
 
@@ -83,7 +96,7 @@ def attention_fwd_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    PLAIN: tl.constexpr, PRECISION: tl.constexpr, ONE_WALK: tl.constexpr, LISTED: tl.constexpr,
+    PLAIN: tl.constexpr, PRECISION: tl.constexpr, SLICE: tl.constexpr, ONE_WALK: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch * heads * row tiles,). Parameters: attention_triton.py; PLAIN, unit: attention_triton_scores.py;
     LISTED, lists_ptr: attention_triton_mask_tiles.py."""
@@ -105,7 +118,10 @@ def attention_fwd_kernel(
         slope = tl.load(alibi_ptr + batch * stride_alibi_batch + head)
 
     rows = first_row + tl.arange(0, BLOCK_Q)
-    q = load_tile(q_ptr, first_row, seqlen_q, stride_q_row, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
+    if SLICE > 0:
+        q = q_ptr
+    else:
+        q = load_tile(q_ptr, first_row, seqlen_q, stride_q_row, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
     acc = tl.zeros((BLOCK_Q, BLOCK_DV), tl.float32)
     row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_Q,), tl.float32)
@@ -134,10 +150,10 @@ def attention_fwd_kernel(
             list_ptr, start, stop = listed_tiles(lists_ptr, first_row // BLOCK_Q, seqlen_k, start, stop, BLOCK_K)
         acc, row_max, row_sum = _visit_keys(
             acc, row_max, row_sum, q, start, stop, list_ptr, first_row, k_ptr, v_ptr, mask_ptr, rng_state_ptr,
-            stride_k_row, stride_v_row, stride_mask_q, stride_mask_k, slope, batch_head,
+            stride_q_row, stride_k_row, stride_v_row, stride_mask_q, stride_mask_k, slope, batch_head,
             seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap, threshold,
             HEAD_DIM, HEAD_DIM_V, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT,
-            PLAIN, PRECISION, LISTED, BOUNDARY=part != 1,
+            PLAIN, PRECISION, SLICE, LISTED, BOUNDARY=part != 1,
         )  # fmt: skip
 
     # A row that saw nothing has sum 0 and maximum -inf: output 0, lse -inf.
@@ -158,9 +174,9 @@ def attention_weights_kernel(
     stride_mask_batch, stride_mask_head, stride_mask_q, stride_mask_k, stride_alibi_batch,
     heads, group, seqlen_q, seqlen_k, diagonal, window_left, window_right,
     scale, unit, softcap, threshold, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr,
-    ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    PLAIN: tl.constexpr, PRECISION: tl.constexpr, AVERAGE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    PLAIN: tl.constexpr, PRECISION: tl.constexpr, SLICE: tl.constexpr, AVERAGE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch * heads * row tiles * key tiles,); with AVERAGE, whose programs add up the heads, without heads."""
     key_tiles, row_tiles = tl.cdiv(seqlen_k, BLOCK_K), tl.cdiv(seqlen_q, BLOCK_Q)
@@ -179,17 +195,15 @@ def attention_weights_kernel(
     for head in range(first_head, last_head):
         head = tl.to_tensor(head)
         batch64, head64, batch_head = batch.to(tl.int64), head.to(tl.int64), batch * heads + head
-        q = load_tile(q_ptr + batch64 * stride_q_batch + head64 * stride_q_head, first_row, seqlen_q, stride_q_row,
-                      BLOCK_Q, HEAD_DIM, BLOCK_D, True)  # fmt: skip
-        k = load_tile(k_ptr + batch64 * stride_k_batch + head64 // group * stride_k_head, first_col, seqlen_k,
-                      stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, True)  # fmt: skip
+        dots = sliced_dot(q_ptr + batch64 * stride_q_batch + head64 * stride_q_head, first_row, seqlen_q, stride_q_row,
+                          k_ptr + batch64 * stride_k_batch + head64 // group * stride_k_head, first_col, seqlen_k,
+                          stride_k_row, BLOCK_Q, BLOCK_K, HEAD_DIM, SLICE, PRECISION)  # fmt: skip
         slope = 0.0
         mask_head_ptr = mask_ptr
         if MASK != MASK_NONE:
             mask_head_ptr = mask_ptr + batch64 * stride_mask_batch + head64 * stride_mask_head
         if ALIBI:
             slope = tl.load(alibi_ptr + batch64 * stride_alibi_batch + head64)
-        dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         lse = load_lse(lse_ptr + batch_head.to(tl.int64) * seqlen_q, rows, seqlen_q)
         weights, _ = tile_probabilities(
             dots, lse[:, None], first_row, first_col, row[:, None], col[None, :], mask_head_ptr, stride_mask_q,

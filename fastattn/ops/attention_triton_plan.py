@@ -82,7 +82,6 @@ def _scoring_arguments(query: Tensor, key: Tensor, scoring: Scoring) -> dict[str
         "threshold": int(dropout_p * 65536.0 + 0.5),
         "keep_scale": 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": _padded(head_dim),
         "ALIBI": slopes is not None,
         "SOFTCAP": softcap > 0,
         "DROPOUT": scoring.rng_state is not None,
@@ -116,11 +115,13 @@ def _one_walk(arguments: dict[str, Any]) -> bool:
 
 
 def _blocks(tile: Tile) -> dict[str, int]:
-    return {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
+    return {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k, "SLICE": tile.head_dim_slice}
 
 
-def _value_dims(value: Tensor) -> dict[str, int]:
-    return {"HEAD_DIM_V": value.shape[3], "BLOCK_DV": _padded(value.shape[3])}
+def _whole_rows(query: Tensor, value: Tensor) -> dict[str, int]:
+    """Of the kernels that multiply whole rows: sums as wide as head_dim."""
+    head_dim_v = value.shape[3]
+    return {"HEAD_DIM_V": head_dim_v, "BLOCK_D": _padded(query.shape[3]), "BLOCK_DV": _padded(head_dim_v)}
 
 
 def shape_of_tiles(arguments: dict[str, Any]) -> tuple[torch.dtype, int, int]:
@@ -145,7 +146,7 @@ def plan_forward(
     tiling: Tiling | None = None,
 ) -> list[Launch]:
     """Writes out and lse. ``mask_states``, here and below: of attention_triton_mask.py."""
-    arguments = _scoring_arguments(query, key, scoring) | _value_dims(value)
+    arguments = _scoring_arguments(query, key, scoring) | _whole_rows(query, value)
     if scoring.sinks is not None:
         # The sink is a natural logit, so the others are too.
         arguments |= {"PLAIN": False, "unit": LOG2_E}
@@ -166,7 +167,7 @@ def plan_weights(
     query: Tensor, key: Tensor, lse: Tensor, weights: Tensor, scoring: Scoring, average_heads: bool, gpu: tiles.Gpu
 ) -> Launch:
     arguments = _scoring_arguments(query, key, scoring)
-    tile = tiles.scores(gpu, query.dtype, arguments["BLOCK_D"])
+    tile = tiles.scores(gpu, query.dtype, _padded(query.shape[3]))
     arguments |= {
         "q_ptr": query, "k_ptr": key, "lse_ptr": lse, "weights_ptr": weights,
         **_strides("q", query), **_strides("k", key), **_blocks(tile), "AVERAGE": average_heads,
@@ -218,14 +219,14 @@ class BackwardInputs(NamedTuple):
             "q_ptr": self.query, "k_ptr": self.key, "v_ptr": self.value, "dout_ptr": self.dout,
             "row_lse_ptr": self.row_lse, "delta_ptr": self.delta, "padded_rows": self.delta.shape[2],
             **_strides("q", self.query), **_strides("k", self.key), **_strides("v", self.value),
-            **_strides("dout", self.dout), **_value_dims(self.value),
+            **_strides("dout", self.dout),
         }  # fmt: skip
 
 
 def plan_dq(
     inputs: BackwardInputs, dq: Tensor, scoring: Scoring, gpu: tiles.Gpu, tiling: Tiling | None = None
 ) -> list[Launch]:
-    arguments = inputs.arguments(scoring)
+    arguments = inputs.arguments(scoring) | _whole_rows(inputs.query, inputs.value)
     arguments |= {
         "dq_ptr": dq,
         **_strides("dq", dq),
@@ -249,7 +250,7 @@ def plan_dkdv(
     gpu: tiles.Gpu,
     tiling: Tiling | None = None,
 ) -> list[Launch]:
-    arguments = inputs.arguments(scoring)
+    arguments = inputs.arguments(scoring) | _whole_rows(inputs.query, inputs.value)
     arguments |= {
         "dk_ptr": dk, "dv_ptr": dv, **_strides("dk", dk), **_strides("dv", dv),
         "KEY_MASK": _key_mask(arguments), "ONE_WALK": _one_walk(arguments),
@@ -274,7 +275,8 @@ def plan_dmask(inputs: BackwardInputs, scoring: Scoring, gpu: tiles.Gpu) -> tupl
     batch, heads, seqlen_q, _ = inputs.query.shape
     seqlen_k = inputs.key.shape[2]
     mask_batches, mask_heads, mask_q, mask_k = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    tile = tiles.scores(gpu, inputs.query.dtype, max(arguments["BLOCK_D"], arguments["BLOCK_DV"]))
+    head_dim_v = inputs.value.shape[3]
+    tile = tiles.scores(gpu, inputs.query.dtype, _padded(max(arguments["HEAD_DIM"], head_dim_v)))
     row_tiles, key_tiles = ceil_div(seqlen_q, tile.block_q), ceil_div(seqlen_k, tile.block_k)
     sum_rows, sum_keys = mask_q < seqlen_q, mask_k < seqlen_k
 
@@ -289,6 +291,6 @@ def plan_dmask(inputs: BackwardInputs, scoring: Scoring, gpu: tiles.Gpu) -> tupl
     arguments |= {
         "dmask_ptr": partial, "mask_batches": mask_batches, "mask_heads": mask_heads,
         "heads_shared": heads // mask_heads, "batches_shared": batch // mask_batches, "pairs": pairs,
-        "SUM_ROWS": sum_rows, "SUM_KEYS": sum_keys, **_blocks(tile),
+        "SUM_ROWS": sum_rows, "SUM_KEYS": sum_keys, **_blocks(tile), "HEAD_DIM_V": head_dim_v,
     }  # fmt: skip
     return Launch(attention_dmask_kernel, (splits * programs,), arguments, tile.launch_options()), partial, sums

@@ -130,26 +130,45 @@ def visited_position(at, list_ptr, BLOCK: tl.constexpr, LISTED: tl.constexpr):
 
 @triton.jit
 def load_tile(ptr, first, seqlen, stride_row, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-              BOUNDARY: tl.constexpr):  # fmt: skip
-    """Rows [first, first + BLOCK) as (BLOCK, BLOCK_D); 0 past HEAD_DIM and, with BOUNDARY, past ``seqlen``.
+              BOUNDARY: tl.constexpr, first_dim=0):  # fmt: skip
+    """Rows [first, first + BLOCK) as (BLOCK, BLOCK_D), from ``first_dim``, a multiple of BLOCK_D; 0 past HEAD_DIM and,
+    with BOUNDARY, past ``seqlen``.
 
     The first row's address has 64 bits, so that tensors may have more than 2^31 elements; offsets inside a tile have
     32, which saves registers (the plan copies operands whose rows lie 2^24 elements apart).
     """
     ptr += tl.to_tensor(first).to(tl.int64) * stride_row
     rows = tl.arange(0, BLOCK)
-    dims = tl.arange(0, BLOCK_D)
+    dims = first_dim + tl.arange(0, BLOCK_D)
     ptrs = ptr + (rows[:, None] * stride_row + dims[None, :])
     inside = (rows < seqlen - first)[:, None]
     inside_dim = (dims < HEAD_DIM)[None, :]
-    if BOUNDARY and BLOCK_D != HEAD_DIM:
+    CUT_DIMS: tl.constexpr = HEAD_DIM % BLOCK_D != 0
+    if BOUNDARY and CUT_DIMS:
         return tl.load(ptrs, mask=inside & inside_dim, other=0.0)
     elif BOUNDARY:
         return tl.load(ptrs, mask=inside, other=0.0)
-    elif BLOCK_D != HEAD_DIM:
+    elif CUT_DIMS:
         return tl.load(ptrs, mask=inside_dim, other=0.0)
     else:
         return tl.load(ptrs)
+
+
+@triton.jit
+def sliced_dot(a_ptr, a_first, a_seqlen, stride_a_row, b_ptr, b_first, b_seqlen, stride_b_row, BLOCK_A: tl.constexpr,
+               BLOCK_B: tl.constexpr, HEAD_DIM: tl.constexpr, SLICE: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
+    """Rows of a times rows of b, (BLOCK_A, BLOCK_B), SLICE of head_dim at a time; 0 past their ends.
+
+    Operands that do not go into registers whole are read again for every tile. The loop is not unrolled, so that the
+    registers of one slice are all that it takes.
+    """
+    dots = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    for first_dim in tl.range(0, HEAD_DIM, SLICE, num_stages=1):
+        a = load_tile(a_ptr, a_first, a_seqlen, stride_a_row, BLOCK_A, HEAD_DIM, SLICE, True, first_dim)
+        b = load_tile(b_ptr, b_first, b_seqlen, stride_b_row, BLOCK_B, HEAD_DIM, SLICE, True, first_dim)
+        dots = tl.dot(a, tl.trans(b), dots, input_precision=PRECISION)
+    return dots
 
 
 @triton.jit

@@ -29,6 +29,9 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     all_registers: bool = False  # a thread may take 255: ptxas would otherwise spill some to fit one more block
+    # How much of head_dim is multiplied at once, with both operands read again for every tile; 0: all of it, with the
+    # program's own operand read once and, but for wgmma and tcgen05, kept in registers.
+    head_dim_slice: int = 0
 
     def launch_options(self) -> dict[str, int]:
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
@@ -42,8 +45,13 @@ Tiling = tuple[Tile, ...]
 _INTERPRETED = Tile(32, 32, 4, 1)
 _Entry = TypeVar("_Entry")
 _Table = dict[int, dict[int, tuple[Tile, ...]]]  # by compute capability and head_dim
-# float32 products run on the CUDA cores, whose operands are all in registers.
-_FLOAT32 = {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 4, 1)}
+# float32 products run on the CUDA cores. Triton unrolls them over the whole inner dim, with all that a thread
+# multiplies in registers: no more than 32 keys or rows, or of head_dim one cache line of each row. 64 rows of sums by 8
+# warps give each thread tiles of 4 x 4 sums, two multiplications for each number that it reads.
+_FLOAT32 = Tile(64, 32, 8, 1, True, 32)
+_FLOAT32_DKDV: dict[int, Tile | tuple[Tile, Tile]] = {
+    64: Tile(32, 64, 8, 1, True, 32), 128: Tile(32, 32, 8, 1, True, 32), 256: (Tile(32, 32, 8, 1, True, 32),) * 2,
+}  # fmt: skip
 
 # By head_dim, padded; each entry: dot products alone, one of mask, dropout, ALiBi, softcap, several of them (the last
 # stands for what follows). A warp takes 16 rows of a tile (of keys, for dk and dv): with fewer rows, warps repeat each
@@ -51,7 +59,7 @@ _FLOAT32 = {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 32, 4
 # 8.x take both operands from registers, so that its inner tiles are narrow; wgmma (9.0) and tcgen05 (10.0) read them
 # from shared memory. Dropout draws for 32 keys at a time: block_k is a multiple of 32.
 _FORWARD: _Table = {
-    8: {64: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)), 128: (Tile(128, 32, 8, 3), Tile(128, 32, 8, 2)),
+    8: {64: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2, True)), 128: (Tile(128, 32, 8, 3), Tile(128, 32, 8, 2)),
         256: (Tile(32, 64, 8, 1),)},
     9: {64: (Tile(128, 128, 8, 3), Tile(128, 64, 8, 2)), 128: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
         256: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 1))},
@@ -67,26 +75,32 @@ _DQ: _Table = {
 }  # fmt: skip
 _DQ[10] = _DQ[9] | {64: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 1))}
 # dk and dv are two sums as wide as head_dim: the tile of one pass that makes both or, where the registers do not hold
-# them together, those of a pass for dv and of one for dk, which has a product more.
+# them together, those of a pass for dv and of one for dk, which has a product more: at head_dim 256 it keeps neither k
+# nor v, and has registers for the 64 keys that wgmma wants.
+_WIDE_DK = Tile(16, 64, 8, 1, True, 64)
 _DKDV: dict[int, dict[int, tuple[Tile | tuple[Tile, Tile], ...]]] = {
     8: {64: (Tile(32, 128, 8, 2), Tile(16, 128, 8, 2)),
         128: (Tile(16, 128, 8, 2), (Tile(16, 128, 8, 2, True), Tile(32, 64, 8, 2, True))),
-        256: ((Tile(32, 32, 8, 1, True),) * 2,)},
+        256: ((Tile(32, 32, 8, 1, True),) * 2, (Tile(32, 32, 8, 1, True), _WIDE_DK))},
     9: {64: (Tile(32, 128, 8, 2),), 128: (Tile(16, 128, 8, 2), (Tile(16, 128, 8, 2),) * 2),
-        256: ((Tile(16, 128, 8, 2),) * 2, (Tile(16, 128, 8, 1), Tile(32, 32, 8, 1)))},
+        256: ((Tile(16, 128, 8, 2),) * 2, (Tile(16, 128, 8, 1), _WIDE_DK))},
 }  # fmt: skip
 # Triton compiles the single pass at head_dim 256 to nothing at all; tests/triton_aot.py looks out for that.
-_DKDV[10] = _DKDV[9] | {128: (Tile(16, 128, 8, 1),), 256: ((Tile(16, 128, 8, 1), Tile(16, 64, 8, 1)),)}
+_DKDV[10] = _DKDV[9] | {128: (Tile(16, 128, 8, 1),), 256: ((Tile(16, 128, 8, 1), _WIDE_DK),)}
 
 
 def width(block_d: int) -> int:
     return 64 if block_d <= 64 else 128 if block_d <= 128 else 256
 
 
-def _without_table(gpu: Gpu, dtype: torch.dtype, block_d: int) -> Tile | None:
+def _interpreted(dtype: torch.dtype) -> Tile:
+    return _INTERPRETED._replace(head_dim_slice=_FLOAT32.head_dim_slice if dtype == torch.float32 else 0)
+
+
+def _without_table(gpu: Gpu, dtype: torch.dtype) -> Tile | None:
     if gpu is INTERPRETER:
-        return _INTERPRETED
-    return _FLOAT32[width(block_d)] if dtype == torch.float32 else None
+        return _interpreted(dtype)
+    return _FLOAT32 if dtype == torch.float32 else None
 
 
 def _look_up(table: dict[int, dict[int, tuple[_Entry, ...]]], gpu: Gpu, block_d: int, features: int) -> _Entry:
@@ -103,7 +117,7 @@ def fit(tile: Tile, gpu: Gpu) -> Tile:
 
 
 def _tile(table: _Table, gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> Tile:
-    return _without_table(gpu, dtype, block_d) or fit(_look_up(table, gpu, block_d, features), gpu)
+    return _without_table(gpu, dtype) or fit(_look_up(table, gpu, block_d, features), gpu)
 
 
 def forward(gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> Tiling:
@@ -116,12 +130,15 @@ def dq(gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> Tiling:
 
 def dkdv(gpu: Gpu, dtype: torch.dtype, block_d: int, features: int) -> Tiling:
     """The tile of one pass for both, or those of a pass for dv and a pass for dk."""
-    found = _without_table(gpu, dtype, block_d) or _look_up(_DKDV, gpu, block_d, features)
+    if gpu is INTERPRETER:
+        return (_interpreted(dtype),)
+    float32 = _FLOAT32_DKDV[width(block_d)] if dtype == torch.float32 else None
+    found = float32 or _look_up(_DKDV, gpu, block_d, features)
     return (fit(found, gpu),) if isinstance(found, Tile) else tuple(fit(tile, gpu) for tile in found)
 
 
 def scores(gpu: Gpu, dtype: torch.dtype, block_d: int) -> Tile:
     """For the kernels that make one tile of scores of a shape of their own: weights and the mask's gradient."""
-    if gpu is INTERPRETER:
-        return _INTERPRETED
-    return Tile(64, 32, 8, 1) if dtype != torch.float32 else Tile(16, 32, 4, 1)
+    tile = _INTERPRETED if gpu is INTERPRETER else fit(Tile(64, 32, 8, 1, True), gpu)
+    # No operand is needed twice, so that slices cost nothing.
+    return tile._replace(head_dim_slice=32 if dtype == torch.float32 else min(64, block_d))

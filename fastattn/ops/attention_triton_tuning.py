@@ -18,7 +18,7 @@ from fastattn.ops.triton_launch import Launch
 
 # What times depend on besides the constexprs: lengths, known by the next power of two.
 _LENGTHS = ("heads", "group", "seqlen_q", "seqlen_k", "window_left", "window_right")
-_TILE = ("BLOCK_Q", "BLOCK_K", "DK", "DV")
+_TILE = ("BLOCK_Q", "BLOCK_K", "SLICE", "DK", "DV")
 
 
 def run(on: Tensor, plan: Callable[..., list[Launch]], *arguments: Any) -> None:
