@@ -130,16 +130,13 @@ struct BwdGroup {
 
   AttentionBwdSm90Smem<Traits>& smem;
   const AttentionBwdArgs& args;
-  const MaskStages& mask;
   const BwdKeys<Traits> keys;
   const int group, first_key, warp_row, lane;  // first_key and warp_row count from the block's first key
   DropoutState dropout;
 
-  FASTATTN_DEVICE BwdGroup(AttentionBwdSm90Smem<Traits>& smem_, const AttentionBwdArgs& args_, const MaskStages& mask_,
-                           int group_)
+  FASTATTN_DEVICE BwdGroup(AttentionBwdSm90Smem<Traits>& smem_, const AttentionBwdArgs& args_, int group_)
       : smem(smem_),
         args(args_),
-        mask(mask_),
         keys(args_),
         group(group_),
         first_key(group_ * Traits::kGroupKeys),
@@ -157,24 +154,6 @@ struct BwdGroup {
   FASTATTN_DEVICE void arrive_by_warp(uint64_t* barrier) const {
     __syncwarp();
     if (lane == 0) mbarrier_arrive(barrier);
-  }
-
-  // P of S, in registers.
-  FASTATTN_DEVICE void probabilities(typename Traits::Scores& s, typename Traits::Operand& p, BwdStageInfo info,
-                                     const float* lse_smem) {
-    const ScoreArgs& scores = args.scores;
-    const int query = info.query_tile * Traits::kBlockQ;
-    const IndexRange all = band_of(scores).keys_seen_by_all({query, query + Traits::kBlockQ});
-    // Keys that do not exist count as hidden too: k is 0 there, but dX must not be infinite.
-    const bool is_cut = all.begin > keys.first || all.end < keys.first + Traits::kBlockK;
-    const TransposedPlace place = {keys.first + warp_row + lane / 4, query + lane_column(), keys.batch, info.head};
-    if constexpr (Traits::kKind == ScoreKind::kPlain) {
-      make_probabilities<Traits>(s, p, scores, dropout, place, is_cut, lse_smem, {});
-    } else {
-      const StepMask step_mask = wait_for_mask<Traits>(smem, mask, info, warp_row + lane / 4);
-      make_probabilities<Traits>(s, p, scores, dropout, place, is_cut, lse_smem, step_mask);
-      release_mask(smem, step_mask);
-    }
   }
 
   // dX to shared memory, where both warpgroups' next product reads it once they have met.
@@ -219,7 +198,7 @@ template <typename Traits>
 FASTATTN_DEVICE void multiply_bwd_tiles(AttentionBwdSm90Smem<Traits>& smem, const AttentionBwdArgs& args,
                                         const MaskStages& mask, int group_) {
   using Element = typename Traits::Element;
-  BwdGroup<Traits> group(smem, args, mask, group_);
+  BwdGroup<Traits> group(smem, args, group_);
   typename Traits::Gradient dk = {}, dv = {};
   RingPosition<Traits::kStages> at;
   mbarrier_wait(&smem.k_full, 0);
@@ -254,7 +233,8 @@ FASTATTN_DEVICE void multiply_bwd_tiles(AttentionBwdSm90Smem<Traits>& smem, cons
     if constexpr (Traits::kEarlyDp) issue_dp();
     wgmma_wait_group<Traits::kEarlyDp ? 1 : 0>();  // dp
     pin_accumulators(wgmma_registers(s));
-    group.probabilities(s, p, info, smem.lse[stage]);
+    make_step_probabilities<Traits>(s, p, smem, args.scores, mask, group.dropout, group.keys, info,
+                                    group.warp_row + group.lane / 4, smem.lse[stage]);
     if constexpr (Traits::kEarlyDv) issue_dv();
     if constexpr (Traits::kEarlyDv && !Traits::kOverlapsDv) wgmma_wait_group<0>();
     if constexpr (!Traits::kEarlyDp) issue_dp();

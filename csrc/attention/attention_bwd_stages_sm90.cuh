@@ -123,6 +123,23 @@ FASTATTN_DEVICE void release_mask(Smem& smem, const StepMask& mask) {
   if (threadIdx.x % 32 == 0) mbarrier_arrive(&smem.mask_empty[mask.stage]);
 }
 
+// P of S in a step; `row` is this lane's first of the accumulators, counted from the block's first key.
+template <typename Traits, typename Smem>
+FASTATTN_DEVICE void make_step_probabilities(typename Traits::Scores& s, typename Traits::Operand& p, Smem& smem,
+                                             const ScoreArgs& scores, const MaskStages& mask,
+                                             const DropoutState& dropout, const BwdKeys<Traits>& keys,
+                                             BwdStageInfo info, int row, const float* lse_smem) {
+  const int query = info.query_tile * Traits::kBlockQ;
+  const IndexRange all = band_of(scores).keys_seen_by_all({query, query + Traits::kBlockQ});
+  // Keys that do not exist count as hidden too: k is 0 there, but dX must not be infinite.
+  const bool is_cut = all.begin > keys.first || all.end < keys.first + Traits::kBlockK;
+  const TransposedPlace place = {keys.first + row, query + lane_column(), keys.batch, info.head};
+  StepMask step_mask;
+  if constexpr (Traits::kKind != ScoreKind::kPlain) step_mask = wait_for_mask<Traits>(smem, mask, info, row);
+  make_probabilities<Traits>(s, p, scores, dropout, place, is_cut, lse_smem, step_mask);
+  if constexpr (Traits::kKind != ScoreKind::kPlain) release_mask(smem, step_mask);
+}
+
 // ---- turns in adding to dq
 
 // How many blocks of keys add to these queries before this one: the visible ones among those of smaller keys.

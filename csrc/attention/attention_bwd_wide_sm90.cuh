@@ -175,18 +175,8 @@ FASTATTN_DEVICE void make_dv(AttentionBwdWideSm90Smem<Traits>& smem, const Atten
     wgmma_wait_group<0>();
     pin_accumulators(wgmma_registers(s));
 
-    const int query = info.query_tile * Traits::kBlockQ;
-    const IndexRange all = band_of(scores).keys_seen_by_all({query, query + Traits::kBlockQ});
-    // Keys that do not exist count as hidden too: k is 0 there, but dX must not be infinite.
-    const bool is_cut = all.begin > group.keys.first || all.end < group.keys.first + Traits::kBlockK;
-    const TransposedPlace place = {group.keys.first + group.warp_row + group.lane / 4, query + lane_column(),
-                                   group.keys.batch, info.head};
-    StepMask step_mask;
-    if constexpr (Traits::kKind != ScoreKind::kPlain) {
-      step_mask = wait_for_mask<Traits>(smem, mask, info, group.warp_row + group.lane / 4);
-    }
-    make_probabilities<Traits>(s, p, scores, dropout, place, is_cut, smem.lse[group.q_at.stage()], step_mask);
-    if constexpr (Traits::kKind != ScoreKind::kPlain) release_mask(smem, step_mask);
+    make_step_probabilities<Traits>(s, p, smem, scores, mask, dropout, group.keys, info,
+                                    group.warp_row + group.lane / 4, smem.lse[group.q_at.stage()]);
     group.release_q();
     mbarrier_wait(&smem.p_empty, (group.q_at.count & 1) ^ 1);
 #pragma unroll
