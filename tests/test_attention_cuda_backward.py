@@ -12,6 +12,7 @@ from emulated import MODES, AsyncMode, Mode, Schedule
 from test_attention_backward import MASK_SHAPES, SIZES
 
 import fastattn
+from fastattn._extension import extension
 
 pytestmark = pytest.mark.skipif(
     fastattn.available_backends()["emulated"] is not None, reason=str(fastattn.available_backends()["emulated"])
@@ -77,6 +78,45 @@ def test_gradients_are_bitwise_equal_in_every_run(name):
         mode.apply()
         for key, result in run(case, inputs, "emulated").items():
             assert torch.equal(result, expected[key]), f"{key} in {mode}"
+
+
+# --- Few keys: blocks that share the queries of one block of keys ----------------------------------------------------
+
+SHARED = {
+    "mqa": Case(batch=1, heads=12, heads_kv=1, seqlen_q=70, seqlen_k=150, head_dim=41, head_dim_v=24),
+    "gqa_causal": Case(batch=1, heads=14, heads_kv=2, seqlen_q=140, seqlen_k=140, head_dim=16,
+                       options={"is_causal": True, "window": (70, 0)}),
+    "another_tile": Case(batch=1, heads=12, heads_kv=1, seqlen_q=70, seqlen_k=100, head_dim=72),
+    "one_head": Case(batch=1, heads=1, seqlen_q=1100, seqlen_k=20, head_dim=8, head_dim_v=16),
+    "heads_and_queries": Case(batch=1, heads=3, heads_kv=1, seqlen_q=600, seqlen_k=40, head_dim=16,
+                              options={"is_causal": True}),
+    "dropout_mask": Case(batch=1, heads=10, heads_kv=1, seqlen_q=100, seqlen_k=70, head_dim=16,
+                         options={"dropout_p": 0.3}, tensors={"attn_mask": lambda case: torch.rand(100, 70) < 0.6}),
+}  # fmt: skip
+
+
+@each_dtype
+@pytest.mark.parametrize("name", SHARED)
+def test_blocks_that_share_queries(name, dtype):
+    """As accurate as one block, and the same bits in any schedule; the sums of the parts are one more launch."""
+    case, launches, results = SHARED[name], [], []
+    inputs = case.inputs(dtype)
+    for mode, multiprocessors in ((MODES[0], 1), (MODES[0], 40), (MODES[2], 40)):
+        mode.apply(multiprocessors=multiprocessors)
+        before = extension.emulated_launches()
+        results.append(check(case, dtype, "emulated", inputs))
+        launches.append(extension.emulated_launches() - before)
+    assert launches[1] == launches[2] == launches[0] + 1
+    assert all(torch.equal(results[1][key], results[2][key]) for key in ("dquery", "dkey", "dvalue"))
+
+
+@pytest.mark.parametrize("parts", [2, 40])
+def test_parts_without_a_visible_query_are_zero(parts):
+    """The band leaves the last keys to no query at all, and of the others one part has every query."""
+    Mode().apply(multiprocessors=parts)
+    case = Case(batch=1, heads=16, heads_kv=1, seqlen_q=64, seqlen_k=300, head_dim=8, options={"window": (3, 3)})
+    results = check(case, torch.float16, "emulated")
+    assert not results["dkey"][:, :, 70:].any() and not results["dvalue"][:, :, 70:].any()
 
 
 # --- Shapes, strides, rows without keys ------------------------------------------------------------------------------

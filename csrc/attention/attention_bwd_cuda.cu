@@ -42,27 +42,29 @@ struct BwdPlan {
   int64_t padded_rows = 0;
   int64_t dq_sum_bytes = 0, turns_bytes = 0;  // of Hopper's dq
   MaskTilesPlan dkv_mask_tiles, dq_mask_tiles;
+  BwdParts parts;  // of dk and dv
   TileIndex dmask_places = {1, 1, 1, 1}, dmask_sharers = {1, 1, 1, 1};
   int dmask_splits = 1;
   int64_t dmask_elements = 0;
 
   size_t row_bytes(const AttentionParams& p) const { return aligned_bytes(p.batch * p.heads * padded_rows * 4); }
   size_t dmask_bytes() const { return dmask_splits > 1 ? aligned_bytes(dmask_splits * dmask_elements * 4) : 0; }
+  size_t parts_bytes() const { return parts.count() > 1 ? aligned_bytes(2 * parts.count() * parts.elements * 4) : 0; }
   size_t workspace_bytes(const AttentionParams& p) const {
-    return 2 * row_bytes(p) + aligned_bytes(dkv_mask_tiles.bytes) + aligned_bytes(dq_mask_tiles.bytes) + dmask_bytes() +
-           aligned_bytes(dq_sum_bytes) + aligned_bytes(turns_bytes);
+    return parts_bytes() + 2 * row_bytes(p) + aligned_bytes(dkv_mask_tiles.bytes) + aligned_bytes(dq_mask_tiles.bytes) +
+           dmask_bytes() + aligned_bytes(dq_sum_bytes) + aligned_bytes(turns_bytes);
   }
   bool is_on_hopper() const { return sm90_tile.head_dim > 0; }
   bool has_kernels() const { return is_on_hopper() || (dkv_tile >= 0 && dq_tile >= 0); }
 };
 
 template <typename Tile, int kCount, typename SmemBytes>
-int choose_tile(const Tile (&tiles)[kCount], SmemBytes smem_bytes, const AttentionParams& p,
-                const DeviceLaunch& launch) {
+int choose_tile(const Tile (&tiles)[kCount], SmemBytes smem_bytes, const AttentionParams& p, const DeviceLaunch& launch,
+                int first = 0) {
   const bool plain =
       p.softcap == 0.0 && p.alibi_slopes == nullptr && p.dropout_p == 0.0 && p.scale > 0.0 && p.mask.data == nullptr;
   const int64_t head_dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
-  for (int i = 0; i < kCount; ++i) {
+  for (int i = first; i < kCount; ++i) {
     const bool fits = tiles[i].is_for(launch.compute_capability) &&
                       static_cast<size_t>(smem_bytes(i)) <= launch.shared_bytes_per_block;
     if (fits && tiles[i].head_dim >= head_dim && (plain || tiles[i].kind == ScoreKind::kEverything)) return i;
@@ -88,6 +90,47 @@ void plan_dmask(BwdPlan& plan, const AttentionBwdParams& p, const DeviceLaunch& 
   plan.dmask_splits = static_cast<int>(min_of(min_of(wanted, plan.dmask_sharers.count()), kMostSplits));
 }
 
+int choose_dkv_tile(const AttentionBwdParams& p, const DeviceLaunch& launch, int first = 0) {
+  return choose_tile(kBwdDkvTiles, [](int i) { return bwd_dkv_smem_bytes(i); }, p, launch, first);
+}
+
+// The most query tiles of a head that see a block of keys.
+int64_t query_tiles(const AttentionBwdParams& p, const BwdDkvTile& tile) {
+  const int64_t seen = min_of(p.seqlen_q, p.window_left + p.window_right + tile.block_k());
+  return ceil_div(seen < 1 ? 1 : seen, tile.block_q);
+}
+
+// The time of the busiest multiprocessor that makes dk and dv, counted in queries. Writing fp32 sums and adding them up
+// takes about as long as kSumCost of them.
+int64_t dkv_cost(const AttentionBwdParams& p, const BwdDkvTile& tile, const BwdParts& parts, int64_t slots) {
+  constexpr int64_t kSumCost = 256;
+  const int64_t blocks = p.batch * p.heads_kv * ceil_div(p.seqlen_k, tile.block_k()) * parts.count();
+  const int64_t work = ceil_div(p.heads / p.heads_kv, parts.heads) * ceil_div(query_tiles(p, tile), parts.tiles);
+  return ceil_div(blocks, slots) * (work * tile.block_q + (parts.count() > 1 ? kSumCost : 0));
+}
+
+// Lets blocks share the queries of a block of keys where that saves a tenth or more, by another tile if need be.
+void choose_parts(BwdPlan& plan, const AttentionBwdParams& p, const DeviceLaunch& launch) {
+  constexpr int64_t kMostParts = 16;
+  int64_t best_cost = dkv_cost(p, kBwdDkvTiles[plan.dkv_tile], {}, launch.multiprocessors) * 9 / 10;
+  int shared = plan.dkv_tile;
+  if (!kBwdDkvTiles[shared].shares) shared = choose_dkv_tile(p, launch, shared + 1);
+  const BwdDkvTile& tile = kBwdDkvTiles[shared];
+  const int64_t group = p.heads / p.heads_kv, most = min_of(kMostParts, group * query_tiles(p, tile));
+  for (int64_t wanted = 2; tile.shares && wanted <= most; ++wanted) {
+    // Heads first: each of their parts has the same work whatever the mask.
+    BwdParts parts;
+    parts.heads = static_cast<int>(min_of(wanted, group)), parts.tiles = static_cast<int>(wanted / parts.heads);
+    const int64_t cost = dkv_cost(p, tile, parts, launch.multiprocessors);
+    if (cost >= best_cost) continue;
+    best_cost = cost;
+    plan.parts = parts;
+    plan.dkv_tile = shared;
+  }
+  plan.parts.columns = static_cast<int>(ceil_div(p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v, 8) * 8);
+  plan.parts.elements = p.batch * p.heads_kv * p.seqlen_k * plan.parts.columns;
+}
+
 BwdPlan plan_bwd(const AttentionBwdParams& p, const DeviceLaunch& launch) {
   BwdPlan plan;
   plan.padded_rows = ceil_div(p.seqlen_q, kRowPadding) * kRowPadding;
@@ -100,9 +143,10 @@ BwdPlan plan_bwd(const AttentionBwdParams& p, const DeviceLaunch& launch) {
     plan.turns_bytes = launch.deterministic ? rows / DqSum::kRows * 2 * 4 : 0;
     return plan;
   }
-  plan.dkv_tile = choose_tile(kBwdDkvTiles, [](int i) { return bwd_dkv_smem_bytes(i); }, p, launch);
+  plan.dkv_tile = choose_dkv_tile(p, launch);
   plan.dq_tile = choose_tile(kBwdDqTiles, [](int i) { return bwd_dq_smem_bytes(i); }, p, launch);
   if (!plan.has_kernels()) return plan;
+  choose_parts(plan, p, launch);
   const BwdDkvTile& dkv = kBwdDkvTiles[plan.dkv_tile];
   const BwdDqTile& dq = kBwdDqTiles[plan.dq_tile];
   plan.dkv_mask_tiles = plan_mask_tiles(p, dkv.block_q, dkv.block_k(), 1);
@@ -147,9 +191,20 @@ const char* launch_rows(const AttentionBwdParams& p, const BwdRowStatistics& row
 
 template <typename Element>
 const char* launch_dkv(const BwdPlan& plan, const AttentionBwdArgs& args, unsigned blocks, cudaStream_t stream) {
-  return launch_choice<64, 128, 256>(kBwdDkvTiles[plan.dkv_tile].head_dim, [&](auto head_dim) {
-    return launch_bwd_dkv_tile<Element, head_dim()>(plan.dkv_tile, args, blocks, stream);
+  const dim3 grid(blocks, static_cast<unsigned>(args.parts.count()));
+  const char* error = launch_choice<64, 128, 256>(kBwdDkvTiles[plan.dkv_tile].head_dim, [&](auto head_dim) {
+    return launch_bwd_dkv_tile<Element, head_dim()>(plan.dkv_tile, args, grid, stream);
   });
+  if (error != nullptr || args.parts.count() == 1) return error;
+  DkvSumArgs sum;
+  sum.parts = args.parts;
+  sum.dk = args.dk, sum.dv = args.dv;
+  sum.chunks = args.parts.elements / 8;
+  sum.heads_kv = args.heads_kv, sum.seqlen_k = args.scores.seqlen_k;
+  sum.head_dim = args.head_dim, sum.head_dim_v = args.head_dim_v;
+  sum.dk_is_aligned = args.dk_is_aligned, sum.dv_is_aligned = args.dv_is_aligned;
+  const dim3 sum_grid(static_cast<unsigned>(ceil_div(sum.chunks, kDkvSumThreads)), 2);
+  return launch_kernel(attention_bwd_dkv_sum_kernel<Element>, sum_grid, kDkvSumThreads, 0, stream, sum);
 }
 
 template <typename Element>
@@ -227,6 +282,8 @@ const char* launch_bwd(const BwdPlan& plan, const AttentionBwdParams& p, const D
   }
 
   AttentionBwdArgs args = make_args(plan, p, rows);
+  args.parts = plan.parts;
+  args.parts.first = reinterpret_cast<float*>(take(plan.parts_bytes()));
   const char* error = make_score_args(args.scores, p);
   const int64_t dkv_blocks = p.batch * p.heads_kv * args.key_tiles, dq_blocks = p.batch * p.heads * args.query_tiles;
   // Of all grids that grow with the rows, this is the largest.

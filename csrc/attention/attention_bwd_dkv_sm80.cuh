@@ -11,15 +11,17 @@
 // Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 2, without its dq.
 #pragma once
 
-#include "attention/attention_bwd_sm80.cuh"
+#include "attention/attention_bwd_split_sm80.cuh"
 
 namespace fastattn {
 
-template <typename Element_, int kHeadDim_, int kRowTiles_, int kPairs_, int kBlockQ_, ScoreKind kKind_>
+// kShares: whether blocks may share the queries (BwdParts).
+template <typename Element_, int kHeadDim_, int kRowTiles_, int kPairs_, int kBlockQ_, ScoreKind kKind_, bool kShares_>
 struct AttentionBwdDkvTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_, kRowTiles = kRowTiles_, kPairs = kPairs_, kBlockQ = kBlockQ_;
   static constexpr ScoreKind kKind = kKind_;
+  static constexpr bool kShares = kShares_;
   static constexpr int kThreads = 64 * kPairs;
   static constexpr int kPairKeys = 16 * kRowTiles;
   static constexpr int kBlockK = kPairKeys * kPairs;
@@ -173,7 +175,8 @@ FASTATTN_DEVICE void attention_bwd_dkv_block(const AttentionBwdArgs& args) {
   load_tile<kThreads>(v_tile, head_gmem<const Element>(args.v, batch, head_kv) + first_key * args.v.stride_row,
                       args.v.stride_row, keys, args.head_dim_v);
   cp_async_commit_group();
-  QueryTileWalk<Traits> walk(args, batch, head_kv, key_tile, key_range);
+  QueryTileWalk<Traits> walk(args, batch, head_kv, key_tile, key_range, Traits::kShares ? args.parts : BwdParts(),
+                             static_cast<int>(blockIdx.y));
   if (!walk.done()) load_stage(0, walk.head, walk.tile);
 
   // ---- one pass over the queries. Both warps of a pair do the same with different operands: k q^T, then P^T dO; or
@@ -218,12 +221,22 @@ FASTATTN_DEVICE void attention_bwd_dkv_block(const AttentionBwdArgs& args) {
   __syncthreads();  // everyone has done with k and v, whose tiles become the gradients'
 
   // ---- dk and dv
+  const float factor = makes_dk ? args.scale : scores.dropout_scale;
+  if (Traits::kShares && args.parts.count() > 1) {
+    // Unknown to the compiler, which would otherwise make the addresses ahead of the loop and spill them.
+    const int block = opaque(static_cast<int>(blockIdx.x)), part = opaque(static_cast<int>(blockIdx.y));
+    const int first_row = block % args.key_tiles * kBlockK + pair_key;
+    const int64_t key = int64_t{block / args.key_tiles} * scores.seqlen_k + first_row;
+    store_part(gradient, factor, args.parts.sums(!makes_dk, part) + key * args.parts.columns, args.parts.columns,
+               scores.seqlen_k - first_row);
+    return;
+  }
   const AttentionTensor& tensor = makes_dk ? args.dk : args.dv;
   const TileOutput<Element> output = {
       head_gmem<Element>(tensor, batch, head_kv) + (first_key + pair_key) * tensor.stride_row, tensor.stride_row,
       keys - pair_key, makes_dk ? args.head_dim : args.head_dim_v, makes_dk ? args.dk_is_aligned : args.dv_is_aligned};
-  store_accumulators(gradient, makes_dk ? args.scale : scores.dropout_scale, makes_dk ? k_tile : v_tile,
-                     smem + (makes_dk ? 0 : TileK::kBytes), pair_key, output);
+  store_accumulators(gradient, factor, makes_dk ? k_tile : v_tile, smem + (makes_dk ? 0 : TileK::kBytes), pair_key,
+                     output);
 }
 
 template <typename Traits, typename Cards>

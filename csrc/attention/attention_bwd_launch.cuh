@@ -15,6 +15,7 @@ struct BwdDkvTile {
   ScoreKind kind;
   int below;  // for compute capabilities below this, and left out of code for others, whose shared memory is too small
   int row_tiles, pairs, block_q;
+  bool shares = true;  // blocks may share queries (BwdParts), for which the largest tile has no registers left
 
   constexpr bool is_for(int compute_capability) const { return compute_capability < below; }
   constexpr int block_k() const { return 16 * row_tiles * pairs; }
@@ -26,7 +27,7 @@ struct BwdDkvTile {
 constexpr BwdDkvTile kBwdDkvTiles[] = {
     {64, ScoreKind::kPlain, kAnyCapability, 2, 4, 64},       // 128 keys x 64 queries, 97 KiB
     {64, ScoreKind::kEverything, kAnyCapability, 2, 4, 32},  // 128 x 32
-    {128, ScoreKind::kPlain, 120, 2, 4, 64},                 // 128 x 64, 161 KiB, for 8.0 and 9.0
+    {128, ScoreKind::kPlain, 120, 2, 4, 64, false},          // 128 x 64, 161 KiB, for 8.0 and 9.0
     {128, ScoreKind::kPlain, kAnyCapability, 2, 3, 32},      // 96 x 32, 93 KiB
     {128, ScoreKind::kEverything, kAnyCapability, 2, 3, 32},
     {256, ScoreKind::kPlain, 120, 1, 4, 32},                 // 64 x 32, 137 KiB
@@ -63,9 +64,9 @@ constexpr BwdDqTile kBwdDqTiles[] = {
 constexpr int kBwdDqTileCount = static_cast<int>(sizeof(kBwdDqTiles) / sizeof(kBwdDqTiles[0]));
 
 template <typename Element, int kTile>
-using BwdDkvTraitsOf =
-    AttentionBwdDkvTraits<Element, kBwdDkvTiles[kTile].head_dim, kBwdDkvTiles[kTile].row_tiles,
-                          kBwdDkvTiles[kTile].pairs, kBwdDkvTiles[kTile].block_q, kBwdDkvTiles[kTile].kind>;
+using BwdDkvTraitsOf = AttentionBwdDkvTraits<Element, kBwdDkvTiles[kTile].head_dim, kBwdDkvTiles[kTile].row_tiles,
+                                             kBwdDkvTiles[kTile].pairs, kBwdDkvTiles[kTile].block_q,
+                                             kBwdDkvTiles[kTile].kind, kBwdDkvTiles[kTile].shares>;
 template <typename Element, int kTile>
 using BwdDqTraitsOf = AttentionBwdDqTraits<Element, kBwdDqTiles[kTile].head_dim, kBwdDqTiles[kTile].row_tiles,
                                            kBwdDqTiles[kTile].row_warps, kBwdDqTiles[kTile].key_parts,

@@ -20,6 +20,18 @@ namespace fastattn {
 // Rows of the statistics below are padded to a multiple of this, the largest tile of queries.
 constexpr int kRowPadding = 128;
 
+// How many blocks share the queries of a block of keys, by query heads of the group and by query tiles, and where their
+// sums of dk and dv lie: see attention_bwd_split_sm80.cuh.
+struct BwdParts {
+  int heads = 1, tiles = 1;
+  int columns = 0;  // of a row of sums: head_dim of the wider gradient, a multiple of 8
+  float* first = nullptr;
+  int64_t elements = 0;  // of one part's sums of one gradient: (batch * heads_kv, seqlen_k, columns)
+
+  FASTATTN_HOST_DEVICE int count() const { return heads * tiles; }
+  FASTATTN_DEVICE float* sums(bool of_dv, int part) const { return first + ((of_dv ? count() : 0) + part) * elements; }
+};
+
 struct AttentionBwdArgs {
   ScoreArgs scores;
   AttentionTensor q, k, v, dout, dq, dk, dv;
@@ -32,6 +44,7 @@ struct AttentionBwdArgs {
   bool dq_is_aligned = false, dk_is_aligned = false, dv_is_aligned = false;
   int query_tiles = 0, key_tiles = 0;  // of the kernel that owns queries, and of the one that owns keys
   MaskTiles mask_tiles;                // of the kernel's own tiles
+  BwdParts parts;
 };
 
 FASTATTN_DEVICE Band band_of(const ScoreArgs& scores) {
@@ -86,7 +99,8 @@ FASTATTN_DEVICE void make_score_gradients(float (&s)[kColTiles][4], float (&dp)[
   });
 }
 
-// Walks the query tiles that see a block of keys, for one head of the group after another. Traits: kKind, kBlockQ.
+// Walks the query tiles that see a block of keys, for one head of the group after another, or `part` of them. Traits:
+// kKind, kBlockQ.
 template <typename Traits>
 struct QueryTileWalk {
   static constexpr bool kNoMask = Traits::kKind == ScoreKind::kPlain;
@@ -95,7 +109,8 @@ struct QueryTileWalk {
   MaskTileReader<kNoMask> reader;
   int tile;
 
-  FASTATTN_DEVICE QueryTileWalk(const AttentionBwdArgs& args_, int batch_, int head_kv, int key_tile_, IndexRange keys)
+  FASTATTN_DEVICE QueryTileWalk(const AttentionBwdArgs& args_, int batch_, int head_kv, int key_tile_, IndexRange keys,
+                                const BwdParts& parts = {}, int part = 0)
       : args(args_),
         batch(batch_),
         key_tile(key_tile_),
@@ -105,6 +120,14 @@ struct QueryTileWalk {
     const IndexRange rows = band_of(args.scores).rows_that_see(keys);
     begin = static_cast<int>(rows.begin) / Traits::kBlockQ;
     end = rows.end > rows.begin ? (static_cast<int>(rows.end) + Traits::kBlockQ - 1) / Traits::kBlockQ : begin;
+    if (parts.count() > 1) {
+      const int group = end_head - head, head_part = part / parts.tiles, tile_part = part % parts.tiles;
+      end_head = head + group * (head_part + 1) / parts.heads;
+      head += group * head_part / parts.heads;
+      const int tiles = end - begin;
+      end = begin + tiles * (tile_part + 1) / parts.tiles;
+      begin += tiles * tile_part / parts.tiles;
+    }
     start_head();
     find();
   }
