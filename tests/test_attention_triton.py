@@ -78,6 +78,16 @@ def test_head_dims(dims):
     check(case, torch.float16, "triton")
 
 
+@pytest.mark.parametrize("dims", [(64, 33), (80, 72)], ids=str)
+def test_head_dims_in_slices(dims):
+    """float32 is multiplied 32 of head_dim at a time, forward and backward; (80, 72) ends inside a slice."""
+    case = Case(
+        batch=1, heads=1, seqlen_q=20, seqlen_k=40, head_dim=dims[0], head_dim_v=dims[1],
+        tensors={"attn_mask": lambda _: torch.randn(20, 40)},
+    )  # fmt: skip
+    check(case, torch.float32, "triton")
+
+
 @pytest.mark.parametrize(("batch", "heads"), [(0, 2), (2, 0), (3, 5)])
 def test_batches_and_heads(batch, heads):
     check(Case(batch=batch, heads=heads, seqlen_q=9, seqlen_k=12, head_dim=8), torch.float32, "triton")

@@ -36,4 +36,6 @@ def test_tiles_suit_what_the_kernels_assume(capability, dtype):
             for tile in (*tiles.forward(*given), *tiles.dq(*given), *tiles.dkdv(*given)):
                 # Dropout draws for 32 keys at once; tl.dot wants 16 rows.
                 assert tile.block_k % 32 == 0 and tile.block_q >= 16
+                # The CUDA cores' operands, all in registers, do not fit them whole.
+                assert dtype != torch.float32 or tile.head_dim_slice > 0
         assert tiles.scores(gpu, dtype, block_d).block_k % 32 == 0
