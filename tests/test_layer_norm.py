@@ -77,6 +77,28 @@ def test_any_pair_of_residual_and_input_runs(backend):
             fastattn.add_layer_norm(normalized_shape=97, backend="cpu", **inputs)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(("rows", "cols"), [(2049, 1024), (512, 4096)])
+def test_a_large_residual_stream_is_the_small_ones_together(rows, cols, dropout_p, cpu_isa):
+    # From 8 MiB on the CPU kernel writes new_residual past the caches and normalises a copy of the row.
+    inputs = make_inputs("add_layer_norm", (rows, cols), torch.float32)
+    arguments = (cols,), inputs["weight"], inputs["bias"]
+    torch.manual_seed(0)
+    large = fastattn.add_layer_norm(inputs["input"], inputs["residual"], *arguments, dropout_p=dropout_p, backend="cpu")
+    torch.manual_seed(0)
+    dropped = (inputs["input"] * _kept(rows, cols, dropout_p) / (1 - dropout_p)).split(128)
+    small = [fastattn.add_layer_norm(x, residual, *arguments, backend="cpu")
+             for x, residual in zip(dropped, inputs["residual"].split(128), strict=True)]  # fmt: skip
+    for whole, parts in zip(large, zip(*small, strict=True), strict=True):
+        torch.testing.assert_close(whole, torch.cat(parts), rtol=0, atol=1e-5 if dropout_p else 0)
+
+
+def _kept(rows: int, cols: int, dropout_p: float) -> Tensor:
+    if dropout_p == 0.0:
+        return torch.ones(())
+    return dropout_mask(draw_rng_state(torch.device("cpu")), 1, 1, rows, cols, dropout_p)[0, 0]
+
+
 @pytest.mark.parametrize("normalized_dims", [2, 3])
 @pytest.mark.parametrize("op", OPS)
 def test_several_normalized_dims(op, normalized_dims, backend):

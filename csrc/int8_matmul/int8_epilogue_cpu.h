@@ -4,6 +4,7 @@
 
 #include "common/activation_cpu.h"
 #include "common/simd.h"
+#include "common/stream.h"
 #include "int8_matmul/int8_matmul.h"
 
 namespace fastattn {
@@ -18,23 +19,6 @@ FASTATTN_INLINE Vec<float> load_int32_as_float(const int32_t* p) {
   Vec<float> result;
   for (int i = 0; i < Vec<float>::kLanes; ++i) result.v[i] = static_cast<float>(p[i]);
   return result;
-#endif
-}
-
-// Stores past the caches: a line that is written whole need not be read first. p is aligned to the vector.
-FASTATTN_INLINE void stream(Vec<float> value, float* p) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(p, value.v);
-#elif defined(__AVX2__)
-  _mm256_stream_ps(p, value.v);
-#else
-  value.store(p);
-#endif
-}
-// To be called by a thread that streamed, before another thread may read what it wrote.
-FASTATTN_INLINE void fence_streams() {
-#if defined(__AVX2__)
-  _mm_sfence();
 #endif
 }
 

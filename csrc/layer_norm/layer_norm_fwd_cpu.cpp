@@ -1,13 +1,15 @@
 // Forward layer norm and RMS norm on the CPU.
 // Work:    a thread takes neighbouring rows.
 // Memory:  a row is read from memory once; the second pass finds it in the first-level cache (rows of more than kBlock
-//          elements: in the cache that holds them).
+//          elements: in the cache that holds them). A large new_residual is streamed past the caches: it is next read
+//          after a whole sub-layer, and without it there is more room for the output, which is read at once.
 // Numbers: squares are summed about a guess of the mean, so that a large mean costs no accuracy, and the sum about the
 //          guess corrects both. A guess further off than a standard deviation would cost some: then a second pass sums
 //          about the mean. fp32 statistics (fp64 for fp64), combined over blocks in fp64.
 // Source:  Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983, eqs. 1.7 and 2.1.
 #include "common/parallel.h"
 #include "common/simd.h"
+#include "common/stream.h"
 #include "layer_norm/layer_norm.h"
 #include "layer_norm/row_ops.h"
 
@@ -19,6 +21,9 @@ namespace {
 constexpr int64_t kBlock = 4096;
 // Fewer elements than this are not worth waking a thread.
 constexpr int64_t kElementsPerThread = 16384;
+
+// A new_residual from here on is streamed. Smaller ones may still be in L3 when they are read.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
 enum class Affine { kNone, kWeight, kWeightBias };
 
@@ -129,39 +134,71 @@ FASTATTN_INLINE void normalize_row(OutElement* out, const Element* x, int64_t n,
   });
 }
 
-// new_residual = residual + dropout(input). The row is read again, rounded as it is stored, by what normalises it.
-template <typename Element, typename InputElement>
-FASTATTN_INLINE void add_row(const LayerNormParams& p, int64_t row) {
+// keep(value, column, width) gets the vectors of new_residual = residual + dropout(input), not yet rounded.
+template <typename Element, typename InputElement, typename Keep>
+FASTATTN_INLINE void add_row(const LayerNormParams& p, int64_t row, Keep&& keep) {
   using T = StatisticsOf<Element>;
-  Element* sum = row_of<Element>(p.x, row);
   const Element* residual = row_of<const Element>(p.residual, row);
   const InputElement* input = row_of<const InputElement>(p.input, row);
   if (p.dropout_p > 0.0) {
     const Dropout dropout = make_dropout(p.dropout_p, p.rng_state);
     for_each_dropped_vector<T>(p.cols, dropout, row,
                                [&](int64_t j, auto width, auto drop) __attribute__((always_inline)) {
-                                 store(drop(load<T>(input + j, width)) + load<T>(residual + j, width), sum + j, width);
+                                 keep(drop(load<T>(input + j, width)) + load<T>(residual + j, width), j, width);
                                });
   } else {
     for_each_vector<T>(p.cols, [&](int64_t j, auto width) __attribute__((always_inline)) {
-      store(load<T>(input + j, width) + load<T>(residual + j, width), sum + j, width);
+      keep(load<T>(input + j, width) + load<T>(residual + j, width), j, width);
     });
   }
+}
+
+// Rows of fp32, of whole aligned vectors, that fit into a block, and many of them.
+template <typename Element>
+bool streams_residual(const LayerNormParams& p) {
+  constexpr int64_t kVecBytes = Vec<float>::kLanes * static_cast<int64_t>(sizeof(float));
+  const int64_t row_bytes = p.cols * static_cast<int64_t>(sizeof(float));
+  return std::is_same_v<Element, float> && p.residual.data != nullptr && p.cols <= kBlock &&
+         row_bytes % kVecBytes == 0 && reinterpret_cast<uintptr_t>(p.x.data) % kVecBytes == 0 &&
+         p.rows * row_bytes >= kStreamBytes;
+}
+
+// Writes a row of new_residual and returns where to read it: `copy`, which has room for a block, if it was streamed.
+template <typename Element, typename InputElement>
+FASTATTN_INLINE const Element* write_residual_row(const LayerNormParams& p, int64_t row, bool streams, Element* copy) {
+  Element* sum = row_of<Element>(p.x, row);
+  if constexpr (std::is_same_v<Element, float>) {
+    if (streams) {
+      add_row<Element, InputElement>(p, row,
+                                     [&](Vec<float> value, int64_t j, auto width) __attribute__((always_inline)) {
+                                       store(value, copy + j, width);
+                                       stream(value, sum + j);
+                                     });
+      return copy;
+    }
+  }
+  // The row is read again, rounded as it is stored, by what normalises it.
+  add_row<Element, InputElement>(
+      p, row, [&](auto value, int64_t j, auto width) __attribute__((always_inline)) { store(value, sum + j, width); });
+  return sum;
 }
 
 template <typename Element, typename OutElement, bool kRms, Affine kAffine>
 void forward_rows(const LayerNormParams& p, int64_t begin, int64_t end) {
   using T = StatisticsOf<Element>;
   const double inverse_n = p.cols > 0 ? 1.0 / static_cast<double>(p.cols) : 0.0;
+  const bool streams = streams_residual<Element>(p);
+  alignas(64) Element copy[kBlock];
   for (int64_t row = begin; row < end; ++row) {
-    if (p.residual.data != nullptr) add_row<Element, OutElement>(p, row);
     const Element* x = row_of<const Element>(p.x, row);
+    if (p.residual.data != nullptr) x = write_residual_row<Element, OutElement>(p, row, streams, copy);
     const Statistics<T> statistics = row_statistics<T, kRms>(x, p.cols, inverse_n, p.eps);
     if constexpr (!kRms) static_cast<T*>(p.mean)[row] = statistics.center;
     static_cast<T*>(p.rstd)[row] = statistics.rstd;
     normalize_row<T, kRms, kAffine>(row_of<OutElement>(p.out, row), x, p.cols, statistics,
                                     static_cast<const T*>(p.weight), static_cast<const T*>(p.bias));
   }
+  if (streams) fence_streams();
 }
 
 }  // namespace
