@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/attention_bindings.h"
 #include "common/device_launch.h"
 #include "common/isa.h"
 #include "int8_matmul/int8_linear_bindings.h"
@@ -96,6 +97,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_cpu_isa", &fastattn::set_cpu_isa, pybind11::arg("name"),
         "Switches the whole process to one build of the CPU kernels (for tests and comparisons).");
   fastattn::bind_emulator(m);
+  fastattn::bind_attention(m);
   fastattn::bind_int8_linear(m);
   fastattn::bind_layer_norm(m);
   fastattn::bind_linear(m);

@@ -17,10 +17,6 @@ namespace py = pybind11;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-bool is_dense_on_cpu(const Tensor& tensor) {
-  return tensor.is_cpu() && !tensor.is_nested() && tensor.layout() == at::kStrided && tensor.is_floating_point();
-}
-
 // The trailing dims of `input` that are `shape`, a tuple of integers; 0 if they are not.
 int64_t matching_dims(const Tensor& input, const py::handle& shape) {
   if (!PyTuple_Check(shape.ptr())) return 0;

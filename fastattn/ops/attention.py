@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastattn import dispatch
@@ -96,6 +97,16 @@ def attention(
 
     Source: Vaswani et al. 2017 (arXiv:1706.03762), eq. 1; Dao 2023 (arXiv:2307.08691) for the tiled form.
     """
+    plain = attn_mask is None and window is None and alibi_slopes is None and sinks is None and not return_lse
+    plain = plain and dropout_p == 0.0 and softcap == 0.0 and alignment == "top_left"
+    if (
+        plain
+        and not torch.compiler.is_compiling()
+        and (backend if backend != "auto" else dispatch.preference()) in ("auto", "cpu")
+    ):
+        out = compiled.attention_if_plain(query, key, value, is_causal, scale, enable_gqa)
+        if out is not None:
+            return out
     call, lead = _normalise(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         window, alignment, softcap, alibi_slopes, sinks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -72,6 +73,15 @@ def run_weights(call: AttentionCall, lse: Tensor, average_heads: bool) -> Tensor
     return torch.ops.fastattn.attention_weights(
         call.query, call.key, lse, call.attn_mask, slopes, *call[6:], average_heads
     )
+
+
+def _never(*args: object) -> None:
+    """Without the extension there is no short way."""
+
+
+# (query, key, value, is_causal, scale, enable_gqa): attention of plain tensors on the CPU without the general way's
+# checks; None where the call is not one of these, which then says why.
+attention_if_plain: Callable[..., Tensor | None] = extension.attention_if_plain if extension else _never
 
 
 # --- Fake kernels: the shapes, dtypes and strides of csrc/attention/attention.cpp ------------------------------------
