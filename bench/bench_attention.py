@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastattn
 from bench.case import Case, Subject, as_accurate_as_eager, gradients, like, seeded_generator, torch_dtype
+from bench.sentences import SENTENCES
 
 Shape = tuple[int, int, int, int]  # batch, heads, seqlen, head_dim
 GROUP = "attention"
@@ -27,6 +28,9 @@ def cases() -> Iterator[Case]:
         yield dense("forward", (1, 12, 512, 64), dtype, causal=False)
         yield dense("forward + backward", (1, 12, 512, 64), dtype, causal=False)
     yield half_padded((8, 12, 512, 64))
+    for direction in ("forward", "forward + backward"):
+        yield packed(direction, tuple(range(16, 513, 16)))
+    yield packed("forward", tuple(len(sentence.split()) * 4 // 3 for sentence in SENTENCES[:32]), text="sentences")
     yield windowed((1, 12, 2048, 64), left=255)
     yield bias_gradient((2, 12, 512, 64))
     yield dropout((1, 12, 512, 64))
@@ -165,6 +169,46 @@ def half_padded(shape: Shape) -> Case:
         **forward_work(shape, "float32", share), quick=True,
         headline="attention, half padding",
     )  # fmt: skip
+
+
+def packed(direction: str, lengths: tuple[int, ...], text: str = "sequences", heads: int = 12) -> Case:
+    """Sequences one behind the other. PyTorch's forms: one call each, and a batch that came padded and stays so."""
+    head_dim, total, longest = 64, sum(lengths), max(lengths)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+
+    def each(form: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sequences = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v)), strict=True)
+        return torch.cat([form(*sequence)[0].transpose(0, 1) for sequence in sequences])
+
+    def build() -> Subject:
+        forms = {
+            "fastattn": lambda q, k, v: fastattn.varlen_attention(q, k, v, cu_seqlens, cu_seqlens, longest, longest),
+            "SDPA each": partial(each, F.scaled_dot_product_attention),
+            "eager": partial(each, eager),
+        }
+        grad = direction != "forward"
+        inputs = [x.squeeze(0).detach().requires_grad_(grad) for x in make_qkv((1, total, heads, head_dim), "float32")]
+        subject = build_from_forms(forms, forms["eager"], inputs, direction, untimed={"eager"})
+
+        padded = make_qkv((len(lengths), heads, longest, head_dim), "float32", grad)
+        mask = (torch.arange(longest) < torch.tensor(lengths)[:, None])[:, None, None, :]
+        attend = partial(F.scaled_dot_product_attention, *padded, attn_mask=mask)
+        dout = torch.ones_like(padded[0])
+        subject.peers["SDPA padded"] = partial(_with_gradients, attend, padded, dout) if grad else attend
+        return subject
+
+    work = sum(length * length for length in lengths) / total  # the mean of what a row sees
+    forward, backward = (f((1, heads, total, head_dim), "float32", 1.0) for f in (forward_work, backward_work))
+    flops = (forward["flops"] + (backward["flops"] if direction != "forward" else 0)) * work / total
+    return Case(
+        GROUP, f"attention {direction}", f"{len(lengths)} packed {text} {min(lengths)} to {longest}", "float32", build,
+        flops=flops, bytes=forward["bytes"] + (backward["bytes"] if direction != "forward" else 0), quick=True,
+        headline=f"packed {text}{', with backward' if direction != 'forward' else ''}",
+    )  # fmt: skip
+
+
+def _with_gradients(attend: Callable[[], Tensor], inputs: list[Tensor], dout: Tensor) -> tuple[Tensor, ...]:
+    return gradients(attend(), inputs, dout)
 
 
 def windowed(shape: Shape, left: int) -> Case:

@@ -164,6 +164,9 @@ struct Scoring {
 // Lengths and rows become those of the sequences.
 void fill_packing(AttentionParams& p, Operands& operands, const Tensor& query, const Tensor& key,
                   const Packing& packing, bool bottom_right) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!runs_cuda_kernels(query),
+                              "varlen_attention: the CUDA kernels take dense batches. Use fastattn.varlen_attention, "
+                              "which pads for them.");
   operands.cu_seqlens_q =
       checked_cu_seqlens("cu_seqlens_q", packing.cu_seqlens_q, packing.max_seqlen_q, query, packing.check_values);
   operands.cu_seqlens_k =
