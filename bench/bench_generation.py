@@ -17,6 +17,7 @@ from models.bert import BertConfig
 from models.bert_heads import BertForPreTraining, mask_words, pretraining_loss
 from models.gpt import Gpt, GptConfig, causal_lm_loss
 from models.layers import Attention, KeyValueCache, set_backend
+from models.transformer import Transformer, TransformerConfig
 
 GROUP = "models"
 # GPT-2's smallest; its weights are random, which changes nothing about the time.
@@ -32,8 +33,9 @@ def cases() -> Iterator[Case]:
     for batch in (1, 8):
         for int8 in (False, True):
             yield decoding_step(batch, 512, int8)
-    yield gpt_training_step(2, 256)
+    yield translation_step(4, 32)
     for compiled in (False, True):
+        yield gpt_training_step(2, 256, compiled)
         yield bert_training_step(8, 128, compiled)
 
 
@@ -155,11 +157,66 @@ def with_memory(check: Callable[[], Verdict], ours: Callable, theirs: Callable) 
     return checked
 
 
+def translation_step(batch: int, length: int) -> Case:
+    """One token for each of ``batch`` translations by the paper's base model, behind ``length`` tokens, of sources half
+    of which are padding."""
+    config = TransformerConfig(dropout=0.0)
+
+    def build() -> Subject:
+        torch.manual_seed(0)
+        eager = set_backend(Transformer(config).eval().requires_grad_(False), "eager")
+        ours = set_backend(copy.deepcopy(eager), "auto")
+        source, target = translation_pairs(batch, 2 * length, length + 1, config)
+
+        with torch.no_grad():
+            memories, visible = eager.encode(source)
+            caches = eager._empty_caches(batch, length + 16)
+            eager.decode(target[:, :length], memories, visible, caches)
+
+        @torch.no_grad()
+        def step(model: Transformer, dtype: torch.dtype = torch.float32) -> Tensor:
+            return model.decode(target[:, length:], *inputs[dtype], length)[:, -1]
+
+        inputs = {
+            dtype: (
+                [(key.to(dtype), value.to(dtype)) for key, value in memories],
+                visible,
+                [KeyValueCache(cache.key.to(dtype), cache.value.to(dtype)) for cache in caches],
+            )
+            for dtype in (torch.float32, torch.float64)
+        }
+        check = as_accurate_as_eager(
+            partial(step, ours), partial(step, eager), lambda: step(copy.deepcopy(eager).double(), torch.float64)
+        )
+        peers = {"SDPA": partial(step, with_sdpa(copy.deepcopy(eager))), "eager": partial(step, eager)}
+        return Subject(partial(step, ours), peers, check)
+
+    decoder = config.num_decoder_layers * (6 * config.dim**2 + 2 * config.dim * config.hidden_dim)
+    weights = decoder + config.dim * config.vocab_size
+    return Case(
+        GROUP, "Transformer decoding", f"{batch}×1 behind {length}, source {2 * length} padded", "float32", build,
+        flops=2 * batch * weights, bytes=4 * weights,
+    )  # fmt: skip
+
+
+def translation_pairs(
+    batch: int, source_length: int, target_length: int, config: TransformerConfig
+) -> tuple[Tensor, Tensor]:
+    """Random ids: sources of lengths spread evenly, half of the whole; targets without padding."""
+    generator = torch.Generator().manual_seed(1)
+    source = torch.randint(3, config.vocab_size, (batch, source_length), generator=generator)
+    lengths = torch.linspace(source_length / (2 * batch), source_length * (1 - 1 / (2 * batch)), batch).long()
+    source[torch.arange(source_length) >= lengths[:, None]] = config.pad_id
+    target = torch.randint(3, config.vocab_size, (batch, target_length), generator=generator)
+    target[:, 0] = config.start_id
+    return source, target
+
+
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
-def gpt_training_step(batch: int, seqlen: int) -> Case:
-    """Loss and gradients of every parameter, of a decoder a quarter as wide and deep as GPT-2."""
+def gpt_training_step(batch: int, seqlen: int, compiled: bool) -> Case:
+    """Loss and gradients of every parameter, of a decoder half as wide and a third as deep as GPT-2."""
     config = GptConfig(vocab_size=4096, dim=384, num_layers=4, num_heads=6, hidden_dim=1536, dropout=0.0)
 
     def build() -> Subject:
@@ -174,12 +231,14 @@ def gpt_training_step(batch: int, seqlen: int) -> Case:
             learned = [parameter for name, parameter in model.named_parameters() if not name.endswith("k_proj.bias")]
             return loss, *torch.autograd.grad(loss, learned)
 
-        return training_subject(step, ours, eager, {"SDPA": with_sdpa(copy.deepcopy(eager)), "eager": eager})
+        sdpa = with_sdpa(copy.deepcopy(eager))
+        peers = {"torch.compile": torch.compile(sdpa)} if compiled else {"SDPA": sdpa, "eager": eager}
+        return training_subject(step, ours, eager, peers)
 
     weights = 4 * 12 * config.dim**2 + config.dim * config.vocab_size
     return Case(
-        GROUP, "GPT training step", f"{batch}×{seqlen}×{config.dim}", "float32", build,
-        flops=6 * batch * seqlen * (weights + config.num_layers * seqlen * config.dim), bytes=12 * weights,
+        GROUP, "GPT training step", f"{batch}×{seqlen}×{config.dim}{', compiled peer' if compiled else ''}", "float32",
+        build, flops=6 * batch * seqlen * (weights + config.num_layers * seqlen * config.dim), bytes=12 * weights,
     )  # fmt: skip
 
 

@@ -39,8 +39,8 @@ def cases() -> Iterator[Case]:
 
 
 def accelerated(model: nn.Module, int8: bool = False) -> nn.Module:
-    """A swapped copy."""
-    return fastattn.accelerate(copy.deepcopy(model), int8=int8, verbose=False)
+    """A swapped copy, linear layers included."""
+    return fastattn.accelerate(copy.deepcopy(model), int8=int8, linear=True, verbose=False)
 
 
 # --- nn.MultiheadAttention -------------------------------------------------------------------------------------------
