@@ -199,7 +199,8 @@ def plan_delta(
         "seqlen_q": seqlen_q, "padded_rows": delta.shape[2], "HEAD_DIM_V": head_dim_v, "BLOCK_Q": block_q,
         "BLOCK_DV": block_dv, "DLSE": dlse is not None, "SINKS": sinks is not None,
     }  # fmt: skip
-    options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+    # With all registers: for one more block of 64 each, ptxas would spill some.
+    options = Tile(block_q, 0, 4, 1, True).launch_options()
     return Launch(attention_delta_kernel, (batch * heads * row_tiles,), arguments, options), dsinks
 
 
