@@ -50,6 +50,13 @@ def test_every_variant(name, head_dim, mode):
     check(case, HALF[mode.seed % 2], "emulated")
 
 
+@pytest.mark.parametrize("seed", [3, 7, 15, 19])
+def test_warps_of_large_heads_race_ahead(seed):
+    """Within the warpgroup that multiplies dX, a warp may be a step ahead of another until a barrier holds it."""
+    on_hopper(Mode(Schedule.PRIORITY, AsyncMode.RANDOM, seed=seed))
+    check(Case(batch=1, heads=1, seqlen_q=400, seqlen_k=64, head_dim=256), torch.float16, "emulated")
+
+
 @pytest.mark.parametrize("name", FEATURES)
 def test_features(name):
     index = list(FEATURES).index(name)
