@@ -65,7 +65,7 @@ def launches(
     ):
         defaults = planned()
         for tiling in tuning.candidates(gpu, defaults[-1])[1:] if candidates else ():
-            yield from planned(tiling)
+            yield from (launch for launch in planned(tiling) if "q_ptr" in launch.arguments)
         if not candidates:
             yield from defaults
     if candidates:

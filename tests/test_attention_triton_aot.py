@@ -26,6 +26,15 @@ def test_kernels_compile_without_spills(gpu, wants):
     assert f"{wants} kernels compiled, 0 with complaints" in run.stdout
 
 
+def test_what_tuning_tries_compiles_without_spills():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.triton_aot", "--candidates", "--gpus", "90", "--jobs", "1",
+               "--filter", "dkdv float16 64 causal|row_fwd bfloat16 768"]  # fmt: skip
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("attention_dkdv") == 3 and run.stdout.count("row_fwd") > 2
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tiles_suit_what_the_kernels_assume(capability, dtype):

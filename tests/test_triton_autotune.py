@@ -71,6 +71,12 @@ def test_the_fastest_is_chosen_once_for_each_key(stopwatch):
     assert choose() == 1 and len(launched) == 6
 
 
+def test_the_disk_is_asked_once(stopwatch, monkeypatch):
+    choose()
+    monkeypatch.setattr(triton_autotune, "_store", None)
+    choose()
+
+
 def test_results_outlive_the_process(stopwatch, monkeypatch):
     stopwatch.winner = 2
     assert choose() == 2

@@ -65,7 +65,7 @@ def bwd_programs(rows: int, tile: Tile, device: Device) -> int:
 
 # (elements of a tile, elements of a thread) that are tried besides the tables'.
 _FWD_TRIALS = ((1024, 8), (2048, 8), (2048, 16), (4096, 16), (4096, 32))
-_BWD_TRIALS = ((1024, 8), (2048, 8), (2048, 16))
+_BWD_TRIALS = ((1024, 8), (2048, 8))
 
 
 def fwd_candidates(rows: int, cols: int, device: Device) -> tuple[Tile, ...]:

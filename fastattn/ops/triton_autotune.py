@@ -91,7 +91,7 @@ def bucket(length: int) -> int:
 
 
 def _milliseconds(launch: Callable[[], object], on: Tensor) -> float:
-    """The median of some launches; infinite where a GPU cannot hold the tiles."""
+    """The median of some launches; infinite where a GPU cannot hold the tiles, or Triton cannot compile them."""
     if not on.is_cuda:
         # Interpreted: the time means little, but the way is the same.
         start = time.perf_counter()
@@ -104,7 +104,8 @@ def _milliseconds(launch: Callable[[], object], on: Tensor) -> float:
     try:
         with torch.cuda.device(on.device):
             return do_bench(launch, return_mode="median")
-    except (OutOfResources, PTXASError, CompileTimeAssertionFailure):
+    except (OutOfResources, PTXASError, CompileTimeAssertionFailure, RuntimeError):
+        # What is wrong with more than one candidate, the launch that follows will say.
         return float("inf")
 
 
