@@ -64,6 +64,8 @@ def accelerate(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}.")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"accelerate: filter_fn must be called as f(module, name), got {type(filter_fn).__name__}.")
     left: dict[str, str] = {}
     heads = _output_heads(model) if int8 and filter_fn is None else set()
     for name, module in list(model.named_modules()):
@@ -91,6 +93,8 @@ def restore(model: nn.Module) -> nn.Module:
 
     Modules that became INT8 get their float weights back. Returns ``model``.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore: model must be a torch.nn.Module, got {type(model).__name__}.")
     # Again, because a restored module may have swapped ones inside that the model did not show meanwhile.
     while swapped := [module for module in model.modules() if _UNDO in module.__dict__]:
         for module in swapped:

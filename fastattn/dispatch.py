@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fastattn import _extension, _triton
 
@@ -48,6 +49,19 @@ def register(op: str, *kernels: Kernel, prepare: Callable[..., Any]) -> None:
 def never_refuses(call: Any) -> None:
     """The ``refuses`` of eager."""
     return None
+
+
+def refuses_transforms() -> str | None:
+    """Why no kernel but eager's runs at all at this moment; None outside of transforms. Not for compiled code."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "its kernels have no rules for torch.func transforms (vmap, grad, jvp)"
+    return "its kernels have no forward-mode derivatives" if forward_ad._current_level >= 0 else None
+
+
+def _refuses(kernel: Kernel, call: Any) -> str | None:
+    """Why ``kernel`` does not run ``call``, on a machine that has it."""
+    reason = None if kernel.backend == "eager" or torch.compiler.is_compiling() else refuses_transforms()
+    return kernel.refuses(call) if reason is None else reason
 
 
 # --- The CUDA kernels, on a device and in the emulator ---------------------------------------------------------------
@@ -213,7 +227,7 @@ def _refusal(op: str, backend: str, call: Any) -> str | None:
         return reason
     for kernel in TABLE[op]:
         if kernel.backend == backend:
-            return kernel.refuses(call)
+            return _refuses(kernel, call)
     return f"it has no {op} kernel"
 
 
@@ -227,7 +241,7 @@ def select(op: str, call: Any, backend: str = "auto") -> Kernel:
     _check_name(backend)
     for kernel in TABLE[op]:
         wanted = backend == kernel.backend or (backend == "auto" and not _only_by_name(kernel.backend))
-        if wanted and _UNAVAILABLE[kernel.backend]() is None and kernel.refuses(call) is None:
+        if wanted and _UNAVAILABLE[kernel.backend]() is None and _refuses(kernel, call) is None:
             return kernel
     raise NotImplementedError(
         f"{op}: backend {backend!r} cannot run this: {_refusal(op, backend, call)}. "

@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastattn.dispatch import select
 from fastattn.ops.attention import attention
+from fastattn.ops.attention import prepare as prepare_attention
 
 _NEGATIVE_INFINITY = float("-inf")
 
@@ -75,7 +77,15 @@ def ring_attention(
         log-sum-exp. Both are differentiable.
     Raises: ValueError, TypeError, NotImplementedError as ``fastattn.attention`` does.
     """
-    if query.dim() != 4 or query.shape[2] != key.shape[2] or (zigzag and query.shape[2] % 2):
+    # All that attention would object to has to be found now: an error once parts are on their way leaves the others
+    # waiting for ever.
+    call = prepare_attention(query, key, value, scale=scale, softcap=softcap, enable_gqa=enable_gqa)
+    select("attention", call, backend)
+    if (
+        not query.dim() == key.dim() == value.dim() == 4
+        or query.shape[2] != key.shape[2]
+        or (zigzag and query.shape[2] % 2)
+    ):
         raise ValueError(
             "ring_attention: query and key must be (batch, heads, seqlen, head_dim) with parts of equal"
             f"{', even' if zigzag else ''} length, got {tuple(query.shape)} and {tuple(key.shape)}."
@@ -145,6 +155,8 @@ def _visible(rank: int, source: int, length: int, is_causal: bool, zigzag: bool)
 def _start_passing(tensors: list[Tensor], group: Any) -> tuple[list[Tensor], list[Any]]:
     """Sends tensors to the next process of the ring; (what comes from the previous one, requests to wait for)."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if size == 1:
+        return tensors, []
     ranks = [(rank + 1) % size, (rank - 1) % size]
     if group is not None:
         ranks = [dist.get_global_rank(group, each) for each in ranks]

@@ -102,7 +102,7 @@ class Int8Linear(nn.Module):
         return self._forward_in_general(input)
 
     def _forward_in_general(self, input: Tensor) -> Tensor:
-        if input.is_nested:
+        if isinstance(input, Tensor) and input.is_nested and input.layout is torch.strided:
             return nested_like(self.forward(packed_tokens(input)), input)
         if torch.compiler.is_compiling():
             # What was packed last; the op checks that it was made of this weight. An exported program has no cache.

@@ -146,6 +146,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         Raises: ValueError, TypeError for inputs that do not fit the module or each other; NotImplementedError, with
             reasons, if ``backend`` cannot run them.
         """
+        _check_tensors(query=query, key=key, value=value, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
         if query.is_nested or key.is_nested or value.is_nested:
             self._check_nested_inputs(query, key, value, key_padding_mask, attn_mask)
             return self._forward_nested(query, key, value, need_weights, average_attn_weights, is_causal)
@@ -251,10 +252,15 @@ class MultiHeadAttention(nn.MultiheadAttention):
     def _in_projection(self, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
         """The projected query, key and value, in as few matmuls as their being the same tensor allows."""
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
-        if query.dtype != weight.dtype and not autocast_is_on(query.device):
+        if query.device != weight.device:
+            raise ValueError(
+                f"MultiHeadAttention: query is on {query.device} but the module on {weight.device}; move one of them."
+            )
+        if not query.dtype == key.dtype == value.dtype == weight.dtype and not autocast_is_on(query.device):
+            got = ", ".join(str(x.dtype) for x in (query, key, value))
             raise TypeError(
-                f"MultiHeadAttention: query is {query.dtype} but the module's weights are {weight.dtype}; they must be "
-                "equal. Convert one of them with .to(dtype), or use torch.autocast."
+                f"MultiHeadAttention: query, key and value are {got} but the module's weights {weight.dtype}; they "
+                "must be equal. Convert one of them with .to(dtype), or use torch.autocast."
             )
         if self.in_proj_weight is None:
             kv_dim = self.num_kv_heads * self.head_dim
@@ -414,6 +420,18 @@ def _shape(x: Tensor) -> str:
     return str(tuple(x.shape))
 
 
+def _check_tensors(*, key_padding_mask: Any, attn_mask: Any, **operands: Any) -> None:
+    """That the operands are tensors and the masks tensors or None, on one device."""
+    device = getattr(operands["query"], "device", None)
+    for name, x in (*operands.items(), ("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if x is None and name not in operands:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"MultiHeadAttention: {name} must be a Tensor, got {type(x).__name__}.")
+        if x.device != device:
+            raise ValueError(f"MultiHeadAttention: query is on {device} but {name} on {x.device}; move it there.")
+
+
 def _check_mask(name: str, mask: Tensor, meaning: str, expected: tuple[int, ...]) -> None:
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(
@@ -438,7 +456,8 @@ def _check_configuration(
         raise ValueError(f"MultiHeadAttention: num_kv_heads must divide num_heads, got {num_kv_heads} for {num_heads}.")
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"MultiHeadAttention: dropout must be a probability, 0 to 1, got {dropout}.")
-    if window is not None and (len(window) != 2 or min(window) < -1):
+    valid = window is None or (isinstance(window, (tuple, list)) and len(window) == 2)
+    if not valid or (window is not None and not all(isinstance(side, int) and side >= -1 for side in window)):
         raise ValueError(
             f"MultiHeadAttention: window must be (left, right), each -1 (unlimited) or more, got {window}."
         )

@@ -8,7 +8,7 @@ from attention_cases import FEATURES, KERNEL_BACKENDS, Case, run
 from torch._dynamo.testing import CompileCounter
 
 import fastattn
-from fastattn.ops.attention import _prepare
+from fastattn.ops.attention import prepare
 
 pytestmark = pytest.mark.skipif("cpu" not in KERNEL_BACKENDS, reason=str(fastattn.available_backends()["cpu"]))
 
@@ -26,7 +26,7 @@ def _call(case: Case, requires_grad: bool) -> tuple:
     inputs = case.inputs(torch.float32)
     for name, tensor in inputs.items():
         tensor.requires_grad_(requires_grad and tensor.is_floating_point() and name != "alibi_slopes")
-    call = _prepare(**inputs, enable_gqa=True, **case.options)
+    call = prepare(**inputs, enable_gqa=True, **case.options)
     return tuple(call._replace(rng_state=torch.tensor([3, 4]) if call.dropout_p else None))
 
 

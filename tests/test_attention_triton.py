@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounter
 import fastattn
 from fastattn import _triton
 from fastattn.ops import attention_triton as face
-from fastattn.ops.attention import _prepare, attention_and_weights
+from fastattn.ops.attention import attention_and_weights, prepare
 
 pytestmark = pytest.mark.skipif(
     fastattn.available_backends()["triton"] is not None, reason=f"no triton: {fastattn.available_backends()['triton']}"
@@ -445,7 +445,7 @@ def _call(case: Case) -> tuple:
     inputs = case.inputs(torch.float32)
     for name, tensor in inputs.items():
         tensor.requires_grad_(tensor.is_floating_point() and name != "alibi_slopes")
-    call = _prepare(**inputs, enable_gqa=True, **case.options)
+    call = prepare(**inputs, enable_gqa=True, **case.options)
     return tuple(call._replace(rng_state=torch.tensor([3, 4]) if call.dropout_p else None))
 
 

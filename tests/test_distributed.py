@@ -63,6 +63,21 @@ def check(rank: int) -> None:
         ulysses_attention(*(torch.zeros(1, 4, 2, 8) for _ in range(3)))
     with pytest.raises(ValueError, match="even length"):
         ring_attention(*(torch.zeros(1, 4, 3, 8) for _ in range(3)))
+    # One process objects alone: before its part is on its way, or the next exchange would get it.
+    if rank == 0:
+        with pytest.raises(ValueError, match="value"):
+            ring_attention(torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 4, 8))
+    assert unshard_sequence(torch.full((1, 1, 2, 1), rank)).flatten().unique().tolist() == [0, 1, 2]
+
+
+def check_ring_of_one(rank: int) -> None:
+    groups = [dist.new_group([each]) for each in range(3)]
+    leaves = [torch.randn(1, 2, 16, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    out = ring_attention(*leaves, group=groups[rank], is_causal=True)
+    expected = fastattn.attention(*leaves, is_causal=True)
+    torch.testing.assert_close(out, expected)
+    gradients, expected_gradients = (torch.autograd.grad(each.sum(), leaves) for each in (out, expected))
+    torch.testing.assert_close(gradients, expected_gradients)
 
 
 def check_low_precision_and_subgroup(rank: int) -> None:
@@ -81,6 +96,7 @@ def check_low_precision_and_subgroup(rank: int) -> None:
 def check_all(rank: int) -> None:
     check(rank)
     check_low_precision_and_subgroup(rank)
+    check_ring_of_one(rank)
 
 
 def test_parts_are_those_of_the_whole():

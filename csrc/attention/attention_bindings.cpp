@@ -38,11 +38,6 @@ bool shapes_agree(const Tensor& query, const Tensor& key, const Tensor& value, b
          (heads == heads_kv || (enable_gqa && heads_kv > 0 && heads % heads_kv == 0));
 }
 
-// torch.func's transforms run ops under this key; the kernels have no rules for them.
-bool is_transformed() {
-  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
-}
-
 py::object attention_if_plain(const py::handle& query, const py::handle& key, const py::handle& value,
                               const py::handle& is_causal, const py::handle& scale, const py::handle& enable_gqa) {
   using Outputs = std::tuple<Tensor, Tensor>;
@@ -53,7 +48,7 @@ py::object attention_if_plain(const py::handle& query, const py::handle& key, co
                                             bool, double, c10::SymInt, c10::SymInt, bool, double)>();
   if (!is_plain_tensor(query) || !is_plain_tensor(key) || !is_plain_tensor(value) || !PyBool_Check(is_causal.ptr()) ||
       !PyBool_Check(enable_gqa.ptr()) || !(scale.is_none() || PyFloat_CheckExact(scale.ptr())) || calls_are_watched() ||
-      is_transformed() || at::autocast::is_autocast_enabled(at::kCPU)) {
+      at::autocast::is_autocast_enabled(at::kCPU)) {
     return py::none();
   }
   const Tensor &q = THPVariable_Unpack(query.ptr()), &k = THPVariable_Unpack(key.ptr()),

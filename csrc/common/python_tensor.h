@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/pybind.h>
@@ -15,7 +16,15 @@ inline bool is_dense_on_cpu(const at::Tensor& tensor) {
   return tensor.is_cpu() && !tensor.is_nested() && tensor.layout() == at::kStrided && tensor.is_floating_point();
 }
 
-// Whether somebody besides the dispatcher has a say in calls: a mode of torch functions, a trace.
-inline bool calls_are_watched() { return at::impl::torch_function_mode_enabled() || torch::jit::tracer::isTracing(); }
+// Whether a transform of torch.func or forward-mode differentiation is on: the kernels have no rules for them.
+inline bool is_transformed() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
+}
+
+// Whether somebody besides the dispatcher has a say in calls: a mode of torch functions, a trace, a transform.
+inline bool calls_are_watched() {
+  return at::impl::torch_function_mode_enabled() || torch::jit::tracer::isTracing() || is_transformed();
+}
 
 }  // namespace fastattn

@@ -24,12 +24,6 @@ bool is_taken(const Tensor& tensor, at::ScalarType dtype) {
          !(at::GradMode::is_enabled() && tensor.requires_grad());
 }
 
-// Whether autocast would convert the tensors, or a transform such as vmap stands between them and the kernels.
-bool is_transformed() {
-  return at::autocast::is_autocast_enabled(at::kCPU) ||
-         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
-}
-
 bool is_faster(const Tensor& input) {
   const at::ScalarType dtype = input.scalar_type();
   const bool has_kernel = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
@@ -42,7 +36,10 @@ py::object linear_if_faster(const py::handle& input, const py::handle& weight, c
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastattn::linear", "")
                              .typed<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view)>();
-  if (!is_plain_tensor(input) || !is_plain_tensor(weight) || calls_are_watched() || is_transformed()) return py::none();
+  if (!is_plain_tensor(input) || !is_plain_tensor(weight) || calls_are_watched() ||
+      at::autocast::is_autocast_enabled(at::kCPU)) {
+    return py::none();
+  }
   const Tensor &x = THPVariable_Unpack(input.ptr()), &w = THPVariable_Unpack(weight.ptr());
   const at::ScalarType dtype = x.scalar_type();
   if (!is_taken(x, dtype) || !is_taken(w, dtype) || x.dim() < 1 || !is_faster(x)) return py::none();

@@ -207,7 +207,7 @@ def run_weights_eager(call: AttentionCall, lse: Tensor, average_heads: bool) -> 
         )  # fmt: skip
 
 
-def _prepare(
+def prepare(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -254,7 +254,7 @@ dispatch.register(
     Kernel("cpu", compiled.refuses_cpu, compiled.run),
     Kernel("eager", never_refuses, run_eager),
     _EMULATED,
-    prepare=_prepare,
+    prepare=prepare,
 )
 dispatch.register(
     "attention_weights",
@@ -263,5 +263,5 @@ dispatch.register(
     Kernel("cpu", compiled.refuses_cpu, compiled.run_weights),
     Kernel("eager", never_refuses, run_weights_eager),
     _WEIGHTS_EMULATED,
-    prepare=_prepare,
+    prepare=prepare,
 )

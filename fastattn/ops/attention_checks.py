@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral, Real
 from typing import Any, NoReturn
 
 import torch
@@ -23,18 +24,32 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if autocast_is_on(device) else nullcontext()
 
 
-def operands(op: str, query: Any, key: Any, value: Any) -> tuple[Tensor, Tensor, Tensor]:
+def operands(
+    op: str, query: Any, key: Any, value: Any, names: tuple[str, str, str] = ("query", "key", "value")
+) -> tuple[Tensor, Tensor, Tensor]:
     """query, key and value, converted if torch.autocast is on: floating tensors of one dtype on one device."""
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
-        name, other = next((n, x) for n, x in _named(query, key, value) if not isinstance(x, Tensor))
+        name, other = next(
+            pair for pair in zip(names, (query, key, value), strict=True) if not isinstance(pair[1], Tensor)
+        )
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(other).__name__}.")
     if autocast_is_on(query.device):
         query, key, value = _autocast(query), _autocast(key), _autocast(value)
     if not (query.dtype == key.dtype == value.dtype and query.device == key.device == value.device):
-        _raise_mixed(op, query, key, value)
+        _raise_mixed(op, query, ((names[1], key), (names[2], value)))
+    if not query.layout == key.layout == value.layout == torch.strided or query.is_nested:
+        raise TypeError(
+            f"{op}: {names[0]}, {names[1]} and {names[2]} must be dense, not sparse or nested. Call .to_dense(), or "
+            "varlen_attention for sequences of different lengths."
+        )
     if not query.is_floating_point():
         raise TypeError(f"{op}: query must be float32, float16, bfloat16 or float64, got {name_of(query.dtype)}.")
     return query, key, value
+
+
+def _is_number(x: Any) -> bool:
+    # NumPy's numbers are Real; int and float stand for themselves and for compiled code's symbolic numbers.
+    return isinstance(x, (int, float, Real))
 
 
 def options(
@@ -45,8 +60,11 @@ def options(
         raise ValueError(f"{op}: query must have a head_dim of at least 1, got 0.")
     if scale is None:
         scale = head_dim**-0.5
-    elif not isinstance(scale, (int, float)):
+    elif not _is_number(scale):
         raise TypeError(f"{op}: scale must be a number or None, got {type(scale).__name__}; fold a tensor into query.")
+    if not (_is_number(dropout_p) and _is_number(softcap)):
+        name, got = ("softcap", softcap) if _is_number(dropout_p) else ("dropout_p", dropout_p)
+        raise TypeError(f"{op}: {name} must be a number, got {type(got).__name__}; 0 switches it off.")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{op}: dropout_p must be between 0 and 1, got {dropout_p}.")
     if not 0.0 <= softcap < float("inf"):
@@ -56,12 +74,12 @@ def options(
     if window is None:
         return float(scale), -1, -1
     valid = isinstance(window, (tuple, list)) and len(window) == 2
-    if not (valid and all(isinstance(side, int) and side >= -1 for side in window)):
+    if not (valid and all(isinstance(side, (int, Integral)) and side >= -1 for side in window)):
         raise ValueError(
             f"{op}: window must be (left, right), two integers >= -1, with -1 for no limit; got {window!r}. "
             "For no window pass None."
         )
-    return float(scale), window[0], window[1]
+    return float(scale), int(window[0]), int(window[1])
 
 
 def attn_mask(
@@ -135,8 +153,8 @@ def _autocast(operand: Tensor) -> Tensor:
     return operand.to(torch.get_autocast_dtype(operand.device.type))
 
 
-def _raise_mixed(op: str, query: Tensor, key: Tensor, value: Tensor) -> NoReturn:
-    for name, other in (("key", key), ("value", value)):
+def _raise_mixed(op: str, query: Tensor, others: tuple[tuple[str, Tensor], ...]) -> NoReturn:
+    for name, other in others:
         if other.device != query.device:
             raise ValueError(f"{op}: query is on {query.device} but {name} on {other.device}; move them to one device.")
         if other.dtype != query.dtype:

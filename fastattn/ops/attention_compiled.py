@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastattn._extension import extension
 from fastattn.dispatch import refuses_device
+from fastattn.ops.attention_eager import positions
 
 if TYPE_CHECKING:
     from fastattn.ops.attention import AttentionCall
@@ -47,8 +48,6 @@ def refuses_kernels(call: AttentionCall) -> str | None:
         return f"head_dim {head_dim} (value: {head_dim_v}) is not in 1 to {_MAX_HEAD_DIM}"
     if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
         return "alibi_slopes requires grad, and its kernels give no gradient to slopes; pass alibi_slopes.detach()"
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        return "its kernels have no rules for torch.func transforms (vmap, grad, jvp)"
     return None
 
 
@@ -56,9 +55,21 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _with_float32_slopes(call: AttentionCall) -> AttentionCall:
+    """Kernels read float32 slopes. Slopes that this would round for float64 operands become part of the mask."""
+    slopes, mask = call.alibi_slopes, call.attn_mask
+    if slopes is None:
+        return call
+    if slopes.dtype != torch.float64 or call.query.dtype != torch.float64:
+        return call._replace(alibi_slopes=slopes.float())
+    bias = -slopes[..., None, None] * positions(call.query, call.key, call.bottom_right).abs()
+    if mask is not None:
+        bias = torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else bias + mask
+    return call._replace(attn_mask=bias, alibi_slopes=None)
+
+
 def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    if call.alibi_slopes is not None:
-        call = call._replace(alibi_slopes=call.alibi_slopes.float())
+    call = _with_float32_slopes(call)
     return torch.ops.fastattn.attention(*call)
 
 
@@ -69,9 +80,9 @@ def run_varlen(call: VarlenCall) -> tuple[Tensor, Tensor]:
 
 
 def run_weights(call: AttentionCall, lse: Tensor, average_heads: bool) -> Tensor:
-    slopes = None if call.alibi_slopes is None else call.alibi_slopes.float()
+    call = _with_float32_slopes(call)
     return torch.ops.fastattn.attention_weights(
-        call.query, call.key, lse, call.attn_mask, slopes, *call[6:], average_heads
+        call.query, call.key, lse, call.attn_mask, call.alibi_slopes, *call[6:], average_heads
     )
 
 

@@ -117,9 +117,9 @@ def _prepare(
     return_lse: bool = False,
 ) -> KvCacheCall:
     op = "attention_with_kv_cache"
+    checks.operands(op, query, key_cache, value_cache, names=("query", "key_cache", "value_cache"))
     if checks.autocast_is_on(query.device):
         raise NotImplementedError(f"{op}: it writes into caches of a fixed dtype; call it outside torch.autocast.")
-    checks.operands(op, query, key_cache, value_cache)
     checks.heads_and_dims(op, query, key_cache, value_cache, "(batch, seqlen, heads, head_dim)", heads_dim=2)
     if key_cache.shape[:2] != value_cache.shape[:2]:
         raise ValueError(
@@ -146,7 +146,7 @@ def _prepare(
             raise ValueError(
                 f"{op}: cache_seqlens must be an int or (batch,) = ({batch},), got shape {tuple(cache_seqlens.shape)}."
             )
-    elif not isinstance(cache_seqlens, (int, torch.SymInt)):
+    elif not isinstance(cache_seqlens, (int, torch.SymInt)) or isinstance(cache_seqlens, bool):
         raise TypeError(f"{op}: cache_seqlens must be an int or a Tensor, got {type(cache_seqlens).__name__}.")
     rotary = _checked_rotary(op, query, rotary_cos, rotary_sin)
     differentiable = (query, key_cache, value_cache, key, value)
@@ -189,6 +189,11 @@ def _checked_rotary(op: str, query: Tensor, cos: Any, sin: Any) -> tuple[Tensor,
         return None
     if not (isinstance(cos, Tensor) and isinstance(sin, Tensor)):
         raise TypeError(f"{op}: rotary_cos and rotary_sin must be Tensors and be given together.")
+    if not (cos.is_floating_point() and sin.is_floating_point()):
+        raise TypeError(
+            f"{op}: rotary_cos and rotary_sin must be floating, got {checks.name_of(cos.dtype)} and "
+            f"{checks.name_of(sin.dtype)}."
+        )
     if cos.shape != sin.shape or cos.dim() != 2 or 2 * cos.shape[1] > query.shape[3]:
         raise ValueError(
             f"{op}: rotary_cos and rotary_sin must be (positions, rotary_dim / 2) with rotary_dim <= head_dim "
@@ -273,6 +278,8 @@ def _step(call: KvCacheCall, attend: Callable[[AttentionCall], tuple[Tensor, Ten
     table = call.block_table
     batch, seqlen_q = query.shape[:2]
     new = 0 if new_key is None else new_key.shape[1]
+    if new == 0:
+        new_key = new_value = None
     block_size, blocks = key_cache.shape[1], key_cache.shape[0]
     paged, one_length = table is not None, not isinstance(lengths, Tensor)
     capacity = block_size if table is None else table.shape[1] * block_size

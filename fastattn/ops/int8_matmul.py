@@ -124,12 +124,20 @@ def int8_linear(
 # --- Meaning ---------------------------------------------------------------------------------------------------------
 
 
+def _check_tensor(op: str, name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}.")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise TypeError(f"{op}: {name} must be dense, not sparse or nested; call .to_dense() or .values() first.")
+
+
 def _check_floating(op: str, name: str, dtype: torch.dtype) -> None:
     if dtype not in _FLOATING:
         raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {dtype}.")
 
 
 def _check_int8_matrix(op: str, name: str, tensor: Tensor) -> None:
+    _check_tensor(op, name, tensor)
     if tensor.dtype != torch.int8:
         raise TypeError(f"{op}: {name} must be int8, got {tensor.dtype}; quantize_int8 makes it from a float tensor.")
     if tensor.dim() != 2:
@@ -137,6 +145,8 @@ def _check_int8_matrix(op: str, name: str, tensor: Tensor) -> None:
 
 
 def _check_scale(op: str, name: str, scale: Tensor, count: int) -> None:
+    if not isinstance(scale, Tensor):
+        _check_tensor(op, name, scale)
     if scale.dtype != torch.float32:
         raise TypeError(f"{op}: {name} must be float32, got {scale.dtype}; half precision would lose accuracy.")
     if scale.dim() != 1 or scale.shape[0] != count:
@@ -146,6 +156,8 @@ def _check_scale(op: str, name: str, scale: Tensor, count: int) -> None:
 def _check_bias(op: str, bias: Tensor | None, count: int) -> None:
     if bias is None:
         return
+    if not isinstance(bias, Tensor):
+        _check_tensor(op, "bias", bias)
     if bias.dtype not in _FLOATING:
         _check_floating(op, "bias", bias.dtype)
     if bias.dim() != 1 or bias.shape[0] != count:
@@ -160,13 +172,14 @@ def _check_devices(op: str, **tensors: Tensor | None) -> None:
 
 
 def _activation_name(op: str, activation: str | None) -> str:
-    if activation not in ACTIVATIONS:
+    if not (activation is None or isinstance(activation, str)) or activation not in ACTIVATIONS:
         known = ", ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"{op}: activation must be one of {known}, got {activation!r}.")
     return ACTIVATIONS[activation]
 
 
 def _prepare_quantize(input: Tensor) -> QuantizeInt8Call:
+    _check_tensor("quantize_int8", "input", input)
     _check_floating("quantize_int8", "input", input.dtype)
     if input.dim() == 0:
         raise ValueError("quantize_int8: input must have at least one dimension, got a scalar.")
@@ -209,6 +222,7 @@ def _prepare_linear(
     packed: Tensor | None = None,
 ) -> Int8LinearCall:
     op = "int8_linear"
+    _check_tensor(op, "input", input)
     if input.dtype not in _FLOATING:
         _check_floating(op, "input", input.dtype)
     _check_int8_matrix(op, "weight", weight)

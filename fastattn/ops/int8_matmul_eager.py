@@ -47,10 +47,16 @@ def int32_product(a: Tensor, b: Tensor) -> Tensor:
 class _StraightThrough(torch.autograd.Function):
     """(input quantised by row) @ weight.T, scaled; the gradient ignores the rounding: ``dout @ (weight * scale)``."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        input, weight, weight_scale = inputs
         ctx.save_for_backward(weight, weight_scale)
         ctx.input_dtype = input.dtype
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:  # type: ignore[override]
         q, scale = quantize(input)
         return int32_product(q, weight) * scale.unsqueeze(-1) * weight_scale
 

@@ -139,13 +139,29 @@ def _describe(shape: Sequence[int]) -> str:
     return str(tuple(shape))
 
 
+def _as_tuple(op: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(normalized_shape, int):
+        return (normalized_shape,)
+    if not isinstance(normalized_shape, Sequence):
+        got = type(normalized_shape).__name__
+        raise TypeError(f"{op}: normalized_shape must be an int or a sequence of ints, got {got}.")
+    return tuple(normalized_shape)
+
+
+def _check_eps(op: str, eps: float) -> None:
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}.")
+
+
 def _check_norm(
     op: str, input: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None, bias: Tensor | None
 ) -> int:
     """Checks what the four functions share; returns how many dims are normalised."""
     if not isinstance(input, Tensor):
         raise TypeError(f"{op}: input must be a tensor, got {type(input).__name__}.")
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if input.layout is not torch.strided or input.is_nested:
+        raise TypeError(f"{op}: input must be dense, not sparse or nested; call .to_dense() or .values() first.")
+    shape = _as_tuple(op, normalized_shape)
     dims = len(shape)
     if dims == 0:
         raise ValueError(f"{op}: normalized_shape is empty; it must name at least the last dim of input.")
@@ -188,30 +204,35 @@ def _check_residual(op: str, input: Tensor, residual: Tensor, dropout_p: float) 
         raise TypeError(f"{op}: residual must be floating, got {residual.dtype}.")
     if residual.device != input.device:
         raise ValueError(f"{op}: residual is on {residual.device} but input is on {input.device}; move one of them.")
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"{op}: dropout_p must be a number, got {type(dropout_p).__name__}.")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}.")
 
 
-def _rms_eps(eps: float | None, dtype: torch.dtype) -> float:
+def _rms_eps(op: str, eps: float | None, dtype: torch.dtype) -> float:
     if eps is not None:
+        _check_eps(op, eps)
         return eps
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
 def _prepare_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5) -> LayerNormCall:
     dims = _check_norm("layer_norm", input, normalized_shape, weight, bias)
+    _check_eps("layer_norm", eps)
     return LayerNormCall("layer_norm", input, None, weight, bias, eps, 0.0, dims, False)
 
 
 def _prepare_rms_norm(input, normalized_shape, weight=None, eps=None) -> LayerNormCall:
     dims = _check_norm("rms_norm", input, normalized_shape, weight, None)
-    return LayerNormCall("rms_norm", input, None, weight, None, _rms_eps(eps, input.dtype), 0.0, dims, True)
+    return LayerNormCall("rms_norm", input, None, weight, None, _rms_eps("rms_norm", eps, input.dtype), 0.0, dims, True)
 
 
 def _prepare_add_layer_norm(
     input, residual, normalized_shape, weight=None, bias=None, eps=1e-5, *, dropout_p=0.0
 ) -> LayerNormCall:
     dims = _check_norm("add_layer_norm", input, normalized_shape, weight, bias)
+    _check_eps("add_layer_norm", eps)
     _check_residual("add_layer_norm", input, residual, dropout_p)
     return LayerNormCall("add_layer_norm", input, residual, weight, bias, eps, dropout_p, dims, False)
 
@@ -219,7 +240,7 @@ def _prepare_add_layer_norm(
 def _prepare_add_rms_norm(input, residual, normalized_shape, weight=None, eps=None, *, dropout_p=0.0) -> LayerNormCall:
     dims = _check_norm("add_rms_norm", input, normalized_shape, weight, None)
     _check_residual("add_rms_norm", input, residual, dropout_p)
-    eps = _rms_eps(eps, residual.dtype)
+    eps = _rms_eps("add_rms_norm", eps, residual.dtype)
     return LayerNormCall("add_rms_norm", input, residual, weight, None, eps, dropout_p, dims, True)
 
 

@@ -1,0 +1,135 @@
+"""Arguments of the wrong kind get an error that names op and argument, whatever they are, and leave nothing behind."""
+
+import math
+
+import numpy
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+import fastattn
+
+X = torch.randn(1, 2, 4, 8)
+ROWS = torch.randn(3, 8)
+INT8, SCALE = fastattn.quantize_int8(torch.randn(5, 8))
+STEP, CACHE = torch.randn(2, 1, 2, 8), torch.zeros(2, 6, 2, 8)
+
+
+def mha(query=ROWS, **options):
+    return fastattn.MultiHeadAttention(8, 2)(**{"query": query, "key": query, "value": query} | options)
+
+
+def step(**options):
+    arguments = {"key_cache": CACHE.clone(), "value_cache": CACHE.clone(), "cache_seqlens": 2} | options
+    return fastattn.attention_with_kv_cache(STEP, key=STEP, value=STEP, **arguments)
+
+
+CASES = {
+    "attention: dropout_p": lambda: fastattn.attention(X, X, X, dropout_p="0.1"),
+    "attention: softcap": lambda: fastattn.attention(X, X, X, softcap=None),
+    "attention: query, key and value must be dense": lambda: fastattn.attention(*[X.to_sparse()] * 3),
+    "attention_with_kv_cache: key_cache": lambda: step(key_cache=None),
+    "attention_with_kv_cache: cache_seqlens": lambda: step(cache_seqlens=True),
+    "attention_with_kv_cache: rotary_cos": lambda: step(rotary_cos=torch.ones(8, 4).int(), rotary_sin=torch.ones(8, 4)),
+    "attention_with_kv_cache: query is float32 but value_cache float16": lambda: step(value_cache=CACHE.half()),
+    "quantize_int8: input": lambda: fastattn.quantize_int8([1.0]),
+    "int8_matmul: a must": lambda: fastattn.int8_matmul([[1]], INT8, SCALE, SCALE),
+    "int8_matmul: a_scale": lambda: fastattn.int8_matmul(INT8, INT8, None, SCALE),
+    "int8_matmul: bias": lambda: fastattn.int8_matmul(INT8, INT8, SCALE, SCALE, [1.0] * 5),
+    "int8_linear: weight": lambda: fastattn.int8_linear(ROWS, None, SCALE),
+    "int8_linear: input": lambda: fastattn.Int8Linear(8, 5)(None),
+    "layer_norm: eps": lambda: fastattn.layer_norm(ROWS, 8, eps=None),
+    "rms_norm: eps": lambda: fastattn.rms_norm(ROWS, 8, eps="small"),
+    "layer_norm: normalized_shape": lambda: fastattn.layer_norm(ROWS, 8.0),
+    "layer_norm: input must be dense": lambda: fastattn.layer_norm(ROWS.to_sparse(), 8),
+    "add_rms_norm: dropout_p": lambda: fastattn.add_rms_norm(ROWS, ROWS, 8, dropout_p=None),
+    "MultiHeadAttention: query must be a Tensor": lambda: mha(ROWS.tolist()),
+    "MultiHeadAttention: attn_mask must be a Tensor": lambda: mha(attn_mask=[[True] * 3] * 3),
+    "MultiHeadAttention: query, key and value are": lambda: mha(key=ROWS.half()),
+    "accelerate: filter_fn": lambda: fastattn.accelerate(torch.nn.LayerNorm(8), filter_fn=3),
+    "restore: model": lambda: fastattn.restore(3),
+}
+
+
+@pytest.mark.parametrize("message", CASES)
+def test_wrong_types_raise_type_error(message):
+    with pytest.raises(TypeError, match=message):
+        CASES[message]()
+
+
+@pytest.mark.parametrize(
+    "message, call",
+    [
+        ("int8_matmul: activation", lambda: fastattn.int8_matmul(INT8, INT8, SCALE, SCALE, activation=["relu"])),
+        ("MultiHeadAttention: window", lambda: fastattn.MultiHeadAttention(8, 2, window=4)),
+        ("MultiHeadAttention: query is on cpu but attn_mask", lambda: mha(attn_mask=torch.zeros(3, 3, device="meta"))),
+        ("MultiHeadAttention: query is on meta but the module on cpu", lambda: mha(ROWS.to("meta"))),
+    ],
+)
+def test_wrong_values_raise_value_error(message, call):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_numpy_scalars_are_numbers():
+    options = {"window": (numpy.int64(1), numpy.int64(0)), "scale": numpy.float32(0.5), "dropout_p": numpy.float32(0)}
+    expected = fastattn.attention(X, X, X, window=(1, 0), scale=0.5)
+    assert torch.equal(fastattn.attention(X, X, X, **options), expected)
+
+
+FUNCTIONS = {
+    "attention": lambda x: fastattn.attention(x, x, x),
+    "layer_norm": lambda x: fastattn.layer_norm(x, (8,)),
+    "rms_norm": lambda x: fastattn.rms_norm(x, 8),
+    "add_layer_norm": lambda x: fastattn.add_layer_norm(x, x, 8)[0],
+}
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_transforms_run_where_they_have_rules(op):
+    function = FUNCTIONS[op]
+    x = X.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(function(x).square().sum(), x)
+    actual = torch.func.grad(lambda x: function(x).square().sum())(X)
+    torch.testing.assert_close(actual, expected)
+    mapped = torch.func.vmap(function)(X[None].expand(2, *X.shape))
+    torch.testing.assert_close(mapped[1], function(X))
+    tangent = torch.randn_like(X)
+    slope = (function((X + 1e-3 * tangent).double()) - function((X - 1e-3 * tangent).double())) / 2e-3
+    with forward_ad.dual_level():
+        out = forward_ad.unpack_dual(function(forward_ad.make_dual(X, tangent)))
+    torch.testing.assert_close(out.tangent.double(), slope, rtol=1e-2, atol=1e-3)
+
+
+def test_int8_layer_under_transforms_gives_its_gradient():
+    layer = fastattn.Int8Linear.from_linear(torch.nn.Linear(8, 5))
+    x = ROWS.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+    torch.testing.assert_close(torch.func.grad(lambda x: layer(x).square().sum())(ROWS), expected)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+def test_float64_slopes_are_not_rounded(backend, mask):
+    if fastattn.available_backends()[backend] is not None:
+        pytest.skip(fastattn.available_backends()[backend])
+    q, k, v = (torch.randn(2, 3, 9, 4, dtype=torch.float64) for _ in range(3))
+    slopes = torch.rand(2, 3, dtype=torch.float64)
+    attn_mask = {"none": None, "bool": torch.rand(2, 1, 1, 9) < 0.7, "float": torch.randn(9, 9).double()}[mask]
+    distance = (torch.arange(9)[:, None] - torch.arange(9)).abs()
+    score = q @ k.mT / 2 - slopes[..., None, None] * distance
+    if attn_mask is not None:
+        score = score.masked_fill(~attn_mask, -math.inf) if mask == "bool" else score + attn_mask
+    out = fastattn.attention(q, k, v, attn_mask=attn_mask, alibi_slopes=slopes, backend=backend)
+    torch.testing.assert_close(out, score.softmax(-1).nan_to_num() @ v, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("lengths", [2, torch.tensor([2, 5])], ids=["int", "tensor"])
+@pytest.mark.parametrize("table", [None, torch.tensor([[0, 1], [2, 3]])], ids=["dense", "paged"])
+def test_appending_no_token_attends_to_the_cache(lengths, table):
+    cache = torch.randn(2, 6, 2, 8) if table is None else torch.randn(4, 4, 2, 8)
+    before, none = cache.clone(), torch.empty(2, 0, 2, 8)
+    options = {"cache_seqlens": lengths, "block_table": table}
+    expected = fastattn.attention_with_kv_cache(STEP, cache, cache, **options)
+    assert torch.equal(fastattn.attention_with_kv_cache(STEP, cache, cache, none, none, **options), expected)
+    assert torch.equal(cache, before)
