@@ -25,11 +25,11 @@ TORCH_LIBRARY(fastattn, m) {
       "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_state, float dropout_p, bool is_causal, "
       "float scale, SymInt window_left, SymInt window_right, bool bottom_right, float softcap, bool need_dmask, "
       "bool need_dsinks) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dsinks)");
-  // attention within each of several packed sequences: query (total_q, heads, head_dim), key (total_k, heads_kv, head_dim),
-  // value (total_k, heads_kv, head_dim_v). cu_seqlens_q, cu_seqlens_k (batch + 1,) int32 or int64: sequence b is rows
-  // [cu_seqlens[b], cu_seqlens[b + 1]), no more than max_seqlen; on the CPU their values are checked. bottom_right is
-  // meant within a sequence. Returns out (total_q, heads, head_dim_v), contiguous unless query's rows lie inside its
-  // heads, and lse (heads, total_q); rows of no sequence have out 0 and lse -inf.
+  // attention within each of several packed sequences: query (total_q, heads, head_dim), key (total_k, heads_kv,
+  // head_dim), value (total_k, heads_kv, head_dim_v). cu_seqlens_q, cu_seqlens_k (batch + 1,) int32 or int64: sequence
+  // b is rows [cu_seqlens[b], cu_seqlens[b + 1]), no more than max_seqlen; on the CPU their values are checked.
+  // bottom_right is meant within a sequence. Returns out (total_q, heads, head_dim_v), contiguous unless query's rows
+  // lie inside its heads, and lse (heads, total_q); rows of no sequence have out 0 and lse -inf.
   m.def(
       "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
       "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_state, "

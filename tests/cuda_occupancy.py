@@ -105,8 +105,9 @@ def launch_sizes(names: Sequence[str], sources: Iterable[Path]) -> dict[str, Lau
         return dict.fromkeys(names, LaunchSize())
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "probe"
-        # Nothing runs but main, so the emulator's runtime is not linked.
-        flags = [*HOST_FLAGS, "-O0", "-w", "-Wl,--unresolved-symbols=ignore-all", "-x", "c++", "-"]
+        # Nothing runs but main, so the emulator's runtime is not linked, and what calls it is dropped.
+        linking = ["-ffunction-sections", "-Wl,--gc-sections", "-Wl,--unresolved-symbols=ignore-all"]
+        flags = [*HOST_FLAGS, "-O0", "-w", *linking, "-x", "c++", "-"]
         subprocess.run([compiler, *flags, "-o", program], input="\n".join([*lines, "}"]), text=True, check=True)
         output = subprocess.run([program], capture_output=True, text=True, check=True).stdout
     sizes = [LaunchSize(*map(int, line.split())) for line in output.splitlines()]

@@ -45,8 +45,12 @@ __global__ void __launch_bounds__(kDkvSumThreads)
   const int64_t chunk = int64_t{blockIdx.x} * kDkvSumThreads + threadIdx.x;
   if (chunk >= args.chunks) return;
   const bool is_dv = blockIdx.y == 1;
-  const int chunks_per_row = args.parts.columns / 8, col = static_cast<int>(chunk % chunks_per_row) * 8;
-  const int64_t key = chunk / chunks_per_row, batch_head = key / args.seqlen_k;
+  // 64-bit divisions are calls, which registers have to be saved for: two of them, and the rest in 32 bits.
+  const int chunks_per_row = args.parts.columns / 8;
+  const int64_t key = chunk / chunks_per_row;
+  const int col = static_cast<int>(chunk - key * chunks_per_row) * 8;
+  const int batch_head = static_cast<int>(key / args.seqlen_k);
+  const int row = static_cast<int>(key - int64_t{batch_head} * args.seqlen_k);
   const int cols = (is_dv ? args.head_dim_v : args.head_dim) - col;
   if (cols <= 0) return;
 
@@ -61,9 +65,8 @@ __global__ void __launch_bounds__(kDkvSumThreads)
 #pragma unroll
   for (int i = 0; i < 8; ++i) result[i] = from_float<Element>(sums[i]);
   const AttentionTensor& tensor = is_dv ? args.dv : args.dk;
-  Element* dst = head_gmem<Element>(tensor, static_cast<int>(batch_head / args.heads_kv),
-                                    static_cast<int>(batch_head % args.heads_kv)) +
-                 key % args.seqlen_k * tensor.stride_row + col;
+  Element* dst = head_gmem<Element>(tensor, batch_head / args.heads_kv, batch_head % args.heads_kv) +
+                 row * tensor.stride_row + col;
   if (is_dv ? args.dv_is_aligned : args.dk_is_aligned) {
     store_vec(dst, result);
   } else {

@@ -74,7 +74,7 @@ def options(
     if window is None:
         return float(scale), -1, -1
     valid = isinstance(window, (tuple, list)) and len(window) == 2
-    if not (valid and all(isinstance(side, (int, Integral)) and side >= -1 for side in window)):
+    if not (valid and all(isinstance(side, Integral) and int(side) >= -1 for side in window)):
         raise ValueError(
             f"{op}: window must be (left, right), two integers >= -1, with -1 for no limit; got {window!r}. "
             "For no window pass None."

@@ -298,7 +298,7 @@ def _with_probabilities(
     query: Tensor, key: Tensor, value: Tensor, dropout_p: float, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, probabilities before dropout, negative where dropped)."""
-    call = attention_ops._prepare(query, key, value, dropout_p=dropout_p, **options)
+    call = attention_ops.prepare(query, key, value, dropout_p=dropout_p, **options)
     rng_state = draw_rng_state(query.device)
     call = call._replace(rng_state=rng_state)
     out, lse = select("attention", call).run(call)
