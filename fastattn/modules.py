@@ -151,7 +151,8 @@ class Int8Linear(nn.Module):
 
 
 class Linear(nn.Linear):
-    """``torch.nn.Linear`` on the CPU's kernel in inference, elsewhere PyTorch's: same parameters and ``state_dict``.
+    """``torch.nn.Linear`` on the CPU's kernel in ``eval`` mode where no gradient is wanted, elsewhere PyTorch's: same
+    parameters and ``state_dict``.
 
     What ``accelerate(model, linear=True)`` makes of ``nn.Linear``. ``forward`` can apply an activation, a key of
     ``fastattn.ops.linear.ACTIVATIONS``, in the pass that writes the result. ``backend``: as in ``fastattn.attention``.
@@ -160,7 +161,9 @@ class Linear(nn.Linear):
     backend = "auto"
 
     def forward(self, input: Tensor, activation: str = "none") -> Tensor:
-        return linear(input, self.weight, self.bias, activation=activation, backend=self.backend)
+        # While training, a checkpointed block computes without gradients what it computes again with them: one product.
+        backend = "eager" if self.training else self.backend
+        return linear(input, self.weight, self.bias, activation=activation, backend=backend)
 
 
 class LayerNorm(nn.LayerNorm):

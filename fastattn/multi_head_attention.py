@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -262,14 +263,16 @@ class MultiHeadAttention(nn.MultiheadAttention):
                 f"MultiHeadAttention: query, key and value are {got} but the module's weights {weight.dtype}; they "
                 "must be equal. Convert one of them with .to(dtype), or use torch.autocast."
             )
+        # While training, a checkpointed block computes without gradients what it computes again with them: one product.
+        product = partial(linear, backend="eager" if self.training else self.backend)
         if self.in_proj_weight is None:
             kv_dim = self.num_kv_heads * self.head_dim
             biases = _split(self.in_proj_bias, [self.embed_dim, kv_dim, kv_dim])
             weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
             inputs = query, key, value
-            return [linear(x, w, b, backend=self.backend) for x, w, b in zip(inputs, weights, biases, strict=True)]
+            return [product(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
         if query is key and key is value:
-            return linear(query, weight, self.in_proj_bias, backend=self.backend).chunk(3, dim=-1)
+            return product(query, weight, self.in_proj_bias).chunk(3, dim=-1)
         # (input, how many of the three projections it takes), in order
         runs = [(query, 1), (key, 1), (value, 1)]
         if key is value:
@@ -279,7 +282,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         rows = [count * self.embed_dim for _, count in runs]
         projected: list[Tensor] = []
         for (x, count), w, b in zip(runs, weight.split(rows), _split(self.in_proj_bias, rows), strict=True):
-            projected += linear(x, w, b, backend=self.backend).chunk(count, dim=-1)
+            projected += product(x, w, b).chunk(count, dim=-1)
         return projected
 
     def _split_heads(self, x: Tensor) -> Tensor:
