@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch  # noqa: F401  (loads the libraries, OpenMP among them, that the extension links to)
 
@@ -31,6 +33,11 @@ def _without_cuda() -> str | None:
     if extension.build_info()["cuda_kernels"] == "device":
         return None
     return f"fastattn was built without CUDA kernels: {_build_report().get('cuda') or 'nvcc was not used'}"
+
+
+def short_way(name: str) -> Callable[..., Any]:
+    """A function of the extension that gives None for calls it leaves to the general way: all, without extension."""
+    return getattr(extension, name) if extension is not None else lambda *arguments: None
 
 
 extension, missing_reason = _load()

@@ -51,7 +51,7 @@ def never_refuses(call: Any) -> None:
     return None
 
 
-def refuses_transforms() -> str | None:
+def _refuses_transforms() -> str | None:
     """Why no kernel but eager's runs at all at this moment; None outside of transforms. Not for compiled code."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "its kernels have no rules for torch.func transforms (vmap, grad, jvp)"
@@ -60,7 +60,7 @@ def refuses_transforms() -> str | None:
 
 def _refuses(kernel: Kernel, call: Any) -> str | None:
     """Why ``kernel`` does not run ``call``, on a machine that has it."""
-    reason = None if kernel.backend == "eager" or torch.compiler.is_compiling() else refuses_transforms()
+    reason = None if kernel.backend == "eager" or torch.compiler.is_compiling() else _refuses_transforms()
     return kernel.refuses(call) if reason is None else reason
 
 

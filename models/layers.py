@@ -9,21 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastattn
 from fastattn.modules import Linear
+from fastattn.ops.linear import ACTIVATION_FUNCTIONS
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "eager", "emulated")
-# Feed-forward activations by the names that fastattn.Int8Linear fuses; "swiglu" gates with silu.
-ACTIVATIONS = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "swiglu": F.silu,
-}
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -99,21 +91,21 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(dim, hidden_dim, bias)
         self.gate = nn.Linear(dim, hidden_dim, bias) if activation == "swiglu" else None
         self.down = nn.Linear(hidden_dim, dim, bias)
-        self.activation = activation
+        self.activation = "silu" if activation == "swiglu" else activation
 
     def fuse_activation(self) -> None:
         """Makes the layer in front of the activation an INT8 one that applies it in the pass that writes its result."""
-        name, activation = ("up", self.activation) if self.gate is None else ("gate", "silu")
-        setattr(self, name, fastattn.Int8Linear.from_linear(getattr(self, name), activation))
+        name = "up" if self.gate is None else "gate"
+        setattr(self, name, fastattn.Int8Linear.from_linear(getattr(self, name), self.activation))
 
     def forward(self, x: Tensor) -> Tensor:
         gated = self.up if self.gate is None else self.gate
         if isinstance(gated, Linear):
-            hidden = gated(x, "silu" if self.activation == "swiglu" else self.activation)
+            hidden = gated(x, self.activation)
         elif isinstance(gated, fastattn.Int8Linear):
             hidden = gated(x)
         else:
-            hidden = ACTIVATIONS[self.activation](gated(x))
+            hidden = ACTIVATION_FUNCTIONS[self.activation](gated(x))
         return self.down(hidden if self.gate is None else hidden * self.up(x))
 
 

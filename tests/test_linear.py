@@ -14,7 +14,7 @@ from torch import nn
 import fastattn
 from fastattn._extension import extension, missing_reason
 from fastattn.modules import Linear
-from fastattn.ops.linear import ACTIVATIONS, linear
+from fastattn.ops.linear import ACTIVATION_FUNCTIONS, linear
 
 pytestmark = pytest.mark.skipif(extension is None, reason=str(missing_reason))
 
@@ -33,7 +33,7 @@ def operands(rows, depth, columns, dtype=torch.float32):
 def check(x, weight, bias, activation="none"):
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     eager = F.linear(x, weight, bias)
-    function = ACTIVATIONS[activation]
+    function = ACTIVATION_FUNCTIONS[activation]
     assert_as_accurate_as_eager(kernel(x, weight, bias, activation), function(eager), function(exact))
 
 
@@ -57,7 +57,7 @@ def test_many_rows_are_panels(cpu_isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATION_FUNCTIONS)
 def test_applies_bias_and_activation(activation, dtype, cpu_isa):
     x, weight, bias = operands(6, 70, 53, dtype)
     check(x, weight, bias, activation)

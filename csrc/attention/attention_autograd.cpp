@@ -226,8 +226,7 @@ std::tuple<Tensor, Tensor> varlen_attention_autograd(const Tensor& query, const 
       {dropout_p, is_causal, scale, std::move(window_left), std::move(window_right), bottom_right, softcap});
 }
 
-// --- attention_backward: computes, but says so clearly if its own gradient is wanted
-// ----------------------------------
+// --- attention_backward: computes, but says so clearly if its own gradient is wanted ---------------------------------
 
 struct AttentionBackwardFunction : torch::autograd::Function<AttentionBackwardFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& dout, const OptionalTensor& dlse,

@@ -5,7 +5,6 @@
 
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <cmath>
 #include <optional>
@@ -21,10 +20,6 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kMaxHeadDim = 256;
-
-bool has_kernel(at::ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
-}
 
 bool is_operand(const Tensor& tensor, at::ScalarType dtype) {
   return is_dense_on_cpu(tensor) && tensor.dim() == 4 && tensor.scalar_type() == dtype && tensor.size(3) >= 1 &&
@@ -60,14 +55,11 @@ py::object attention_if_plain(const py::handle& query, const py::handle& key, co
   }
   const double factor =
       scale.is_none() ? std::pow(static_cast<double>(q.size(3)), -0.5) : PyFloat_AS_DOUBLE(scale.ptr());
-  Tensor out;
-  {
-    const py::gil_scoped_release other_threads_run;
-    out = std::get<0>(op.call(q, k, v, std::nullopt, std::nullopt, std::nullopt, std::nullopt, /*dropout_p=*/0.0,
-                              is_causal.ptr() == Py_True, factor, /*window_left=*/-1, /*window_right=*/-1,
-                              /*bottom_right=*/false, /*softcap=*/0.0));
-  }
-  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(out)));
+  return call_without_gil([&] {
+    return std::get<0>(op.call(q, k, v, std::nullopt, std::nullopt, std::nullopt, std::nullopt, /*dropout_p=*/0.0,
+                               is_causal.ptr() == Py_True, factor, /*window_left=*/-1, /*window_right=*/-1,
+                               /*bottom_right=*/false, /*softcap=*/0.0));
+  });
 }
 
 }  // namespace

@@ -5,11 +5,9 @@
 //            S^T = k q^T, dP^T = v dO^T      keys are the rows of both accumulators, so that
 //            dv += P^T dO, dk += dX^T q      take P^T and dX^T from registers, as they are;
 //            dq  = dX k                      takes dX of both warpgroups from shared memory, each one half of dq.
-// Memory:  k and v stay; q with lse, dO with delta arrive in two stages. dX^T is stored as it lies in registers, a key
-// a
-//          row: read with the queries as its rows, it needs no transposition. dq leaves in fp32, 16 KiB a warpgroup, by
-//          a bulk copy that adds: in any order, or in the order of the keys where results must be the same in every
-//          run.
+// Memory:  k and v stay; q with lse, dO with delta arrive in two stages. dX^T is stored as it lies in registers, a row
+//          a key: read with the queries as its rows, it needs no transposition. dq leaves in fp32, 16 KiB a warpgroup,
+//          by a bulk copy that adds: in any order, or in the order of the keys where every run must give the same.
 // Numbers: fp16/bf16 inputs, fp32 scores, P, dX and sums; P and dX are rounded for the products with dO, q and k.
 // Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 2; Shah et al., "FlashAttention-3", arXiv:2407.08608.
 #pragma once

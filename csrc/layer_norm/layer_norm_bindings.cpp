@@ -48,20 +48,14 @@ py::object layer_norm_if_plain(const py::handle& object, const py::handle& shape
           .typed<Outputs(const Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t, double, bool)>();
   if (!is_plain_tensor(object) || !PyFloat_CheckExact(eps.ptr()) || calls_are_watched()) return py::none();
   const Tensor& input = THPVariable_Unpack(object.ptr());
-  const at::ScalarType dtype = input.scalar_type();
-  const bool has_kernel = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
-  if (!is_dense_on_cpu(input) || !has_kernel) return py::none();
+  if (!is_dense_on_cpu(input) || !has_kernel(input.scalar_type())) return py::none();
   const int64_t dims = matching_dims(input, shape);
   if (dims == 0) return py::none();
   const at::IntArrayRef normalized = input.sizes().slice(input.dim() - dims);
   OptionalTensor weights, biases;
   if (!take_parameter(weights, weight, normalized) || !take_parameter(biases, bias, normalized)) return py::none();
-  Tensor out;
-  {
-    const py::gil_scoped_release other_threads_run;
-    out = std::get<0>(op.call(input, weights, biases, dims, PyFloat_AS_DOUBLE(eps.ptr()), /*rms=*/false));
-  }
-  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(out)));
+  return call_without_gil(
+      [&] { return std::get<0>(op.call(input, weights, biases, dims, PyFloat_AS_DOUBLE(eps.ptr()), /*rms=*/false)); });
 }
 
 }  // namespace

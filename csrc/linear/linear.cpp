@@ -1,5 +1,4 @@
-// Torch glue of the linear layer: checks what memory safety needs, allocates, fills params, calls the
-// kernel.
+// Torch glue of the linear layer: checks what memory safety needs, allocates, fills params, calls the kernel.
 #include "linear/linear.h"
 
 #include <ATen/ATen.h>

@@ -20,15 +20,15 @@ using OptionalTensor = std::optional<Tensor>;
 
 // A tensor that the kernel takes; a gradient that is wanted of it, it cannot give.
 bool is_taken(const Tensor& tensor, at::ScalarType dtype) {
-  return tensor.is_cpu() && !tensor.is_nested() && tensor.layout() == at::kStrided && tensor.scalar_type() == dtype &&
+  return is_dense_on_cpu(tensor) && tensor.scalar_type() == dtype &&
          !(at::GradMode::is_enabled() && tensor.requires_grad());
 }
 
 bool is_faster(const Tensor& input) {
   const at::ScalarType dtype = input.scalar_type();
-  const bool has_kernel = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
   const int64_t depth = input.size(-1);
-  return has_kernel && depth > 0 && input.numel() / depth <= linear_max_rows(kernel_dtype("linear", dtype));
+  return has_kernel(dtype) && dtype != at::kDouble && depth > 0 &&
+         input.numel() / depth <= linear_max_rows(kernel_dtype("linear", dtype));
 }
 
 py::object linear_if_faster(const py::handle& input, const py::handle& weight, const py::handle& bias,
@@ -49,12 +49,7 @@ py::object linear_if_faster(const py::handle& input, const py::handle& weight, c
     b = THPVariable_Unpack(bias.ptr());
     if (!is_taken(*b, dtype)) return py::none();
   }
-  Tensor out;
-  {
-    const py::gil_scoped_release other_threads_run;
-    out = op.call(x, w, b, activation);
-  }
-  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(out)));
+  return call_without_gil([&] { return op.call(x, w, b, activation); });
 }
 
 }  // namespace
@@ -63,9 +58,6 @@ void bind_linear(py::module_& m) {
   m.def("linear_if_faster", &linear_if_faster,
         "The op linear (input, weight, bias, activation), or None where PyTorch's product is faster or the op cannot "
         "serve: another device or dtype, a gradient, autocast, somebody who has to see the call.");
-  m.def(
-      "linear_is_faster", [](const Tensor& input) { return input.dim() >= 1 && is_faster(input); },
-      "Whether the op linear is faster than PyTorch's product for an input of this shape and dtype.");
 }
 
 }  // namespace fastattn

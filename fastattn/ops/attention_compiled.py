@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastattn._extension import extension
+from fastattn._extension import extension, short_way
 from fastattn.dispatch import refuses_device
 from fastattn.ops.attention_eager import positions
 
@@ -86,13 +86,9 @@ def run_weights(call: AttentionCall, lse: Tensor, average_heads: bool) -> Tensor
     )
 
 
-def _never(*args: object) -> None:
-    """Without the extension there is no short way."""
-
-
 # (query, key, value, is_causal, scale, enable_gqa): attention of plain tensors on the CPU without the general way's
 # checks; None where the call is not one of these, which then says why.
-attention_if_plain: Callable[..., Tensor | None] = extension.attention_if_plain if extension else _never
+attention_if_plain: Callable[..., Tensor | None] = short_way("attention_if_plain")
 
 
 # --- Fake kernels: the shapes, dtypes and strides of csrc/attention/attention.cpp ------------------------------------

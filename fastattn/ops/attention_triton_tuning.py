@@ -23,7 +23,7 @@ from fastattn.ops import triton_autotune
 from fastattn.ops.attention_triton_mask import plan_mask_states
 from fastattn.ops.attention_triton_plan import shape_of_tiles
 from fastattn.ops.attention_triton_tiles import Tile, Tiling
-from fastattn.ops.triton_launch import Launch
+from fastattn.ops.triton_launch import Launch, next_power_of_2
 
 # What times depend on besides the constexprs: lengths, known by the next power of two.
 _LENGTHS = ("heads", "group", "seqlen_q", "seqlen_k", "window_left", "window_right")
@@ -64,9 +64,9 @@ def _fastest(
 
 def _key(arguments: dict[str, Any]) -> tuple[Any, ...]:
     constants = {name: value for name, value in arguments.items() if name.isupper() and name not in _TILE}
-    lengths = {name: triton_autotune.bucket(arguments[name]) for name in _LENGTHS}
+    lengths = {name: next_power_of_2(arguments[name]) for name in _LENGTHS}
     query = arguments["q_ptr"]
-    return query.dtype, triton_autotune.bucket(query.shape[0]), *sorted((constants | lengths).items())
+    return query.dtype, next_power_of_2(query.shape[0]), *sorted((constants | lengths).items())
 
 
 # --- What is timed ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from fastattn.dispatch import Kernel, cuda_kernels, never_refuses
 from fastattn.ops import int8_matmul_compiled as compiled
 from fastattn.ops import int8_matmul_eager as eager
 from fastattn.ops import int8_matmul_triton as triton
+from fastattn.ops.tensor_checks import check_dense
 
 # Public name -> name in the op schemas.
 ACTIVATIONS = {None: "none", "relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_tanh", "silu": "silu"}
@@ -127,8 +128,7 @@ def int8_linear(
 def _check_tensor(op: str, name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}.")
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        raise TypeError(f"{op}: {name} must be dense, not sparse or nested; call .to_dense() or .values() first.")
+    check_dense(op, name, tensor)
 
 
 def _check_floating(op: str, name: str, dtype: torch.dtype) -> None:

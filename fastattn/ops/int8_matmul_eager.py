@@ -5,29 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from fastattn.ops.linear import ACTIVATION_FUNCTIONS
 
 if TYPE_CHECKING:
     from fastattn.ops.int8_matmul import Int8LinearCall, Int8MatmulCall, QuantizeInt8Call
 
 # The smallest normal float32: 1 / scale is finite for every scale from here on.
 _SMALLEST_SCALE = 2.0**-126
-
-
-def activate(x: Tensor, activation: str) -> Tensor:
-    match activation:
-        case "none":
-            return x
-        case "relu":
-            return F.relu(x)
-        case "gelu":
-            return F.gelu(x)
-        case "gelu_tanh":
-            return F.gelu(x, approximate="tanh")
-        case "silu":
-            return F.silu(x)
-    raise ValueError(f"unknown activation {activation!r}")
 
 
 def quantize(input: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,11 +60,11 @@ def int8_matmul(call: Int8MatmulCall) -> Tensor:
     out = int32_product(call.a, call.b) * call.a_scale.unsqueeze(1) * call.b_scale
     if call.bias is not None:
         out = out + call.bias.float()
-    return activate(out, call.activation).to(call.out_dtype)
+    return ACTIVATION_FUNCTIONS[call.activation](out).to(call.out_dtype)
 
 
 def int8_linear(call: Int8LinearCall) -> Tensor:
     out: Tensor = _StraightThrough.apply(call.input, call.weight, call.weight_scale)
     if call.bias is not None:
         out = out + call.bias.float()
-    return activate(out, call.activation).to(call.input.dtype)
+    return ACTIVATION_FUNCTIONS[call.activation](out).to(call.input.dtype)

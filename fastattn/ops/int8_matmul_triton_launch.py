@@ -140,7 +140,7 @@ def _tile(
     default = matmul_tile(rows, columns, device, itemsize)
     if not triton_autotune.is_on():
         return default
-    key = (a.dtype, out_dtype, triton_autotune.bucket(rows), columns, depth)
+    key = (a.dtype, out_dtype, next_power_of_2(rows), columns, depth)
     tiles = candidates(rows, device, itemsize)
     return triton_autotune.fastest(kernel, key, tiles, default, lambda tile: partial(product, tile), a)
 

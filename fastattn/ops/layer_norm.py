@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastattn.dispatch import Kernel, cuda_kernels, never_refuses, preference, register, select
 from fastattn.ops import layer_norm_compiled, layer_norm_eager, layer_norm_triton
+from fastattn.ops.tensor_checks import check_dense
 
 
 class LayerNormCall(NamedTuple):
@@ -159,8 +160,7 @@ def _check_norm(
     """Checks what the four functions share; returns how many dims are normalised."""
     if not isinstance(input, Tensor):
         raise TypeError(f"{op}: input must be a tensor, got {type(input).__name__}.")
-    if input.layout is not torch.strided or input.is_nested:
-        raise TypeError(f"{op}: input must be dense, not sparse or nested; call .to_dense() or .values() first.")
+    check_dense(op, "input", input)
     shape = _as_tuple(op, normalized_shape)
     dims = len(shape)
     if dims == 0:

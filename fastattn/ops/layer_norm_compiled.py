@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastattn._extension import extension
+from fastattn._extension import extension, short_way
 from fastattn.dispatch import refuses_device
 from fastattn.ops.philox import draw_rng_state
 
@@ -72,13 +72,9 @@ def add_norm(call: LayerNormCall, rng_state: Tensor | None = None) -> tuple[Tens
     return outputs[0], outputs[1]
 
 
-def _never(*args: object) -> None:
-    """Without the extension there is no short way."""
-
-
 # (input, normalized_shape, weight, bias, eps): layer_norm of plain tensors on the CPU without the general way's checks,
 # which cost as much as the kernel at 64 rows of 768; None where the call is not one of these, which then says why.
-layer_norm_if_plain: Callable[..., Tensor | None] = extension.layer_norm_if_plain if extension else _never
+layer_norm_if_plain: Callable[..., Tensor | None] = short_way("layer_norm_if_plain")
 
 
 # --- Fake kernels ----------------------------------------------------------------------------------------------------

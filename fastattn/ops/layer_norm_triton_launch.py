@@ -96,7 +96,7 @@ def _fastest(
     """``default`` or, if the user wants it, the fastest. ``key``: what the times depend on, besides ``sizes``."""
     if not triton_autotune.is_on():
         return default
-    rows, cols = triton_autotune.bucket(sizes[0]), sizes[1]
+    rows, cols = next_power_of_2(sizes[0]), sizes[1]
     choices = candidates(rows, cols, device_of(on))
     return triton_autotune.fastest(kernel, (rows, cols, *key), choices, default, lambda tile: partial(run, tile), on)
 

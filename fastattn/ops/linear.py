@@ -15,7 +15,7 @@ from fastattn import dispatch
 from fastattn._extension import extension
 
 # Activations by the names that the kernel knows.
-ACTIVATIONS = {
+ACTIVATION_FUNCTIONS = {
     "none": lambda x: x,
     "relu": F.relu,
     "gelu": F.gelu,
@@ -36,7 +36,7 @@ def linear(
         input: (..., in_features).
         weight: (out_features, in_features), dtype and device of ``input``.
         bias: (out_features,), likewise.
-        activation: a key of ``ACTIVATIONS``.
+        activation: a key of ``ACTIVATION_FUNCTIONS``.
         backend: "auto" and "cpu" may use the kernel, every other is PyTorch's product.
     Returns: (..., out_features).
     Raises: KeyError for an unknown activation; and what ``F.linear`` raises.
@@ -50,7 +50,7 @@ def linear(
             out = extension.linear_if_faster(input, weight, bias, activation)
             if out is not None:
                 return out
-    return ACTIVATIONS[activation](F.linear(input, weight, bias))
+    return ACTIVATION_FUNCTIONS[activation](F.linear(input, weight, bias))
 
 
 # torch.compile cannot ask the extension. So many rows are worth it on every processor that has AVX2.

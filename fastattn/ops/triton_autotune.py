@@ -62,8 +62,8 @@ def fastest(
 
     Args:
         kernel: what @triton.jit made. Results on disk hold for its present source.
-        key: what the times depend on besides kernel, device and choices; equal keys share a result, so that it holds no
-            exact lengths. Its ``repr`` is part of a result's name on disk.
+        key: what the times depend on besides kernel, device and choices; equal keys share a result, so that lengths
+            in it are powers of two. Its ``repr`` is part of a result's name on disk.
         choices: in an order of their own, the same for equal keys.
         default: what is launched where nothing can be timed.
         prepare: gives a function that launches everything in a choice's tiles and writes every output in full, so that
@@ -83,11 +83,6 @@ def fastest(
             store.put(json.dumps({"fastest": index, "milliseconds": times}), _FILE, binary=False)
         _known[identity] = index
     return choices[_known[identity]]
-
-
-def bucket(length: int) -> int:
-    """What lengths are known by in keys: the next power of two."""
-    return 1 << max(length - 1, 0).bit_length()
 
 
 def _milliseconds(launch: Callable[[], object], on: Tensor) -> float:
