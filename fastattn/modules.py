@@ -90,7 +90,7 @@ class Int8Linear(nn.Module):
         # weight is packed, and nobody asked for another backend than the CPU's. The op checks its arguments.
         if self._packed is not None and not torch.compiler.is_compiling():
             wanted = dispatch.preference() if self.backend == "auto" else self.backend
-            activation_name = int8_ops.ACTIVATION_FUNCTIONS.get(self.activation)
+            activation_name = int8_ops.ACTIVATIONS.get(self.activation)
             if (wanted == "auto" or wanted == "cpu") and activation_name is not None:
                 buffers: dict[str, Any] = self._buffers
                 out = int8_matmul_compiled.int8_linear_if_packed(
