@@ -21,17 +21,25 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing but the package without kernels is built
+    fcntl = None
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
@@ -81,15 +89,37 @@ class BuildFailure(Exception):
     """The extension cannot be built here; the message says why, in words for the user."""
 
 
-def host_isas() -> list[str]:
-    return list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["portable"]
-
-
 def host_compiler() -> str:
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    """As the shell reads it: CXX may hold arguments."""
+    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    compiler = os.environ.get("CXX") or (found and shlex.quote(found))
     if compiler is None:
         raise BuildFailure("no C++ compiler was found on PATH (looked for c++, g++, clang++; set CXX to name one)")
     return compiler
+
+
+@cache
+def host_isas() -> list[str]:
+    """The instruction sets to build for: those of the architecture whose flags the compiler knows."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ["portable"]
+    isas = [isa for isa, flags in ISA_FLAGS.items() if compiles_with(flags)]
+    # A compiler that refuses even no flags has its say in the build itself.
+    return isas or list(ISA_FLAGS)
+
+
+def compiles_with(flags: list[str]) -> bool:
+    command = [*shlex.split(host_compiler()), *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def first_error(log: Path) -> str:
+    """The line of a build's messages that says most about why it failed."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    return next((line for line in lines if re.search("error:|not found|No such file", line)), lines[-1])
 
 
 # --- CUDA ------------------------------------------------------------------------------------------------------------
@@ -189,13 +219,16 @@ class Unit:
 
 
 def torch_flags(torch) -> list[str]:
-    import pybind11
+    try:
+        import pybind11
+    except ImportError:
+        raise BuildFailure("pybind11 was not found; install it, then fastattn again") from None
     from torch.utils import cpp_extension
 
     includes = [*cpp_extension.include_paths(), sysconfig.get_path("include"), pybind11.get_include()]
     return [*(f"-isystem{path}" for path in includes), "-DTORCH_EXTENSION_NAME=_C", "-fopenmp",
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-            f'-DFASTATTN_TORCH_VERSION=\\"{torch.__version__}\\"']  # fmt: skip
+            f'-DFASTATTN_TORCH_VERSION="{torch.__version__}"']  # fmt: skip
 
 
 def units(torch, cuda: Cuda | None, sanitize: bool) -> Iterator[Unit]:
@@ -212,7 +245,7 @@ def units(torch, cuda: Cuda | None, sanitize: bool) -> Iterator[Unit]:
                 yield Unit(source, ".emulated", "cxx", emulated)
         elif source.stem.endswith("_cuda"):
             if cuda is not None:
-                names = f'-DFASTATTN_CUDA_ARCHITECTURES=\\"{" ".join(cuda.architectures)}\\"'
+                names = f'-DFASTATTN_CUDA_ARCHITECTURES="{" ".join(cuda.architectures)}"'
                 yield Unit(source, "", "cxx", [*glue, *(f"-isystem{path}" for path in cuda.include_paths), names])
         elif source.stem.endswith("_emulated"):
             if cuda is None:
@@ -245,10 +278,15 @@ def ninja_escape(text: object) -> str:
     return str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+def ninja_flags(flags: list[str]) -> str:
+    """ninja hands them to a shell, and paths may hold spaces."""
+    return shlex.join(flags).replace("$", "$$")
+
+
 def write_ninja_file(build_dir: Path, output: Path, torch, cuda: Cuda | None, sanitize: bool) -> None:
     """Flags are attached per build line because they differ by source and instruction set."""
     lines = []
-    for rule, compiler in (("cxx", host_compiler()), ("nvcc", cuda and cuda.nvcc)):
+    for rule, compiler in (("cxx", host_compiler()), ("nvcc", cuda and shlex.quote(cuda.nvcc))):
         lines += [f"rule {rule}", f"  command = {compiler} -MMD -MF $out.d $flags -c $in -o $out",
                   "  depfile = $out.d", "  deps = gcc", "  description = compile $out"]  # fmt: skip
     lines += ["rule link", f"  command = {host_compiler()} -shared $in -o $out $flags", "  description = link $out"]
@@ -257,11 +295,19 @@ def write_ninja_file(build_dir: Path, output: Path, torch, cuda: Cuda | None, sa
         target = build_dir / f"{unit.source.relative_to(CSRC).with_suffix('')}{unit.suffix}.o"
         objects.append(target)
         lines += [f"build {ninja_escape(target)}: {unit.rule} {ninja_escape(unit.source)}",
-                  f"  flags = {' '.join(unit.flags).replace('$', '$$')}"]  # fmt: skip
+                  f"  flags = {ninja_flags(unit.flags)}"]  # fmt: skip
     lines += [f"build {ninja_escape(output)}: link {' '.join(map(ninja_escape, objects))}",
-              f"  flags = {' '.join(link_flags(cuda, sanitize))}"]  # fmt: skip
-    build_dir.mkdir(parents=True, exist_ok=True)
+              f"  flags = {ninja_flags(link_flags(cuda, sanitize))}"]  # fmt: skip
     (build_dir / "build.ninja").write_text("\n".join(lines) + "\n")
+
+
+@contextmanager
+def locked(build_dir: Path) -> Iterator[None]:
+    """ninja itself does not notice another ninja at work in the same folder."""
+    with (build_dir / "lock").open("w") as lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 # --- setuptools ------------------------------------------------------------------------------------------------------
@@ -297,26 +343,30 @@ class NinjaBuild(build_ext):
         try:
             log = self.run_ninja(output, torch, find_cuda(torch))
             if log is not None:
-                raise NoCuda(f"the build with nvcc failed; its messages are in {log}")
+                raise NoCuda(f"the build with nvcc failed ({first_error(log)}); its messages are in {log}")
         except NoCuda as failure:
             reason = str(failure)
             log = self.run_ninja(output, torch, None)
             if log is not None:
-                raise BuildFailure(f"the C++ compiler failed; its messages are in {log}") from None
+                failure = f"the C++ compiler failed ({first_error(log)}); its messages are in {log}"
+                raise BuildFailure(failure) from None
         return reason
 
     def run_ninja(self, output: Path, torch, cuda: Cuda | None) -> Path | None:
         """Returns the log if the build failed."""
         build_dir = ROOT / "build" / ("sanitize" if self.sanitize else "ninja") / f"torch-{torch.__version__}"
-        write_ninja_file(build_dir, output, torch, cuda, bool(self.sanitize))
-        ninja = shutil.which("ninja") or str(Path(sysconfig.get_path("scripts")) / "ninja")
+        build_dir.mkdir(parents=True, exist_ok=True)
+        ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
+        if ninja is None:
+            raise BuildFailure("ninja was not found; install it, then fastattn again")
         log = build_dir / ("build.log" if cuda is None else "build_cuda.log")
-        with log.open("w") as file:
+        with locked(build_dir), log.open("w") as file:
+            write_ninja_file(build_dir, output, torch, cuda, bool(self.sanitize))
             run = subprocess.run([ninja, "-C", str(build_dir)], stdout=file, stderr=subprocess.STDOUT)
         if run.returncode == 0:
             return None
         print(log.read_text(), file=sys.stderr)
-        return log.relative_to(ROOT)
+        return log
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]

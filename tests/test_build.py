@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,19 @@ def copy_package(target: Path) -> None:
     """The Python files of the package alone, as an installation without a compiler has them."""
     ignored = shutil.ignore_patterns("*.so", "_build*", "__pycache__")
     shutil.copytree(ROOT / "fastattn", target / "fastattn", ignore=ignored)
+
+
+def copy_sources(target: Path) -> None:
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target)
+    copy_package(target)
+    shutil.copytree(ROOT / "csrc", target / "csrc")
+
+
+def run_setup(folder: Path, *command: str, compiler: str | None = None) -> None:
+    environment = os.environ | ({"CXX": compiler} if compiler else {})
+    command = (sys.executable, "setup.py", "-q", *command)
+    subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True, timeout=240)
 
 
 @needs_extension
@@ -89,15 +104,62 @@ print(fastattn.explain("attention", q, q, q))
 
 @pytest.mark.parametrize("compiler", ["/bin/false", "/nonexistent/c++"])
 def test_failing_compiler_leaves_a_package_that_says_so(tmp_path, compiler):
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    copy_package(tmp_path)
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    environment = {**os.environ, "CXX": compiler}
-    subprocess.run(build, cwd=tmp_path, env=environment, capture_output=True, check=True, timeout=240)
+    copy_sources(tmp_path)
+    run_setup(tmp_path, "build_ext", "--inplace", compiler=compiler)
     printed = run_python("import fastattn; print(fastattn.available_backends()['cpu'])", tmp_path)
-    assert "the C++ compiler failed" in printed
+    assert "the C++ compiler failed (" in printed
+    if compiler != "/bin/false":
+        assert "/nonexistent/c++: " in printed
+    log = Path(printed.rpartition(" are in ")[2].strip())
+    assert log.is_absolute() and log.exists()
+
+
+def test_sdist_has_all_that_it_is_built_from(tmp_path):
+    copy_sources(tmp_path)
+    run_setup(tmp_path, "sdist")
+    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        packed = {name.partition("/")[2] for name in file.getnames()}
+    wanted = [path for folder in ("csrc", "fastattn") for path in (tmp_path / folder).rglob("*") if path.is_file()]
+    assert len(wanted) > 200
+    assert {path.relative_to(tmp_path).as_posix() for path in wanted} <= packed
+
+
+def tiny_build(folder: Path, compiler: str | None = None) -> tuple[dict, str]:
+    """Builds one kernel and one file of glue that include a header in ``folder``; returns the report and what ninja
+    was asked to do. The library lacks its module, and is not loaded."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "fastattn").mkdir()
+    shutil.copy(ROOT / "fastattn" / "__init__.py", folder / "fastattn")
+    (folder / "csrc" / "common").mkdir(parents=True)
+    (folder / "csrc" / "common" / "tiny.h").write_text("int tiny();\n")
+    for name in ("tiny.cpp", "tiny_cpu.cpp"):
+        (folder / "csrc" / name).write_text('#include "common/tiny.h"\nstatic_assert(__cplusplus >= 202002L);\n')
+    run_setup(folder, "build_ext", "--inplace", compiler=compiler)
+    (ninja_file,) = folder.glob("build/ninja/*/build.ninja")
+    return json.loads((folder / "fastattn" / "_build_report.json").read_text()), ninja_file.read_text()
+
+
+@needs_extension
+def test_builds_in_a_folder_whose_name_holds_spaces(tmp_path):
+    folder = tmp_path / "my own 'clone'"
+    folder.mkdir()
+    report, _ = tiny_build(folder)
+    assert report["built"], report["reason"]
+
+
+@needs_extension
+def test_a_compiler_without_avx512_builds_the_rest(tmp_path):
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("there is one instruction set to build for")
+    compiler = tmp_path / "old_compiler"
+    known = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-mavx512*) exit 1;; esac\nexec {known} "$@"\n')
+    compiler.chmod(0o755)
+    report, asked = tiny_build(tmp_path, str(compiler))
+    assert report["built"], report["reason"]
+    assert "FASTATTN_BUILD_AVX2=1" in asked and "-mavx512" not in asked
 
 
 @needs_extension
