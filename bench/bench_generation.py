@@ -1,4 +1,4 @@
-"""Decoding and training steps of the models, each against the same model on plain PyTorch."""
+"""Decoding steps of the models, each against the same model on plain PyTorch."""
 
 from __future__ import annotations
 
@@ -13,19 +13,13 @@ from torch import Tensor, nn
 
 from bench.case import Case, Subject, Verdict, as_accurate_as_eager
 from bench.memory import peak_megabytes
-from models.bert import BertConfig
-from models.bert_heads import BertForPreTraining, mask_words, pretraining_loss
-from models.gpt import Gpt, GptConfig, causal_lm_loss
+from models.gpt import Gpt, GptConfig
 from models.layers import Attention, KeyValueCache, set_backend
 from models.transformer import Transformer, TransformerConfig
 
 GROUP = "models"
 # GPT-2's smallest; its weights are random, which changes nothing about the time.
 GPT2 = GptConfig(dropout=0.0)
-MINILM = BertConfig(
-    hidden_size=384, num_hidden_layers=6, intermediate_size=1536, hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0, hidden_act="gelu",
-)  # fmt: skip
 MIN_COSINE = 0.99
 
 
@@ -34,9 +28,6 @@ def cases() -> Iterator[Case]:
         for int8 in (False, True):
             yield decoding_step(batch, 512, int8)
     yield translation_step(4, 32)
-    for compiled in (False, True):
-        yield gpt_training_step(2, 256, compiled)
-        yield bert_training_step(8, 128, compiled)
 
 
 # --- Generation ------------------------------------------------------------------------------------------------------
@@ -210,79 +201,3 @@ def translation_pairs(
     target = torch.randint(3, config.vocab_size, (batch, target_length), generator=generator)
     target[:, 0] = config.start_id
     return source, target
-
-
-# --- Training --------------------------------------------------------------------------------------------------------
-
-
-def gpt_training_step(batch: int, seqlen: int, compiled: bool) -> Case:
-    """Loss and gradients of every parameter, of a decoder half as wide and a third as deep as GPT-2."""
-    config = GptConfig(vocab_size=4096, dim=384, num_layers=4, num_heads=6, hidden_dim=1536, dropout=0.0)
-
-    def build() -> Subject:
-        torch.manual_seed(0)
-        eager = set_backend(Gpt(config), "eager")
-        ours = set_backend(copy.deepcopy(eager), "auto")
-        ids = torch.randint(config.vocab_size, (batch, seqlen + 1), generator=torch.Generator().manual_seed(1))
-
-        def step(model: nn.Module) -> tuple[Tensor, ...]:
-            loss = causal_lm_loss(model, ids)
-            # The softmax does not change if every key moves alike: this gradient is 0, and what comes out is noise.
-            learned = [parameter for name, parameter in model.named_parameters() if not name.endswith("k_proj.bias")]
-            return loss, *torch.autograd.grad(loss, learned)
-
-        sdpa = with_sdpa(copy.deepcopy(eager))
-        peers = {"torch.compile": torch.compile(sdpa)} if compiled else {"SDPA": sdpa, "eager": eager}
-        return training_subject(step, ours, eager, peers)
-
-    weights = 4 * 12 * config.dim**2 + config.dim * config.vocab_size
-    return Case(
-        GROUP, "GPT training step", f"{batch}×{seqlen}×{config.dim}{', compiled peer' if compiled else ''}", "float32",
-        build, flops=6 * batch * seqlen * (weights + config.num_layers * seqlen * config.dim), bytes=12 * weights,
-    )  # fmt: skip
-
-
-def bert_training_step(batch: int, seqlen: int, compiled: bool) -> Case:
-    """Masked words: loss and gradients of every parameter of an encoder of MiniLM's shape, half padding."""
-
-    def build() -> Subject:
-        torch.manual_seed(0)
-        stock = BertForPreTraining(MINILM)
-        ours = set_backend(copy.deepcopy(stock), "auto")
-        generator = torch.Generator().manual_seed(1)
-        ids = torch.randint(1000, MINILM.vocab_size, (batch, seqlen), generator=generator)
-        lengths = torch.linspace(seqlen / 4, seqlen, batch).long()
-        ids[torch.arange(seqlen) >= lengths[:, None]] = MINILM.pad_token_id
-        hidden, labels = mask_words(ids, generator, MINILM.vocab_size, 103, 1000)
-        fields = {"input_ids": hidden, "word_labels": labels}
-
-        def step(model: nn.Module) -> tuple[Tensor, ...]:
-            loss = pretraining_loss(model, fields)
-            used = [p for n, p in model.named_parameters() if not n.startswith(("next_sentence", "replaced"))]
-            return loss, *torch.autograd.grad(loss, used)
-
-        peers: dict[str, nn.Module] = {"nn encoder": stock}
-        if compiled:
-            fast = copy.deepcopy(stock)
-            fast.bert = torch.compile(fast.bert)  # type: ignore[assignment]
-            peers = {"torch.compile": fast}
-        return training_subject(step, ours, stock, peers)
-
-    weights = 6 * (4 * 384**2 + 2 * 384 * 1536)
-    return Case(
-        GROUP, "BERT training step", f"{batch}×{seqlen}×384 padded{', compiled peer' if compiled else ''}", "float32",
-        build, flops=6 * batch * seqlen * weights, bytes=12 * (weights + 384 * MINILM.vocab_size),
-        headline="" if compiled else "BERT training step",
-    )  # fmt: skip
-
-
-def training_subject(
-    step: Callable[[nn.Module], tuple[Tensor, ...]], ours: nn.Module, eager: nn.Module, peers: dict[str, nn.Module]
-) -> Subject:
-    check = as_accurate_as_eager(
-        partial(step, ours), partial(step, eager), lambda: step(copy.deepcopy(eager).double()),
-        [f"loss and gradients, {i}" for i in range(len(step(eager)))],
-    )  # fmt: skip
-    callees = {name: partial(step, model) for name, model in peers.items()}
-    ours_step = partial(step, ours)
-    return Subject(ours_step, callees, with_memory(check, ours_step, next(iter(callees.values()))))

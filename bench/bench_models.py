@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastattn
-from bench import bench_generation, peer_ctranslate2
+from bench import bench_generation, bench_training, peer_ctranslate2
 from bench.bench_int8_matmul import ENGINES, dynamically_quantised
 from bench.case import Case, Subject, Verdict, as_accurate_as_eager, seeded_generator
 from bench.sentences import SENTENCES
@@ -36,6 +36,7 @@ def cases() -> Iterator[Case]:
             for int8 in (False, True):
                 yield minilm(batch, int8)
     yield from bench_generation.cases()
+    yield from bench_training.cases()
 
 
 def accelerated(model: nn.Module, int8: bool = False) -> nn.Module:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import cycle
 
@@ -15,12 +17,15 @@ from typer.testing import CliRunner
 
 from bench import __main__ as cli
 from bench import page, report, timing
+from bench.bench_training import check_of_step, judged_as
 from bench.case import Case, Subject, Verdict, as_accurate_as_eager
 from bench.machine import Machine
 from bench.peaks import Peaks
 from bench.run import FAILED, OK, REFUSED, Effort, Peer, Row, run_case
 from bench.table import print_report
 from bench.timing import Ratios, Sample, Times, compare, summarize
+from models.layers import set_backend
+from models.transformer import Transformer, TransformerConfig, translation_loss
 
 # --- Statistics ------------------------------------------------------------------------------------------------------
 
@@ -369,3 +374,33 @@ def test_peak_memory_counts_what_lives_at_once():
     # Two operands and their product at once, then the product alone.
     assert peak_megabytes(lambda: torch.ones(1000, 500) @ torch.ones(500, 1000)) == pytest.approx(8.0, abs=0.1)
     assert peak_megabytes(lambda: [torch.ones(250_000) for _ in range(4)][-1]) == pytest.approx(4.0, abs=0.1)
+
+
+@pytest.mark.parametrize("wrong, relative", [("", 0.0), ("cross_attention.k_proj.weight", 3e-4), ("norm.bias", 3e-5)])
+def test_a_training_step_s_check_sees_small_errors(wrong, relative):
+    """Of a gradient that is a difference of larger terms too, though rounding may be as large as it makes them."""
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(50, 16, 32, 1, 1, 4, 48, dropout=0.0))
+    source, target = torch.randint(3, 50, (4, 9)), torch.randint(3, 50, (4, 9))
+    names = [name for name, _ in model.named_parameters()]
+
+    def step(backend: str, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+        form = set_backend(copy.deepcopy(model).to(dtype), backend)
+        loss = translation_loss(form, source, target, 0)
+        return [loss, *torch.autograd.grad(loss, list(form.parameters()))]
+
+    def ours() -> list[torch.Tensor]:
+        loss, *gradients = step("auto")
+        pairs = zip(names, gradients, strict=True)
+        return [loss, *(g * (1 + relative) if wrong and name.endswith(wrong) else g for name, g in pairs)]
+
+    check = check_of_step(ours, lambda: step("eager"), lambda: step("eager", torch.float64), names)
+    expected = "gradient of .*(norm.bias|cross_attention.in_proj_weight)"
+    with pytest.raises(AssertionError, match=expected) if wrong else nullcontext():
+        check()
+
+
+def test_a_training_step_is_judged_as_torch_nn_keeps_its_projections():
+    assert judged_as("decoder.0.cross_attention.k_proj.bias") == "decoder.0.cross_attention.in_proj_bias"
+    assert judged_as("blocks.1.attention.q_proj.weight") == judged_as("blocks.1.attention.v_proj.weight")
+    assert judged_as("blocks.1.attention.out_proj.weight") == "blocks.1.attention.out_proj.weight"
