@@ -209,8 +209,8 @@ def _emulated(name: str, kernels: Sequence[Path]) -> EmulatedLibrary:
 
 @cache
 def emulated_library() -> EmulatedLibrary:
-    """The emulator with every kernel of tests/ptx."""
-    return _emulated("ptx", sorted(PTX_TESTS.glob("*.cu")))
+    """The emulator with every kernel of tests/ptx, and the one that asks for the order of attention's row tiles."""
+    return _emulated("ptx", [*sorted(PTX_TESTS.glob("*.cu")), KERNEL_FACES / "attention_order.cu"])
 
 
 def _device(name: str, sources: Sequence[Path]) -> KernelLibrary:

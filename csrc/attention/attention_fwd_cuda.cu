@@ -172,14 +172,11 @@ FwdPlan plan_fwd(const AttentionParams& p, const DeviceLaunch& launch) {
   return plan;
 }
 
-// (batch, tile head)s whose keys and values fit half of the smallest L2 cache among the cards of compute capability
-// 8.0 and newer that have a large one.
-int heads_per_section(const AttentionParams& p, const FwdPlan& plan) {
-  constexpr int64_t kCacheBytes = 20 << 20;
-  const int64_t bytes = 2 * p.seqlen_k * (p.head_dim + p.head_dim_v) + 1;
-  const int64_t heads_of_kv = plan.tile_heads / p.heads_kv, fit = kCacheBytes / bytes;
-  const int64_t heads = (fit < 1 ? 1 : fit) * heads_of_kv, all = p.batch * plan.tile_heads;
-  return static_cast<int>(min_of(heads, all));
+FwdOrder order_of(const AttentionParams& p, const FwdPlan& plan) {
+  const int64_t bytes = 2 * p.seqlen_k * (p.head_dim + p.head_dim_v);
+  const int64_t heads = kv_heads_per_section(p.batch * p.heads_kv, bytes) * (plan.tile_heads / p.heads_kv);
+  return {static_cast<int>(p.batch), static_cast<int>(plan.tile_heads), static_cast<int>(plan.row_tiles),
+          static_cast<int>(heads)};
 }
 
 template <typename Element>
@@ -230,8 +227,7 @@ const char* attention_fwd_cuda(const AttentionParams& p, const DeviceLaunch& lau
   args.head_dim = static_cast<int>(p.head_dim), args.head_dim_v = static_cast<int>(p.head_dim_v);
   args.out_is_aligned = rows_are_aligned(p.out, p.head_dim_v);
   args.group = plan.group;
-  args.tile_heads = static_cast<int>(plan.tile_heads), args.row_tiles = static_cast<int>(plan.row_tiles);
-  args.heads_per_section = heads_per_section(p, plan);
+  args.order = order_of(p, plan);
   args.splits = plan.splits;
   args.partial_stride = static_cast<int>(plan.partial_stride);
   auto* workspace = static_cast<uint8_t*>(launch.workspace);

@@ -7,6 +7,7 @@
 // Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 1.
 #pragma once
 
+#include "attention/attention_fwd_order.cuh"
 #include "attention/attention_mask_tiles.cuh"
 #include "attention/attention_products_sm80.cuh"
 #include "attention/mask.h"
@@ -37,9 +38,8 @@ struct AttentionFwdArgs {
   int batch = 0, heads = 0, heads_kv = 0, head_dim = 0, head_dim_v = 0;
   bool out_is_aligned = false;  // its rows can be written 16 bytes at a time
 
-  // Heads packed into the rows of a tile (1: none), so heads / group tile heads, with row_tiles tiles each.
-  int group = 1, tile_heads = 0, row_tiles = 0;
-  int heads_per_section = 1;  // consecutive blocks work on so many (batch, tile head)s, whose k and v fit the L2 cache
+  int group = 1;   // heads packed into the rows of a tile (1: none), ...
+  FwdOrder order;  // ... so heads / group tile heads
   // With splits > 1, normalised parts (splits, batch, heads, seqlen_q, partial_stride) and their lse in base 2.
   int splits = 1;
   float* partial_out = nullptr;
@@ -47,24 +47,6 @@ struct AttentionFwdArgs {
   int partial_stride = 0;
   MaskTiles mask_tiles;
 };
-
-// What one block does.
-struct FwdWork {
-  int batch, tile_head, row_tile, split;
-};
-
-// Sections of heads, in them the row tiles from the last to the first, then the heads: the tiles of the causal
-// triangle that take longest start first, and blocks that run at the same time share their k and v in the L2 cache.
-FASTATTN_DEVICE FwdWork fwd_work(const AttentionFwdArgs& args, int block, int split) {
-  const int total = args.batch * args.tile_heads;
-  const int section_blocks = args.heads_per_section * args.row_tiles;
-  const int section = block / section_blocks, within = block % section_blocks;
-  const int first_head = section * args.heads_per_section;
-  const int section_heads = min(args.heads_per_section, total - first_head);
-  const int batch_head = first_head + within % section_heads;
-  return {batch_head / args.tile_heads, batch_head % args.tile_heads, args.row_tiles - 1 - within / section_heads,
-          split};
-}
 
 // Key tiles [begin, end) to visit, and those of them [full_begin, full_end) that the band does not cut.
 struct KeyTiles {
@@ -196,7 +178,7 @@ FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args) {
 
   // ---- what this block does
   const ScoreArgs& scores = args.scores;
-  const FwdWork work = fwd_work(args, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y));
+  const FwdWork work = args.order.work(static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), false);
   const int batch = work.batch, lane = static_cast<int>(threadIdx.x) % 32;
   // Packing is for short sequences, which the plain tiles are too large for; a constant spares them the divisions.
   const int group = kPlain ? 1 : args.group;

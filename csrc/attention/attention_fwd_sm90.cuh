@@ -101,17 +101,15 @@ struct PackedRow {
   FASTATTN_DEVICE PackedRow(int row, int group) : query(group == 1 ? row : row / group), head(row - query * group) {}
 };
 
-// The block's row tile of this round, of `row_tiles` in all. They are ordered from long to short (fwd_work); every
-// other round goes through the blocks backwards, so that no block gets the longest of each round.
+// The place in the order of the row tile that this block takes in this round, of `row_tiles` in all.
 FASTATTN_DEVICE int row_tile_of_round(int round) {
-  const int place = static_cast<int>(round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
-  return round * static_cast<int>(gridDim.x) + place;
+  return place_of_round(round, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
 }
 
 template <typename Traits>
 FASTATTN_DEVICE FwdTileWork<Traits> fwd_tile_work(const AttentionFwdArgs& args, int row_tile) {
   FwdTileWork<Traits> work;
-  work.at = fwd_work(args, row_tile, 0);
+  work.at = args.order.work(row_tile, 0, true);
   work.first_row = work.at.row_tile * Traits::kBlockQ;
   const int group = Traits::packed_heads(args);
   work.head_kv = group > 1 ? work.at.tile_head : work.at.tile_head / (args.heads / args.heads_kv);

@@ -62,7 +62,7 @@ const char* launch_fwd_sm90(const AttentionFwdArgs& args, int multiprocessors, c
   static_assert(kSmemBytes <= 227 * 1024, "what a block of compute capability 9.0 can have");
   AttentionFwdMaps maps;
   if (const char* error = make_fwd_maps<Traits>(maps, args)) return error;
-  const int64_t row_tiles = int64_t{args.batch} * args.tile_heads * args.row_tiles;
+  const int64_t row_tiles = int64_t{args.batch} * args.order.tile_heads * args.order.row_tiles;
   if (row_tiles > INT32_MAX - 2 * multiprocessors) return "there are more than 2^31 row tiles";
   const auto blocks = static_cast<unsigned>(row_tiles < multiprocessors ? row_tiles : multiprocessors);
   return launch_kernel(attention_fwd_sm90_kernel<Traits>, blocks, Traits::kThreads, kSmemBytes, stream, args, maps,
