@@ -336,7 +336,8 @@ Gradients run_backward(const Tensor& dout, const OptionalTensor& dlse, const Ten
     // Nothing was attended to, except perhaps a sink: then lse is the sink itself, but for rows of no sequence.
     for (const Tensor& gradient : {dq, dk, dv, dmask}) gradient.zero_();
     if (need_dsinks && dlse.has_value()) {
-      dsinks.copy_(at::where(lse.isneginf(), at::zeros_like(*dlse), *dlse).sum({0, 2}));
+      constexpr int64_t kBatchAndQueries[] = {0, 2};  // a bare {0, 2} is ambiguous to PyTorch 2.11
+      dsinks.copy_(at::where(lse.isneginf(), at::zeros_like(*dlse), *dlse).sum(kBatchAndQueries));
     } else if (need_dsinks) {
       dsinks.zero_();
     }
