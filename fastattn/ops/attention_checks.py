@@ -13,10 +13,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+# torch.compile of PyTorch 2.11 cannot trace torch.amp.is_autocast_available.
+_AUTOCAST_DEVICES = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")))
+
 
 def autocast_is_on(device: torch.device) -> bool:
     """``torch.is_autocast_enabled`` raises for devices that have no autocast, such as meta."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -193,7 +193,7 @@ def attention_weights_kernel(
 
     total = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
     for head in range(first_head, last_head):
-        head = tl.to_tensor(head)
+        head = tl.cast(head, tl.int32)
         batch64, head64, batch_head = batch.to(tl.int64), head.to(tl.int64), batch * heads + head
         dots = sliced_dot(q_ptr + batch64 * stride_q_batch + head64 * stride_q_head, first_row, seqlen_q, stride_q_row,
                           k_ptr + batch64 * stride_k_batch + head64 // group * stride_k_head, first_col, seqlen_k,

@@ -110,7 +110,7 @@ def listed_tiles(lists_ptr, tile, length, start, stop, BLOCK: tl.constexpr):
     """(list, first, last): where own ``tile`` lists the tiles of [start, stop) that the mask leaves visible, of those
     of ``length`` positions (attention_triton_mask_tiles.py)."""
     tiles = tl.cdiv(length, BLOCK)
-    lists_ptr += tl.to_tensor(tile).to(tl.int64) * (2 * tiles + 1)
+    lists_ptr += tl.cast(tile, tl.int64) * (2 * tiles + 1)
     first = tl.load(lists_ptr + tl.minimum(start // BLOCK, tiles))
     last = tl.load(lists_ptr + tl.minimum(tl.cdiv(stop, BLOCK), tiles))
     return lists_ptr + tiles + 1, first, last
@@ -122,7 +122,7 @@ def visited_position(at, list_ptr, BLOCK: tl.constexpr, LISTED: tl.constexpr):
     if LISTED:
         return tl.multiple_of(tl.load(list_ptr + at), BLOCK)
     else:
-        return tl.multiple_of(tl.to_tensor(at), BLOCK)
+        return tl.multiple_of(tl.cast(at, tl.int32), BLOCK)
 
 
 # --- Tiles of the operands -------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def load_tile(ptr, first, seqlen, stride_row, BLOCK: tl.constexpr, HEAD_DIM: tl.
     The first row's address has 64 bits, so that tensors may have more than 2^31 elements; offsets inside a tile have
     32, which saves registers (the plan copies operands whose rows lie 2^24 elements apart).
     """
-    ptr += tl.to_tensor(first).to(tl.int64) * stride_row
+    ptr += tl.cast(first, tl.int64) * stride_row
     rows = tl.arange(0, BLOCK)
     dims = first_dim + tl.arange(0, BLOCK_D)
     ptrs = ptr + (rows[:, None] * stride_row + dims[None, :])
@@ -175,7 +175,7 @@ def sliced_dot(a_ptr, a_first, a_seqlen, stride_a_row, b_ptr, b_first, b_seqlen,
 def store_tile(ptr, tile, first, seqlen, stride_row, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
                BLOCK_D: tl.constexpr):  # fmt: skip
     """Writes the part of a (BLOCK, BLOCK_D) tile that exists."""
-    ptr += tl.to_tensor(first).to(tl.int64) * stride_row
+    ptr += tl.cast(first, tl.int64) * stride_row
     rows = tl.arange(0, BLOCK)
     dims = tl.arange(0, BLOCK_D)
     ptrs = ptr + (rows[:, None] * stride_row + dims[None, :])

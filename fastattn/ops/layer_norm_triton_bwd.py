@@ -86,7 +86,7 @@ def row_bwd_kernel(
     dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
 
     for tile in tl.range(program, tl.cdiv(rows, BLOCK_ROWS), programs, num_stages=PREFETCH):
-        row = tl.to_tensor(tile).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        row = tl.cast(tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         valid = (row < rows)[:, None] & (col < cols)[None, :]
         rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
         mean = rstd

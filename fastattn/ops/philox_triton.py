@@ -22,7 +22,7 @@ def dropout_keep(rng_state_ptr, batch_head, row, first_col, threshold, BLOCK_COL
         seed,
         counter + group.to(tl.uint32)[None, :],
         counter + row.to(tl.uint32)[:, None],
-        counter + (tl.zeros((ROWS,), tl.uint32) + tl.to_tensor(batch_head).to(tl.uint32))[:, None],
+        counter + (tl.zeros((ROWS,), tl.uint32) + tl.cast(batch_head, tl.uint32))[:, None],
         counter + offset.to(tl.uint32),
     )
     # (row, group, word // 2, word % 2) -> (row, block of 32, word, t, half): column 8 * word + 2 * t + half of a block.
