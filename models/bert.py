@@ -47,6 +47,13 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
 
+    def __post_init__(self) -> None:
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"BertConfig: hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
+                f"{self.num_attention_heads}."
+            )
+
     @classmethod
     def from_json(cls, path: Path) -> BertConfig:
         """Reads a config.json; fields this model has no use for are left out.

@@ -7,14 +7,14 @@ import argparse
 import torch
 
 from models import data, tasks
-from models.commands import Formatter, add_kernels, folder_argument, prepare, run, texts_of
+from models.commands import Parser, add_kernels, encode_whole, folder_argument, prepare, run, texts_of, utf8
 from models.layers import at_least_float32
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m models.classify", description=__doc__, formatter_class=Formatter)
+    parser = Parser("python -m models.classify", description=__doc__)
     folder_argument(parser, "what `python -m models.train classifier` wrote")
-    parser.add_argument("text", nargs="*", help="what to classify; without it, the lines of standard input")
+    parser.add_argument("text", type=utf8, nargs="*", help="what to classify; without it, the lines of standard input")
     add_kernels(parser)
     return parser.parse_args(arguments)
 
@@ -26,7 +26,7 @@ def classify(options: argparse.Namespace) -> None:
     description = tasks.describe(options.folder)
     texts = texts_of(options, "classify")
     pad_id = model.bert.config.pad_token_id
-    ids = data.pad(data.encode(tokenizer, texts, description["context"]), pad_id)
+    ids = data.pad(encode_whole(tokenizer, texts, description["context"]), pad_id)
     probabilities = at_least_float32(model(ids.to(next(model.parameters()).device))).softmax(-1)
     for text, row in zip(texts, probabilities, strict=True):
         best = int(row.argmax())

@@ -1,17 +1,31 @@
-"""What the commands share: options, one-line errors, progress."""
+"""What the commands share: options and their limits, one-line errors."""
 
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from tokenizers import Tokenizer
 from torch import nn
 
-from models.data import DataError
+from models.data import DataError, encode
 from models.layers import BACKENDS, set_backend
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; --help has the rest."""
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        super().__init__(*arguments, **{"formatter_class": Formatter} | options)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -22,20 +36,73 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return text if action.default in (None, False, argparse.SUPPRESS) else super()._get_help_string(action) or ""
 
 
+# --- Limits of options -----------------------------------------------------------------------------------------------
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number from ``least`` on."""
+
+    def read(text: str) -> int:
+        if not text.lstrip("+-").isdecimal():
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+        if not least <= int(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return int(text)
+
+    return read
+
+
+def number(least: float, most: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """The type of an option that is a number in [least, most], or with ``above`` in (least, most]."""
+    limits = f"{'above' if above else 'at least'} {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and least <= value <= most and not (above and value == least)):
+            raise argparse.ArgumentTypeError(f"must be a number {limits}, got {text!r}")
+        return value
+
+    return read
+
+
+def device(text: str) -> str:
+    """The type of --device."""
+    kind, _, index = text.partition(":")
+    if text != "cpu" and not (kind == "cuda" and (index.isdecimal() or text == "cuda")):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(index or 0) >= found:
+        raise argparse.ArgumentTypeError(f"{text} is not here: this machine has {found or 'no'} CUDA devices")
+    return text
+
+
+def utf8(text: str) -> str:
+    """The type of texts: what a shell gives that is not UTF-8 holds lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"is not UTF-8 text: {text!r}") from error
+    return text
+
+
+# --- Options and errors ----------------------------------------------------------------------------------------------
+
+
 def add_kernels(parser: argparse.ArgumentParser, int8: bool = True) -> None:
     group = parser.add_argument_group("kernels")
     group.add_argument("--backend", default="auto", choices=BACKENDS, help="which kernels run; eager is plain PyTorch")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, …; default: the GPU, if there is one")
+    group.add_argument("--device", type=device, help="cpu, cuda, cuda:1, …; default: the GPU, if there is one")
     if int8:
         group.add_argument("--int8", action="store_true", help="quantise the weights of every linear layer")
 
 
 def prepare(model: nn.Module, options: argparse.Namespace) -> nn.Module:
     """Moves a model where the options say, in eval mode, with the kernels they say."""
-    import torch
-
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return set_backend(model.to(device).eval(), options.backend, int8=options.int8)
+    place = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return set_backend(model.to(place).eval(), options.backend, int8=options.int8)
 
 
 def run(command: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> None:
@@ -44,11 +111,15 @@ def run(command: Callable[[argparse.Namespace], None], options: argparse.Namespa
     warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors")
     try:
         command(options)
-    except (DataError, ValueError, NotImplementedError, FileNotFoundError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        # Whoever read the output has gone, which is no mistake; Python must not try to write the rest when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except (DataError, ValueError, NotImplementedError, OSError, FloatingPointError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted; train again with --resume to go on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted{interrupt}", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -58,7 +129,19 @@ def folder_argument(parser: argparse.ArgumentParser, text: str) -> None:
 
 def texts_of(options: argparse.Namespace, purpose: str) -> list[str]:
     """The texts of the command line, or without any the lines of standard input; ValueError if there are none."""
-    texts = options.text or [line.strip() for line in sys.stdin if line.strip()]
+    try:
+        texts = [text for text in options.text or map(str.strip, sys.stdin) if text.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8 text: {error}.") from error
     if not texts:
         raise ValueError(f"there is nothing to {purpose}.")
     return texts
+
+
+def encode_whole(tokenizer: Tokenizer, texts: list[str], limit: int) -> list[list[int]]:
+    """Token ids, cut to ``limit``; says so on standard error where that loses something."""
+    ids = encode(tokenizer, texts, limit + 1)
+    for text, tokens in zip(texts, ids, strict=True):
+        if len(tokens) > limit:
+            print(f"note: the model reads {limit} tokens; the rest is left out of {text[:40]!r} …", file=sys.stderr)
+    return [tokens[:limit] for tokens in ids]

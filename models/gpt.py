@@ -39,7 +39,7 @@ class GptConfig:
     prompt_tokens: int = 0  # learned vectors in front of every sequence (arXiv:2104.08691)
 
     def __post_init__(self) -> None:
-        if self.num_layers % self.share_layers:
+        if self.share_layers < 1 or self.num_layers % self.share_layers:
             raise ValueError(
                 f"GptConfig: num_layers {self.num_layers} must be a multiple of share_layers {self.share_layers}."
             )

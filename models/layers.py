@@ -120,6 +120,8 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim: int, max_positions: int, theta: float = 10000.0) -> None:
         super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"Rotary: head_dim must be even, got {head_dim}: pairs are rotated.")
         # In float64: at long distances the angle's own rounding would show.
         frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float64), frequencies)
@@ -167,8 +169,8 @@ class Attention(nn.Module):
         window: tuple[int, int] | None = None, rotary: Rotary | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
-        if dim % num_heads or num_heads % self.num_kv_heads:
+        self.num_heads, self.num_kv_heads = num_heads, num_heads if num_kv_heads is None else num_kv_heads
+        if min(num_heads, self.num_kv_heads) < 1 or dim % num_heads or num_heads % self.num_kv_heads:
             raise ValueError(
                 f"Attention: dim {dim} must be a multiple of num_heads {num_heads}, and that of num_kv_heads "
                 f"{self.num_kv_heads}."

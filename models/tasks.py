@@ -16,16 +16,13 @@ from torch import Tensor, nn
 
 from models import data, measures
 from models.bert import BertConfig, BertEncoder
-from models.bert_heads import (
-    BertClassifier,
-    BertForPreTraining,
-    pretraining_loss,
-)
+from models.bert_heads import BertClassifier, BertForPreTraining, pretraining_loss
+from models.checkpoints import load_weights
 from models.distillation import distillation_loss
 from models.gpt import Gpt, GptConfig, causal_lm_loss
 from models.layers import at_least_float32
 from models.minilm import find_weights
-from models.training import Batch, load_weights
+from models.training import Batch
 from models.transformer import Transformer, TransformerConfig, translation_loss
 
 Batches = Callable[[torch.Generator], Batch]
@@ -55,6 +52,8 @@ def gpt(
     """Causal language modelling; with ``teacher``, a folder of ours, its probabilities are learned too."""
     training, held_out = data.split(data.load_text(path))
     teacher_model, tokenizer = (None, None) if teacher is None else load(teacher, "gpt")
+    if teacher_model is not None and context > teacher_model.config.max_positions:
+        raise data.DataError(f"{teacher} has {teacher_model.config.max_positions} positions: choose a --context below.")
     tokenizer = tokenizer or data.train_tokenizer(training, vocab_size)
     make = GptConfig.llama if llama else GptConfig
     # Room for the whole text that `generate` may be asked for.
@@ -146,11 +145,16 @@ def classifier(
     teacher_model, encoder = None, None
     if teacher is not None:
         teacher_model, tokenizer = load(teacher, "classifier")
+        if (taught := describe(teacher)["classes"]) != classes:
+            raise data.DataError(f"the data has the classes {classes}; the teacher knows {taught}.")
+        check_room(teacher, context + describe(teacher)["prompt_tokens"], teacher_model.bert.config)
     elif start is not None:
         encoder, tokenizer = _pretrained_encoder(start)
     else:
         tokenizer = data.train_tokenizer((text for text, _ in training), vocab_size, framed=True)
-    if encoder is None:
+    if encoder is not None:
+        check_room(start, context + prompt_tokens, encoder.config)
+    else:
         encoder = BertEncoder(_bert_config(tokenizer, context + prompt_tokens, options))
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -183,7 +187,41 @@ def _pretrained_encoder(start: Path) -> tuple[BertEncoder, Tokenizer]:
     return BertEncoder.from_pretrained(folder), tokenizer
 
 
+def check_room(source: Path | None, tokens: int, config: BertConfig) -> None:
+    if tokens > config.max_position_embeddings:
+        raise data.DataError(
+            f"{source} has positions for {config.max_position_embeddings} tokens; --context and prompts need {tokens}."
+        )
+
+
 # --- Folders ---------------------------------------------------------------------------------------------------------
+
+
+def open_folder(folder: Path, task: Task, *, resume: bool, write: bool = True) -> None:
+    """Makes the folder of a run, with what ``load`` needs beside the weights.
+
+    Raises: data.DataError, before anything is written, if it holds a model already that ``resume`` does not ask for, or
+    asks for with other options.
+    """
+    description = {"kind": task.kind, "config": dataclasses.asdict(task.config), **task.extra}
+    description = json.loads(json.dumps(description))  # tuples are lists there
+    if (folder / "model.safetensors").exists():
+        if not resume:
+            raise data.DataError(f"{folder} holds a model: go on with --resume, or choose another --out.")
+        before, tokenizer = describe(folder), load_tokenizer(folder)
+        flat, now = ({**each, **each["config"]} for each in (before, description))
+        different = [name for name in now if name != "config" and flat.get(name) != now[name]]
+        if different or tokenizer.to_str() != task.tokenizer.to_str():
+            reason = f"{different[0]} was {flat.get(different[0])}" if different else "the data gave another tokenizer"
+            raise data.DataError(
+                f"{folder} was trained otherwise ({reason}): --resume needs the same options and data."
+            )
+    elif resume:
+        print(f"{folder} holds no checkpoint yet: training starts from the beginning.")
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        task.tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def load(folder: Path, kind: str) -> tuple[Any, Tokenizer]:
@@ -199,25 +237,42 @@ def load(folder: Path, kind: str) -> tuple[Any, Tokenizer]:
                "translation": (Transformer, TransformerConfig), "classifier": (BertClassifier, BertConfig)}  # fmt: skip
     model_class, config_class = classes[kind]
     names = {field.name for field in dataclasses.fields(config_class)}
-    config = config_class(**{name: value for name, value in description["config"].items() if name in names})
-    if kind == "classifier":
-        model = BertClassifier(BertEncoder(config), len(description["classes"]), description["prompt_tokens"])
-    else:
-        model = model_class(config)
+    try:
+        config = config_class(**{name: value for name, value in description["config"].items() if name in names})
+        if kind == "classifier":
+            model = BertClassifier(BertEncoder(config), len(description["classes"]), description["prompt_tokens"])
+        else:
+            model = model_class(config)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise data.DataError(f"{folder / 'config.json'} does not describe a {kind} model: {error}.") from error
     try:
         load_weights(model, folder / "model.safetensors")
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise data.DataError(str(error)) from error
-    return model.eval(), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise data.DataError(
+            f"{folder / 'tokenizer.json'} has {tokenizer.get_vocab_size()} tokens, the model {config.vocab_size}."
+        )
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the class that tokenizers raises
+        raise data.DataError(f"{path} is not a tokenizer: {error}.") from error
 
 
 def describe(folder: Path) -> dict[str, Any]:
     """The config.json of a folder that ``train`` wrote."""
     try:
-        description = json.loads((folder / "config.json").read_text())
-        description["kind"], description["config"]
+        description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        description["kind"], description["config"], description["context"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise data.DataError(f"{folder} is not a folder that `python -m models.train` wrote: {error}.") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise data.DataError(f"{folder} is not a folder that `python -m models.train` wrote: {reason}.") from error
     return description
 
 

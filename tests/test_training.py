@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import fastattn
-from models import classify, data, evaluate, generate, tasks, translate
-from models import train as train_command
+from models import data
 from models.bert import BertConfig, BertEncoder
 from models.bert_heads import (
     IGNORED,
@@ -26,12 +21,12 @@ from models.bert_heads import (
     pretraining_loss,
     replace_words,
 )
-from models.commands import run
+from models.checkpoints import load_weights, save_checkpoint
 from models.distillation import distillation_loss
 from models.gpt import Gpt, GptConfig, causal_lm_loss
 from models.layers import set_backend
 from models.measures import bleu
-from models.training import TrainingConfig, choose_parameters, load_weights, save_checkpoint, train
+from models.training import TrainingConfig, choose_parameters, train
 from models.transformer import Transformer, TransformerConfig, translation_loss
 
 ROOT = Path(__file__).parent.parent
@@ -235,19 +230,6 @@ def test_unknown_tuning_is_refused():
         choose_parameters(fresh(), "prompt")
 
 
-def test_two_processes_train_as_one(tmp_path):
-    """Gradients are averaged: both processes end with the same weights, and the run says so."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-               "models.train", *tiny_arguments("gpt", tmp_path)]  # fmt: skip
-    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200,
-                             env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert outcome.returncode == 0, outcome.stderr
-    rows = (tmp_path / "log.csv").read_text().splitlines()
-    assert len(rows) == 1 + 4
-    model, _ = tasks.load(tmp_path, "gpt")
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
-
-
 # --- Objectives ------------------------------------------------------------------------------------------------------
 
 
@@ -367,10 +349,29 @@ def test_the_users_own_files_are_read(tmp_path):
     assert data.load_labelled(tmp_path / "aclImdb") == (["dull", "fine"], [0, 1], ["neg", "pos"])
 
 
+def test_files_may_begin_with_a_mark_and_have_no_empty_lines(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes("\ufefftext,label\nx,1\ny,0\n".encode())
+    assert data.load_labelled(path)[0] == ["x", "y"]
+    path.write_bytes("\ufeffone\teins\r\ntwo\tzwei\r\n".encode())
+    assert data.load_pairs(path) == [("one", "eins"), ("two", "zwei")]
+    lines = [f"line {i}" for i in range(250)]
+    path.write_text("\n".join(lines))
+    parts = data.load_text(path)
+    assert len(parts) == 84 and "\n".join(parts).split("\n") == lines
+
+
 @pytest.mark.parametrize("load, content, message", [
     (data.load_pairs, b"one\teins\nalone\n", "2: expected source<tab>target, found 1 fields"),
     (data.load_text, b"\xff\xfe\x00", "cannot be read as UTF-8 text"),
-    (data.load_text, b"one paragraph", "has 1 paragraphs"),
+    (data.load_text, b"one line", "has 1 lines of text"),
+    (data.load_text, b"", "has 0 lines of text"),
+    (data.load_pairs, b"", "has 0 pairs"),
+    (data.load_pairs, b"one\teins\n", "has 1 pairs"),
+    (data.load_pairs, b"one\teins\n\n \tzwei\n", ":3: expected source<tab>target, found an empty field"),
+    (data.load_labelled, b"", "must have the columns text and sentiment"),
+    (data.load_labelled, b"text,label\nB\xe4r,1\n", "cannot be read as UTF-8 text"),
+    (data.load_labelled, b"text,label\nx,1\ny\n", ":3: expected 2 columns"),
     (data.load_labelled, b"a,b\n1,2\n", "must have the columns text and sentiment"),
     (data.load_labelled, b"text,label\nx,y\n", "has 1 classes"),
 ])  # fmt: skip
@@ -384,124 +385,3 @@ def test_bad_files_are_named(load, content, message, tmp_path):
 def test_split_holds_out_every_tenth():
     training, held_out = data.split(list(range(25)))
     assert held_out == [0, 10, 20] and sorted(training + held_out) == list(range(25))
-
-
-# --- Commands --------------------------------------------------------------------------------------------------------
-
-
-def tiny_arguments(command: str, folder: Path, *more: str) -> list[str]:
-    text = folder / "data.txt"
-    if command in ("gpt", "bert") and not text.exists():
-        text.write_text(TEXT)
-    if command == "translation":
-        text.write_text("".join(f"number {i} is here\tZahl {i} ist hier\n" for i in range(60)))
-    if command == "classifier":
-        text.write_text(
-            "text,label\n" + "".join(f"{'good' if i % 2 else 'bad'} thing {i},{i % 2}\n" for i in range(60))
-        )
-    return [command, "--data", str(text), "--out", str(folder), "--dim", "32", "--layers", "2", "--heads", "2",
-            "--context", "24", "--vocab-size", "320", "--batch-size", "8", "--steps", "4", "--warmup-steps", "1",
-            "--device", "cpu", *more]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> dict[str, Path]:
-    folders = {}
-    for command in ("gpt", "bert", "translation", "classifier"):
-        folders[command] = tmp_path_factory.mktemp(command)
-        train_command.train(train_command.parse(tiny_arguments(command, folders[command])))
-    return folders
-
-
-@pytest.mark.parametrize("command", ["gpt", "bert", "translation", "classifier"])
-def test_train_leaves_a_model_and_its_record(trained, command):
-    folder = trained[command]
-    names = {path.name for path in folder.iterdir()} - {"data.txt"}
-    assert names == {"config.json", "tokenizer.json", "model.safetensors", "training.safetensors", "log.csv",
-                     "loss.png"}  # fmt: skip
-    rows = (folder / "log.csv").read_text().splitlines()
-    assert len(rows) == 5 and rows[0].startswith("step,loss,learning_rate,norm")
-    tasks.load(folder, command)
-
-
-def test_train_resumes_from_the_command_line(tmp_path):
-    train_command.train(train_command.parse(tiny_arguments("gpt", tmp_path)))
-    train_command.train(train_command.parse(tiny_arguments("gpt", tmp_path, "--steps", "6", "--resume")))
-    assert [row.split(",")[0] for row in (tmp_path / "log.csv").read_text().splitlines()[1:]] == [
-        *("1.0", "2.0", "3.0", "4.0"), "5", "6",
-    ]  # fmt: skip
-
-
-def test_generate_prints_the_continuation(trained, capsys):
-    options = generate.parse([str(trained["gpt"]), "Paragraph 3", "--tokens", "5", "--temperature", "0", "--int8"])
-    generate.generate(options)
-    printed = capsys.readouterr().out
-    assert printed.startswith("Paragraph 3") and "5 tokens" in printed
-
-
-def test_translate_and_classify_print_a_line_a_text(trained, capsys):
-    translate.translate(translate.parse([str(trained["translation"]), "number 3", "number 4", "--tokens", "5"]))
-    assert len(capsys.readouterr().out.splitlines()) == 2
-    classify.classify(classify.parse([str(trained["classifier"]), "good thing", "bad thing", "--int8"]))
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("\t")[1] for line in lines] == ["good thing", "bad thing"]
-
-
-@pytest.mark.parametrize("command", ["gpt", "bert", "translation", "classifier"])
-def test_evaluate_shows_what_int8_costs(trained, command, capsys):
-    folder = trained[command]
-    evaluate.evaluate(evaluate.parse([str(folder), "--data", str(folder / "data.txt"), "--int8"]))
-    assert "int8" in capsys.readouterr().out
-
-
-def test_a_student_learns_from_a_teacher(trained, tmp_path):
-    arguments = tiny_arguments("gpt", tmp_path, "--teacher", str(trained["gpt"]), "--layers", "1")
-    train_command.train(train_command.parse(arguments))
-    assert json.loads((tmp_path / "config.json").read_text())["config"]["num_layers"] == 1
-    classifier = tmp_path / "classifier"
-    classifier.mkdir()
-    arguments = tiny_arguments("classifier", classifier, "--teacher", str(trained["classifier"]), "--layers", "1")
-    train_command.train(train_command.parse(arguments))
-
-
-def test_prompt_tuning_keeps_the_rest(trained, tmp_path):
-    arguments = tiny_arguments(
-        "gpt", tmp_path, "--start", str(trained["gpt"]), "--prompt-tokens", "3", "--tune", "prompt"
-    )
-    train_command.train(train_command.parse(arguments))
-    before, after = tasks.load(trained["gpt"], "gpt")[0], tasks.load(tmp_path, "gpt")[0]
-    assert after.prompt.abs().sum() > 0
-    assert torch.equal(before.blocks[1].feed_forward.up.weight, after.blocks[1].feed_forward.up.weight)
-
-
-@pytest.mark.parametrize("module, arguments, message", [
-    (generate, ["{missing}", "x"], "is not a folder that `python -m models.train` wrote"),
-    (generate, ["{bert}", "x"], "holds a bert model; this command needs a gpt model"),
-    (generate, ["{gpt}", ""], "text is empty"),
-    (generate, ["{gpt}", "x", "--backend", "cuda"], "backend 'cuda' cannot run here"),
-    (translate, ["{translation}", " "], "there is nothing to translate"),
-])  # fmt: skip
-def test_mistakes_get_one_line(module, arguments, message, trained, tmp_path, capsys, monkeypatch):
-    if "cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    names = {**trained, "missing": tmp_path / "nothing"}
-    options = module.parse([argument.format(**names) for argument in arguments])
-    if getattr(options, "text", None) == [" "]:
-        monkeypatch.setattr("sys.stdin", iter([]))
-        options.text = []
-    with pytest.raises(SystemExit) as exit:
-        run(getattr(module, module.__name__.rsplit(".", 1)[1]), options)
-    assert exit.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and message in lines[0]
-
-
-@pytest.mark.parametrize("name", ["train", "generate", "translate", "classify", "evaluate"])
-def test_every_command_has_help(name, capsys):
-    module = {"train": train_command, "generate": generate, "translate": translate, "classify": classify,
-              "evaluate": evaluate}[name]  # fmt: skip
-    for arguments in (["--help"], ["gpt", "--help"] if name == "train" else ["--help"]):
-        with pytest.raises(SystemExit) as exit:
-            module.parse(arguments)
-        assert exit.value.code == 0
-        assert "--backend" in capsys.readouterr().out or arguments == ["--help"]

@@ -1,0 +1,363 @@
+"""The commands of models/: what they leave and print, interruption and resumption, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models import classify, data, evaluate, generate, tasks, translate
+from models import train as train_command
+from models.commands import run
+
+ROOT = Path(__file__).parent.parent
+TEXT = "\n\n".join(f"Paragraph {i} counts: " + " ".join(str(i + j) for j in range(12)) for i in range(60))
+MODULES = {"train": train_command, "generate": generate, "translate": translate, "classify": classify,
+           "evaluate": evaluate}  # fmt: skip
+
+
+def tiny_arguments(command: str, folder: Path, *more: str) -> list[str]:
+    text = folder / "data.txt"
+    if command in ("gpt", "bert") and not text.exists():
+        text.write_text(TEXT)
+    if command == "translation":
+        text.write_text("".join(f"number {i} is here\tZahl {i} ist hier\n" for i in range(60)))
+    if command == "classifier":
+        text.write_text(
+            "text,label\n" + "".join(f"{'good' if i % 2 else 'bad'} thing {i},{i % 2}\n" for i in range(60))
+        )
+    return [command, "--data", str(text), "--out", str(folder), "--dim", "32", "--layers", "2", "--heads", "2",
+            "--context", "24", "--vocab-size", "320", "--batch-size", "8", "--steps", "4", "--warmup-steps", "1",
+            "--device", "cpu", *more]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[str, Path]:
+    folders = {}
+    for command in ("gpt", "bert", "translation", "classifier"):
+        folders[command] = tmp_path_factory.mktemp(command)
+        train_command.train(train_command.parse(tiny_arguments(command, folders[command])))
+    return folders
+
+
+@pytest.mark.parametrize("command", ["gpt", "bert", "translation", "classifier"])
+def test_train_leaves_a_model_and_its_record(trained, command):
+    folder = trained[command]
+    names = {path.name for path in folder.iterdir()} - {"data.txt"}
+    assert names == {"config.json", "tokenizer.json", "model.safetensors", "training.safetensors", "log.csv",
+                     "loss.png"}  # fmt: skip
+    rows = (folder / "log.csv").read_text().splitlines()
+    assert len(rows) == 5 and rows[0].startswith("step,loss,learning_rate,norm")
+    tasks.load(folder, command)
+
+
+def test_train_resumes_from_the_command_line(tmp_path):
+    train_command.train(train_command.parse(tiny_arguments("gpt", tmp_path)))
+    train_command.train(train_command.parse(tiny_arguments("gpt", tmp_path, "--steps", "6", "--resume")))
+    assert [row.split(",")[0] for row in (tmp_path / "log.csv").read_text().splitlines()[1:]] == [
+        *("1.0", "2.0", "3.0", "4.0"), "5", "6",
+    ]  # fmt: skip
+
+
+def test_generate_prints_the_continuation(trained, capsys):
+    options = generate.parse([str(trained["gpt"]), "Paragraph 3", "--tokens", "5", "--temperature", "0", "--int8"])
+    generate.generate(options)
+    printed = capsys.readouterr().out
+    assert printed.startswith("Paragraph 3") and "5 tokens" in printed
+
+
+def test_translate_and_classify_print_a_line_a_text(trained, capsys):
+    translate.translate(translate.parse([str(trained["translation"]), "number 3", "number 4", "--tokens", "5"]))
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    classify.classify(classify.parse([str(trained["classifier"]), "good thing", "bad thing", "--int8"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[1] for line in lines] == ["good thing", "bad thing"]
+
+
+@pytest.mark.parametrize("command", ["gpt", "bert", "translation", "classifier"])
+def test_evaluate_shows_what_int8_costs(trained, command, capsys):
+    folder = trained[command]
+    evaluate.evaluate(evaluate.parse([str(folder), "--data", str(folder / "data.txt"), "--int8"]))
+    assert "int8" in capsys.readouterr().out
+
+
+def test_a_student_learns_from_a_teacher(trained, tmp_path):
+    arguments = tiny_arguments("gpt", tmp_path, "--teacher", str(trained["gpt"]), "--layers", "1")
+    train_command.train(train_command.parse(arguments))
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["num_layers"] == 1
+    classifier = tmp_path / "classifier"
+    classifier.mkdir()
+    arguments = tiny_arguments("classifier", classifier, "--teacher", str(trained["classifier"]), "--layers", "1")
+    train_command.train(train_command.parse(arguments))
+
+
+def test_prompt_tuning_keeps_the_rest(trained, tmp_path):
+    arguments = tiny_arguments(
+        "gpt", tmp_path, "--start", str(trained["gpt"]), "--prompt-tokens", "3", "--tune", "prompt"
+    )
+    train_command.train(train_command.parse(arguments))
+    before, after = tasks.load(trained["gpt"], "gpt")[0], tasks.load(tmp_path, "gpt")[0]
+    assert after.prompt.abs().sum() > 0
+    assert torch.equal(before.blocks[1].feed_forward.up.weight, after.blocks[1].feed_forward.up.weight)
+
+
+# --- Interruption ----------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, capsys):
+    """Ctrl-C ends the run behind the step that it meets, with a checkpoint, however far the next one is due."""
+    folders = [tmp_path / "whole", tmp_path / "parts"]
+    for folder in folders:
+        folder.mkdir()
+    train_command.train(train_command.parse(tiny_arguments("gpt", folders[0], "--steps", "6", "--save-every", "0")))
+    arguments = tiny_arguments("gpt", folders[1], "--steps", "6", "--save-every", "0")
+    drawn = []
+
+    def draw(self, generator, original=data.TokenStream.__call__):
+        drawn.append(len(drawn) + 1)
+        if len(drawn) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, generator)
+
+    monkeypatch.setattr(data.TokenStream, "__call__", draw)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as exit:
+        run(train_command.train, train_command.parse(arguments))
+    assert exit.value.code == 130 and signal.getsignal(signal.SIGINT) is before
+    assert capsys.readouterr().err.strip() == "interrupted; the same command with --resume goes on from step 3"
+    train_command.train(train_command.parse([*arguments, "--resume"]))
+    assert len(drawn) == 6
+    for name in ("model.safetensors", "training.safetensors"):
+        whole, parts = (load_file(folder / name) for folder in folders)
+        assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_a_second_interrupt_does_not_wait():
+    with pytest.raises(KeyboardInterrupt), train_command.interrupts() as interrupted:
+        assert not interrupted()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted()
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+# --- Mistakes --------------------------------------------------------------------------------------------------------
+
+
+def complaint(command: str, arguments: list[str], capsys) -> str:
+    """The one line that a mistake is answered with, and nothing else."""
+    module = MODULES[command]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        run(getattr(module, command), module.parse(arguments))
+    assert exit.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("command, arguments, message", [
+    ("generate", ["{missing}", "x"], "is not a folder that `python -m models.train` wrote: No such file"),
+    ("generate", ["{bert}", "x"], "holds a bert model; this command needs a gpt model"),
+    ("generate", ["{gpt}", ""], "text is empty"),
+    ("generate", ["{gpt}", "word " * 200], "tokens; the model has room for 96, new ones included"),
+    ("generate", ["{gpt}", "x", "--backend", "cuda"], "backend 'cuda' cannot run here"),
+    ("generate", ["{gpt}", "x", "--backend", "tpu"], "argument --backend: invalid choice: 'tpu'"),
+    ("generate", ["{gpt}", "x", "--device", "tpu"], "argument --device: must be cpu, cuda or cuda:N, got 'tpu'"),
+    ("generate", ["{gpt}", "x", "--device", "cuda:9"], "argument --device: cuda:9 is not here"),
+    ("generate", ["{gpt}", "x", "--top-p", "0"], "argument --top-p: must be a number above 0 and at most 1, got '0'"),
+    ("generate", ["{gpt}", "x", "--temperature", "nan"], "argument --temperature: must be a number at least 0"),
+    ("generate", ["{gpt}", "x", "--tokens", "0"], "argument --tokens: must be at least 1, got 0"),
+    ("generate", ["{gpt}", "\udcff"], "is not UTF-8 text"),
+    ("generate", ["{gpt}"], "the following arguments are required: text"),
+    ("translate", ["{translation}", " "], "there is nothing to translate"),
+    ("translate", ["{translation}", "x", "--beams", "0"], "argument --beams: must be at least 1"),
+    ("classify", ["{gpt}", "x"], "holds a gpt model; this command needs a classifier model"),
+    ("evaluate", ["{missing}"], "is not a folder"),
+    ("evaluate", ["{classifier}", "--data", "{gpt}/data.txt"], "must have the columns text and sentiment"),
+])  # fmt: skip
+def test_mistakes_get_one_line(command, arguments, message, trained, tmp_path, capsys):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    names = {**trained, "missing": tmp_path / "nothing"}
+    assert message in complaint(command, [argument.format(**names) for argument in arguments], capsys)
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--steps 0", "argument --steps: must be at least 1, got 0"),
+    ("--dim wide", "argument --dim: must be a whole number, got 'wide'"),
+    ("--heads 5", "dim 32 must be a multiple of num_heads 5"),
+    ("--heads 0", "argument --heads: must be at least 1"),
+    ("--layers -1", "argument --layers: must be at least 1"),
+    ("--context 0", "argument --context: must be at least 5"),
+    ("--context 100000", "a context of 100000 needs more"),
+    ("--batch-size 0", "argument --batch-size: must be at least 1"),
+    ("--vocab-size 10", "argument --vocab-size: must be at least 261"),
+    ("--dropout 2", "argument --dropout: must be a number at least 0 and at most 1, got '2'"),
+    ("--learning-rate nan", "argument --learning-rate: must be a number above 0"),
+    ("--learning-rate 1e30", "the loss of step 2 is nan; try a smaller learning_rate"),
+    ("--clip-norm 0", "argument --clip-norm: must be a number above 0"),
+    ("--accumulation 0", "argument --accumulation: must be at least 1"),
+    ("--seed 99999999999999999999", "argument --seed: must be at least 0"),
+    ("--precision int4", "argument --precision: invalid choice: 'int4'"),
+    ("--tune lora", "tune must be 'all', 'last:N', 'feed_forward' or 'prompt', got 'lora'"),
+    ("--kv-heads 0", "argument --kv-heads: must be at least 1"),
+    ("--share-layers 3", "num_layers 2 must be a multiple of share_layers 3"),
+    ("--llama --dim 6", "head_dim must be even, got 3"),
+    ("--bogus", "unrecognized arguments: --bogus"),
+    ("--data /nowhere.txt", "/nowhere.txt cannot be read: No such file or directory"),
+    ("--data {folder}", "cannot be read: Is a directory"),
+    ("--out {folder}/data.txt", "File exists"),
+    ("--start {folder}", "is not a folder that `python -m models.train` wrote"),
+])  # fmt: skip
+def test_training_is_refused_in_one_line(options, message, tmp_path, capsys):
+    more = [word.format(folder=tmp_path) for word in options.split()]
+    assert message in complaint("train", tiny_arguments("gpt", tmp_path, *more), capsys)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("command, options, message", [
+    ("gpt", "--start {classifier}", "holds a classifier model; this command needs a gpt model"),
+    ("gpt", "--start {gpt} --dim 64", "holds a model of another form: it differs in"),
+    ("gpt", "--start {gpt} --vocab-size 300", "has another tokenizer"),
+    ("gpt", "--teacher {gpt} --context 200", "has 96 positions: choose a --context below"),
+    ("bert", "--heads 5", "hidden_size 32 must be a multiple of num_attention_heads 5"),
+    ("classifier", "--start {bert} --context 100", "positions for 24 tokens; --context and prompts need 100"),
+    ("classifier", "--teacher {classifier} --context 100", "positions for 24 tokens; --context and prompts need 100"),
+])  # fmt: skip
+def test_models_that_do_not_fit_are_refused(command, options, message, trained, tmp_path, capsys):
+    more = options.format(**trained).split()
+    assert message in complaint("train", tiny_arguments(command, tmp_path, *more), capsys)
+
+
+def test_a_teacher_of_other_classes_is_refused(trained, tmp_path, capsys):
+    arguments = tiny_arguments("classifier", tmp_path, "--teacher", str(trained["classifier"]))
+    (tmp_path / "data.txt").write_text("text,label\nx,a\ny,b\nz,c\n")
+    assert "the data has the classes ['a', 'b', 'c']; the teacher knows ['0', '1']" in complaint(
+        "train", arguments, capsys
+    )
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("file, spoil, message", [
+    ("model.safetensors", cut, "is damaged, or not in the safetensors format"),
+    ("model.safetensors", lambda path: path.write_bytes(b""), "is damaged"),
+    ("model.safetensors", lambda path: path.write_text("hello, this is no checkpoint"), "is damaged"),
+    ("model.safetensors", make_folder, "is missing, or no file"),
+    ("model.safetensors", Path.unlink, "is missing, or no file"),
+    ("tokenizer.json", cut, "is not a tokenizer"),
+    ("tokenizer.json", Path.unlink, "is not a tokenizer"),
+    ("config.json", cut, "is not a folder that `python -m models.train` wrote"),
+    ("config.json", lambda path: path.write_bytes(b"\xff\xfe"), "is not a folder that `python -m models.train` wrote"),
+    ("config.json", lambda path: path.write_text(path.read_text().replace('"dim": 32', '"dim": "big"')),
+     "does not describe a gpt model"),
+    ("config.json", lambda path: path.write_text(path.read_text().replace('"dim": 32', '"dim": 64')),
+     "is a checkpoint of another size"),
+    ("config.json", lambda path: path.write_text(path.read_text().replace('"num_layers": 2', '"num_layers": 3')),
+     "is not a checkpoint of this Gpt"),
+])  # fmt: skip
+def test_spoilt_folders_get_one_line(file, spoil, message, trained, tmp_path, capsys):
+    folder = Path(shutil.copytree(trained["gpt"], tmp_path / "copy"))
+    spoil(folder / file)
+    assert message in complaint("generate", [str(folder), "x"], capsys)
+
+
+@pytest.mark.parametrize("options, message", [
+    ("", "holds a model: go on with --resume, or choose another --out"),
+    ("--resume --dim 64", "was trained otherwise (dim was 32): --resume needs the same options and data"),
+    ("--resume --vocab-size 300", "was trained otherwise (vocab_size was"),
+    ("--resume --tune last:1", "trained other parameters (--tune)"),
+])  # fmt: skip
+def test_a_folder_is_left_as_it_is_by_another_run(options, message, trained, tmp_path, capsys):
+    folder = Path(shutil.copytree(trained["gpt"], tmp_path / "copy"))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    arguments = tiny_arguments("gpt", folder, "--steps", "6", *options.split())
+    assert message in complaint("train", arguments, capsys)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("file, message", [
+    ("training.safetensors", "is damaged"), ("model.safetensors", "is damaged"),
+    ("log.csv", "is not a log that training wrote"),
+])  # fmt: skip
+def test_spoilt_checkpoints_are_not_resumed(file, message, trained, tmp_path, capsys):
+    folder = Path(shutil.copytree(trained["gpt"], tmp_path / "copy"))
+    cut(folder / file) if file.endswith("tensors") else (folder / file).write_text("step,loss\nx,y\n")
+    assert message in complaint("train", tiny_arguments("gpt", folder, "--steps", "6", "--resume"), capsys)
+
+
+def test_weights_alone_are_not_resumed(trained, tmp_path, capsys):
+    folder = Path(shutil.copytree(trained["gpt"], tmp_path / "copy"))
+    shutil.copy(folder / "model.safetensors", folder / "training.safetensors")
+    message = complaint("train", tiny_arguments("gpt", folder, "--steps", "6", "--resume"), capsys)
+    assert "is not what training left to go on from" in message
+
+
+def test_standard_input_is_read_line_by_line(trained, tmp_path, capsys, monkeypatch):
+    lines = tmp_path / "lines.txt"
+    lines.write_bytes(b"good thing\n\nbad thing\n")
+    monkeypatch.setattr("sys.stdin", lines.open(encoding="utf-8"))
+    classify.classify(classify.parse([str(trained["classifier"])]))
+    assert [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()] == ["good thing", "bad thing"]
+    lines.write_bytes(b"B\xe4r\n")
+    monkeypatch.setattr("sys.stdin", lines.open(encoding="utf-8"))
+    assert "standard input is not UTF-8 text" in complaint("classify", [str(trained["classifier"])], capsys)
+
+
+def test_texts_that_are_cut_are_named(trained, capsys):
+    classify.classify(classify.parse([str(trained["classifier"]), "good " * 100, "short"]))
+    outcome = capsys.readouterr()
+    assert outcome.err.count("\n") == 1 and "the model reads 24 tokens; the rest is left out of 'good" in outcome.err
+
+
+def test_generate_stops_where_the_model_has_no_more_room(trained, capsys):
+    generate.generate(generate.parse([str(trained["gpt"]), "Paragraph", "--temperature", "0"]))
+    ids = tasks.load(trained["gpt"], "gpt")[1].encode("Paragraph").ids
+    assert f"{96 - len(ids)} tokens, " in capsys.readouterr().out
+
+
+def test_a_reader_that_leaves_is_no_mistake(trained):
+    """As in ``python -m models.generate … | head -c 1``: no traceback."""
+    command = [sys.executable, "-m", "models.classify", str(trained["classifier"]), *["text"] * 20000]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 1
+
+
+@pytest.mark.parametrize("name", ["train", "generate", "translate", "classify", "evaluate"])
+def test_every_command_has_help(name, capsys):
+    module = MODULES[name]
+    for arguments in (["--help"], ["gpt", "--help"] if name == "train" else ["--help"]):
+        with pytest.raises(SystemExit) as exit:
+            module.parse(arguments)
+        assert exit.value.code == 0
+        assert "--backend" in capsys.readouterr().out or (name == "train" and arguments == ["--help"])
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Gradients are averaged: both processes end with the same weights, and the run says so."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+               "models.train", *tiny_arguments("gpt", tmp_path)]  # fmt: skip
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr
+    rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert len(rows) == 1 + 4
+    model, _ = tasks.load(tmp_path, "gpt")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
