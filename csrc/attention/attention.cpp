@@ -1,5 +1,6 @@
 // Torch glue of attention: checks what memory safety needs, copies what the kernels cannot address, allocates outputs,
-// fills the parameters and calls the kernels of the tensors' device. attention_autograd.cpp holds the gradients.
+// fills the parameters and calls the kernels of the tensors' device. attention_autograd.cpp holds the gradients,
+// attention_with_kv_cache.cpp what decoding has beyond attention.
 #include "attention/attention.h"
 
 #include <ATen/ATen.h>
@@ -10,7 +11,8 @@
 #include <optional>
 #include <tuple>
 
-#include "attention/attention_packing.h"
+#include "attention/attention_glue.h"
+#include "attention/kv_cache.h"
 #include "common/check.h"
 #include "common/device_launch.h"
 #include "common/memory.h"
@@ -33,6 +35,8 @@ void check_dense(const char* name, const Tensor& tensor, const Tensor& query) {
                     tensor.device(), ".");
 }
 
+}  // namespace
+
 void check_tensor(const char* name, const Tensor& tensor, const Tensor& query, at::ScalarType dtype,
                   at::IntArrayRef shape) {
   check_dense(name, tensor, query);
@@ -40,6 +44,8 @@ void check_tensor(const char* name, const Tensor& tensor, const Tensor& query, a
                    tensor.scalar_type(), ".");
   TORCH_CHECK_VALUE(tensor.sizes() == shape, "attention: ", name, " must be ", shape, ", got ", tensor.sizes(), ".");
 }
+
+namespace {
 
 // A grid has fewer than 2^31 blocks, and no block of these kernels is for fewer than 16 rows or keys of one head. Asked
 // before anything is allocated or copied: an expanded query of any size takes no memory.
@@ -57,15 +63,16 @@ void check_grid(const Tensor& query, const Tensor& key) {
                               key.size(2), ".");
 }
 
-void check_qkv(const Tensor& query, const Tensor& key, const Tensor& value) {
+// `entries`: what key and value have in place of a batch; of a cache, as many as there are.
+void check_qkv(const Tensor& query, const Tensor& key, const Tensor& value, int64_t entries) {
   kernel_dtype("attention", query.scalar_type());
   TORCH_CHECK_VALUE(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
                     "attention: query, key and value must have 4 dims (batch, heads, seqlen, head_dim), got ",
                     query.sizes(), ", ", key.sizes(), ", ", value.sizes(), ".");
   check_dense("query", query, query);
   const int64_t heads_kv = key.size(1), head_dim = query.size(3), head_dim_v = value.size(3);
-  check_tensor("key", key, query, query.scalar_type(), {query.size(0), heads_kv, key.size(2), head_dim});
-  check_tensor("value", value, query, query.scalar_type(), {query.size(0), heads_kv, key.size(2), head_dim_v});
+  check_tensor("key", key, query, query.scalar_type(), {entries, heads_kv, key.size(2), head_dim});
+  check_tensor("value", value, query, query.scalar_type(), {entries, heads_kv, key.size(2), head_dim_v});
   TORCH_CHECK_VALUE(heads_kv > 0 ? query.size(1) % heads_kv == 0 : query.size(1) == 0,
                     "attention: the heads of query (", query.size(1), ") must be a multiple of those of key (",
                     heads_kv, ").");
@@ -77,6 +84,10 @@ void check_qkv(const Tensor& query, const Tensor& key, const Tensor& value) {
                               "attention: the CUDA kernels take float16 and bfloat16, got ", query.scalar_type(),
                               ". Use backend='auto'.");
   if (runs_cuda_kernels(query)) check_grid(query, key);
+}
+
+void check_qkv(const Tensor& query, const Tensor& key, const Tensor& value) {
+  check_qkv(query, key, value, query.dim() == 4 ? query.size(0) : 0);
 }
 
 // Rows of the CUDA kernels are copied 16 bytes at a time.
@@ -151,16 +162,6 @@ Tensor expanded_mask(const Tensor& mask, const Tensor& query, at::IntArrayRef sc
   return narrowed.expand(scores_shape);
 }
 
-struct Scoring {
-  double dropout_p;
-  bool is_causal;
-  double scale;
-  int64_t window_left, window_right;
-  bool bottom_right;
-  double softcap;
-  const Packing* packing = nullptr;
-};
-
 // Lengths and rows become those of the sequences.
 void fill_packing(AttentionParams& p, Operands& operands, const Tensor& query, const Tensor& key,
                   const Packing& packing, bool bottom_right) {
@@ -195,6 +196,10 @@ Operands fill_scores(AttentionParams& p, const Tensor& query, const Tensor& key,
   p.q = operand(operands.query);
   p.k = operand(operands.key);
   if (scoring.packing != nullptr) fill_packing(p, operands, query, key, *scoring.packing, scoring.bottom_right);
+  if (scoring.cache != nullptr) {
+    p.cache = *scoring.cache;
+    p.seqlen_k = p.cache.lengths != nullptr ? p.cache.capacity : tokens_before(p.cache, 0) + p.cache.appended;
+  }
 
   p.scale = scoring.scale;
   p.softcap = scoring.softcap;
@@ -248,13 +253,19 @@ void fill_value_and_sinks(AttentionParams& p, Operands& operands, const Tensor& 
   }
 }
 
+}  // namespace
+
 // --- Forward and backward, of a dense batch or of packed sequences --------------------------------------------------
 
-std::tuple<Tensor, Tensor> run_forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                       const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
-                                       const OptionalTensor& sinks, const OptionalTensor& rng_state,
-                                       const Scoring& scoring) {
-  check_qkv(query, key, value);
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                             const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
+                                             const OptionalTensor& sinks, const OptionalTensor& rng_state,
+                                             const Scoring& scoring) {
+  if (scoring.cache != nullptr) {
+    check_qkv(query, key, value, key.size(0));
+  } else {
+    check_qkv(query, key, value);
+  }
   AttentionParams p;
   Operands operands = fill_scores(p, query, key, attn_mask, alibi_slopes, rng_state, scoring);
   fill_value_and_sinks(p, operands, query, value, sinks);
@@ -275,6 +286,8 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& query, const Tensor& key, c
   }
   return {out, lse};
 }
+
+namespace {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -354,8 +367,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
                                      const OptionalTensor& sinks, const OptionalTensor& rng_state, double dropout_p,
                                      bool is_causal, double scale, int64_t window_left, int64_t window_right,
                                      bool bottom_right, double softcap) {
-  return run_forward(query, key, value, attn_mask, alibi_slopes, sinks, rng_state,
-                     {dropout_p, is_causal, scale, window_left, window_right, bottom_right, softcap});
+  return attention_forward(query, key, value, attn_mask, alibi_slopes, sinks, rng_state,
+                           {dropout_p, is_causal, scale, window_left, window_right, bottom_right, softcap});
 }
 
 Gradients attention_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& query, const Tensor& key,
@@ -377,9 +390,9 @@ std::tuple<Tensor, Tensor> varlen_attention(const Tensor& query, const Tensor& k
                                             double scale, int64_t window_left, int64_t window_right, bool bottom_right,
                                             double softcap) {
   const Packing packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, /*check_values=*/true};
-  const auto [out, lse] =
-      run_forward(as_dense_batch(query), as_dense_batch(key), as_dense_batch(value), std::nullopt, alibi_slopes, sinks,
-                  rng_state, {dropout_p, is_causal, scale, window_left, window_right, bottom_right, softcap, &packing});
+  const auto [out, lse] = attention_forward(
+      as_dense_batch(query), as_dense_batch(key), as_dense_batch(value), std::nullopt, alibi_slopes, sinks, rng_state,
+      {dropout_p, is_causal, scale, window_left, window_right, bottom_right, softcap, &packing});
   return {as_packed(out), lse.squeeze(0)};
 }
 

@@ -30,6 +30,19 @@ struct PackedRows {
   int64_t total = 0;
 };
 
+// A key/value cache that grows in place. Sequence b has lengths[b * stride_length] tokens, or `length` where that is
+// null, and then `appended` new ones. Its token t is row t % block_size of the cache's entry
+// table[b * stride_table + t / block_size * stride_block], or of entry b where that is null. Of int64 numbers the low
+// halves are read. Nobody has to have looked at the numbers: kv_cache.h clips them. block_size == 0: there is no cache.
+struct KvCache {
+  const int32_t* lengths = nullptr;
+  const int32_t* table = nullptr;
+  int64_t stride_length = 0, stride_table = 0, stride_block = 0;
+  int length = 0, appended = 0;
+  int capacity = 0;  // tokens of a sequence at most, no fewer than `appended`
+  int block_size = 0, entries = 0;
+};
+
 constexpr int64_t kUnlimited = int64_t{1} << 40;
 
 struct AttentionParams {
@@ -45,6 +58,9 @@ struct AttentionParams {
   // there is no mask. packed.h has what kernels need.
   PackedRows packed_q, packed_k;
   bool packed_bottom_right = false;
+  // Then a batch entry has keys of its own number, at most seqlen_k; k and v are the cache, whose entries take the place
+  // of batch entries, and the last query stands at the last key.
+  KvCache cache;
 
   double scale = 1.0;
   // Scores become softcap * tanh(scale * q.k / softcap); 0 = off.
@@ -86,6 +102,32 @@ struct AttentionWeightsParams : AttentionParams {
   bool average_heads = false;
 };
 
+// One of the operands of a step of decoding: its rows (batch, tokens, heads, head_dim), and where they go.
+struct AppendedRows {
+  AttentionTensor from, to;  // stride_row leads from token to token
+  int64_t tokens = 0, heads = 0, head_dim = 0;
+  bool is_rotated = false;
+  bool to_cache = false;  // `to` is the cache: behind the tokens that it has; else (batch, tokens, ...) like `from`
+};
+
+// Writes new keys and values to a cache, and rotates them and the queries. Elements (i, i + rotary_dim / 2) of a row,
+// or (2 i, 2 i + 1) if interleaved, turn by the angle whose cosine is cos[position * stride_cos + i]; the row's
+// position is the number of tokens before it, and no more than positions - 1.
+struct KvAppendParams {
+  static constexpr int kMaxOperands = 3;
+  DType dtype = DType::kFloat16;
+  int64_t batch = 0;
+  KvCache cache;
+  AppendedRows operands[kMaxOperands];
+  int operand_count = 0;
+  const void* cos = nullptr;
+  const void* sin = nullptr;
+  DType angle_dtype = DType::kFloat32;  // or `dtype`
+  int64_t stride_cos = 0, stride_sin = 0;
+  int64_t positions = 0, rotary_dim = 0;
+  bool is_interleaved = false;
+};
+
 // CUDA, fp16 and bf16; they return null, or why the launch failed. Rows of q, k, v (and dout) are 16-byte aligned and
 // are zero up to the next multiple of eight elements. alibi_slopes, sinks and lse are fp32. Positions are 32-bit
 // numbers, sums of a few of them included.
@@ -96,6 +138,7 @@ const char* attention_fwd_cuda(const AttentionParams& p, const DeviceLaunch& lau
 size_t attention_bwd_cuda_workspace_bytes(const AttentionBwdParams& p, const DeviceLaunch& launch);
 const char* attention_bwd_cuda(const AttentionBwdParams& p, const DeviceLaunch& launch);
 const char* attention_weights_cuda(const AttentionWeightsParams& p, const DeviceLaunch& launch);
+const char* kv_append_cuda(const KvAppendParams& p, const DeviceLaunch& launch);
 
 FASTATTN_DECLARE_BF16_CPU_KERNEL(void, attention_fwd_cpu, (const AttentionParams& p))
 FASTATTN_DECLARE_BF16_CPU_KERNEL(void, attention_bwd_cpu, (const AttentionBwdParams& p))

@@ -19,6 +19,17 @@ extern template const char* launch_fwd_tile<bfloat16_t, 128>(int, const Attentio
 extern template const char* launch_fwd_tile<bfloat16_t, 192>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
 extern template const char* launch_fwd_tile<bfloat16_t, 256>(int, const AttentionFwdArgs&, dim3, cudaStream_t);
 
+#define FASTATTN_FWD_CACHED(Element, head_dim)                                                               \
+  extern template const char* launch_fwd_cached<Element, head_dim>(ScoreKind, const AttentionFwdArgs&, dim3, \
+                                                                   cudaStream_t);
+FASTATTN_FWD_CACHED(half_t, 64)
+FASTATTN_FWD_CACHED(half_t, 128)
+FASTATTN_FWD_CACHED(half_t, 256)
+FASTATTN_FWD_CACHED(bfloat16_t, 64)
+FASTATTN_FWD_CACHED(bfloat16_t, 128)
+FASTATTN_FWD_CACHED(bfloat16_t, 256)
+#undef FASTATTN_FWD_CACHED
+
 #define FASTATTN_FWD_SM90(Element, head_dim) \
   extern template const char* launch_fwd_sm90_tile<Element, head_dim>(int, const AttentionFwdArgs&, int, cudaStream_t);
 FASTATTN_FWD_SM90(half_t, 64)
@@ -40,8 +51,10 @@ int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Everything about a call that its workspace and its launch must agree on.
 struct FwdPlan {
-  int tile = -1;       // of kFwdTiles, ...
-  int sm90_tile = -1;  // ... unless this one of kFwdSm90Tiles
+  int tile = -1;        // of kFwdTiles, ...
+  int sm90_tile = -1;   // ... unless this one of kFwdSm90Tiles
+  bool cached = false;  // then a tile of 64 x 64 stands for the kernel with keys and values in a cache, of this kind
+  ScoreKind kind = ScoreKind::kPlain;
   int group = 1;
   int64_t tile_heads = 0, row_tiles = 0, blocks = 0;
   int splits = 1;
@@ -62,11 +75,12 @@ int heads_packed(const AttentionParams& p) {
   return p.seqlen_q <= kShort ? static_cast<int>(p.heads / p.heads_kv) : 1;
 }
 
-// A tile of 64 rows where there are no more or where heads are packed: half of a larger one would be idle.
+// A tile of 64 rows where there are no more or where heads are packed: half of a larger one would be idle. Kernels for
+// caches have these alone.
 int choose_tile(const AttentionParams& p, const DeviceLaunch& launch) {
   const int64_t head_dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
   const ScoreKind kind = score_kind(p);
-  const bool needs_small = p.seqlen_q <= 64;
+  const bool needs_small = p.seqlen_q <= 64 || is_cached(p);
   constexpr size_t kLargeSmem = 160 * 1024;
   for (int i = 0; i < kFwdTileCount; ++i) {
     const FwdTile& tile = kFwdTiles[i];
@@ -119,7 +133,7 @@ int heads_packed_sm90(const AttentionParams& p) {
 // The Hopper kernel takes what its tensor maps can describe and what fills the card without split keys.
 int choose_sm90_tile(const AttentionParams& p, const DeviceLaunch& launch, int64_t group) {
   const int64_t rows = p.seqlen_q * group;
-  if (launch.compute_capability != 90 || rows <= 64) return -1;
+  if (launch.compute_capability != 90 || rows <= 64 || is_cached(p)) return -1;
   if (!tma_can_address(p.q, p.batch, p.heads, p.seqlen_q, p.head_dim) ||
       !tma_can_address(p.k, p.batch, p.heads_kv, p.seqlen_k, p.head_dim) ||
       !tma_can_address(p.v, p.batch, p.heads_kv, p.seqlen_k, p.head_dim_v) ||
@@ -141,6 +155,8 @@ FwdPlan plan_fwd(const AttentionParams& p, const DeviceLaunch& launch) {
   FwdPlan plan;
   plan.tile = choose_tile(p, launch);
   if (plan.tile < 0) return plan;
+  plan.cached = is_cached(p);
+  plan.kind = score_kind(p);
   const int packed = heads_packed_sm90(p);
   plan.sm90_tile = choose_sm90_tile(p, launch, packed);
   if (plan.sm90_tile >= 0) {
@@ -182,9 +198,13 @@ FwdOrder order_of(const AttentionParams& p, const FwdPlan& plan) {
 template <typename Element>
 const char* launch_fwd(const FwdPlan& plan, const AttentionFwdArgs& args, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.splits));
-  const char* error = launch_choice<32, 64, 96, 128, 192, 256>(kFwdTiles[plan.tile].head_dim, [&](auto head_dim) {
-    return launch_fwd_tile<Element, head_dim()>(plan.tile, args, grid, stream);
-  });
+  const int head_dim = kFwdTiles[plan.tile].head_dim;
+  const char* error =
+      plan.cached
+          ? launch_choice<64, 128, 256>(
+                head_dim, [&](auto dim) { return launch_fwd_cached<Element, dim()>(plan.kind, args, grid, stream); })
+          : launch_choice<32, 64, 96, 128, 192, 256>(
+                head_dim, [&](auto dim) { return launch_fwd_tile<Element, dim()>(plan.tile, args, grid, stream); });
   if (error != nullptr || plan.splits == 1) return error;
   return launch_combine_splits<Element>(args, stream);
 }
@@ -236,6 +256,7 @@ const char* attention_fwd_cuda(const AttentionParams& p, const DeviceLaunch& lau
 
   auto* mask_states = reinterpret_cast<MaskTileState*>(workspace + plan.partial_out_bytes + plan.partial_lse_bytes);
   const auto stream = static_cast<cudaStream_t>(launch.stream);
+  args.cache = p.cache;
   args.mask_tiles = mask_tiles(plan.mask_tiles, p, mask_states);
   if (const char* error = launch_mask_tiles(plan.mask_tiles, args.scores, mask_states, stream)) return error;
   if (plan.sm90_tile >= 0) {

@@ -1,5 +1,5 @@
-// Starts attention_fwd_kernel: the table of tiles, and for each element type and head_dim one unit
-// (attention_fwd_cuda_*.cu) that instantiates its kernels.
+// Starts attention_fwd_kernel and attention_fwd_cached_kernel: the table of tiles, and for each element type and
+// head_dim one unit (attention_fwd_cuda_*.cu) that instantiates its kernels.
 #pragma once
 
 #include "attention/attention_fwd_sm80.cuh"
@@ -68,6 +68,21 @@ const char* launch_fwd_tile(int tile, const AttentionFwdArgs& args, dim3 grid, c
     }
     return launch_fwd_tile<Element, kHeadDim, kTile + 1>(tile, args, grid, stream);
   }
+}
+
+// The kernels for caches have the tile of one row tile a warp, which fits every card: 64 x 64, or 64 x 32 where 64 keys
+// would leave too few registers.
+template <typename Element, int kHeadDim, ScoreKind kKind>
+const char* launch_fwd_cached(const AttentionFwdArgs& args, dim3 grid, cudaStream_t stream) {
+  constexpr int kBlockK = kHeadDim > 128 && kKind == ScoreKind::kEverything ? 32 : 64;
+  using Traits = CachedTraits<AttentionFwdTraits<Element, kHeadDim, 1, 4, kBlockK, kKind>>;
+  return launch_kernel(attention_fwd_cached_kernel<Traits>, grid, Traits::kThreads, Traits::kSmemBytes, stream, args);
+}
+
+template <typename Element, int kHeadDim>
+const char* launch_fwd_cached(ScoreKind kind, const AttentionFwdArgs& args, dim3 grid, cudaStream_t stream) {
+  return kind == ScoreKind::kPlain ? launch_fwd_cached<Element, kHeadDim, ScoreKind::kPlain>(args, grid, stream)
+                                   : launch_fwd_cached<Element, kHeadDim, ScoreKind::kEverything>(args, grid, stream);
 }
 
 }  // namespace fastattn

@@ -10,6 +10,7 @@
 #include "attention/attention_fwd_order.cuh"
 #include "attention/attention_mask_tiles.cuh"
 #include "attention/attention_products_sm80.cuh"
+#include "attention/kv_cache.h"
 #include "attention/mask.h"
 #include "attention/softmax.cuh"
 
@@ -20,6 +21,7 @@ struct AttentionFwdTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_, kRowTiles = kRowTiles_, kWarps = kWarps_, kBlockK = kBlockK_;
   static constexpr ScoreKind kKind = kKind_;
+  static constexpr bool kCached = false;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kBlockQ = 16 * kRowTiles * kWarps;
   using TileQ = SharedTile<kBlockQ, kHeadDim>;  // later the output's
@@ -28,6 +30,12 @@ struct AttentionFwdTraits {
   // A multiprocessor; 0 leaves it to the compiler, which would spill a few registers here to get three.
   static constexpr int kMinBlocks = kKind == ScoreKind::kEverything && kHeadDim > 64 ? 2 : 0;
   static_assert(kBlockK % 32 == 0, "a draw of dropout serves 32 columns");
+};
+
+// The traits of a kernel that reads keys and values where a cache has them.
+template <typename Traits>
+struct CachedTraits : Traits {
+  static constexpr bool kCached = true;
 };
 
 struct AttentionFwdArgs {
@@ -46,6 +54,7 @@ struct AttentionFwdArgs {
   float* partial_lse = nullptr;
   int partial_stride = 0;
   MaskTiles mask_tiles;
+  KvCache cache;
 };
 
 // Key tiles [begin, end) to visit, and those of them [full_begin, full_end) that the band does not cut.
@@ -70,6 +79,30 @@ FASTATTN_DEVICE KeyTiles key_tiles(const AttentionFwdArgs& args, IndexRange quer
   tiles.end = tiles.begin + static_cast<int>(int64_t{count} * (split + 1) / args.splits);
   tiles.begin += static_cast<int>(int64_t{count} * split / args.splits);
   return tiles;
+}
+
+// ---- a key/value cache
+
+// Makes args those of sequence `batch`, whose last query stands at its last key.
+FASTATTN_DEVICE void narrow_to_cached(AttentionFwdArgs& args, int batch) {
+  args.scores.seqlen_k = tokens_before(args.cache, batch) + args.cache.appended;
+  args.scores.diagonal = args.scores.seqlen_k - args.scores.seqlen_q;
+}
+
+// load_tile of tokens [token, token + rows) of sequence `batch`: each row lies in the entry of the cache that the
+// table names. One look at the table for a row, which follows on others of the same line.
+template <int kThreads, typename Tile, typename Element>
+FASTATTN_DEVICE void load_cached_tile(Tile tile, const KvCache& cache, const Element* head_gmem,
+                                      const AttentionTensor& tensor, int batch, int token, int rows, int cols) {
+  const int first = token + static_cast<int>(threadIdx.x) / 8;
+  int block = first / cache.block_size, within = first - block * cache.block_size;
+  load_tile_rows<kThreads>(tile, rows, cols, [&](int row) {
+    // Rows past the end are not read, and may lie past the end of the table, too.
+    const int64_t entry = row < rows ? cache_entry(cache, batch, block) : 0;
+    const Element* row_gmem = head_gmem + entry * tensor.stride_batch + within * tensor.stride_row;
+    for (within += kThreads / 8; within >= cache.block_size; within -= cache.block_size) ++block;
+    return row_gmem;
+  });
 }
 
 // ---- scores
@@ -167,7 +200,7 @@ FASTATTN_DEVICE void finish_rows(float (&o)[kRowTiles][kColTiles][4], const Onli
 // ---- the kernel
 
 template <typename Traits>
-FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args) {
+FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args, const FwdWork& work) {
   using Element = typename Traits::Element;
   constexpr int kRowTiles = Traits::kRowTiles, kBlockK = Traits::kBlockK, kBlockQ = Traits::kBlockQ;
   constexpr bool kPlain = Traits::kKind == ScoreKind::kPlain, kEverything = Traits::kKind == ScoreKind::kEverything;
@@ -178,10 +211,10 @@ FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args) {
 
   // ---- what this block does
   const ScoreArgs& scores = args.scores;
-  const FwdWork work = args.order.work(static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), false);
   const int batch = work.batch, lane = static_cast<int>(threadIdx.x) % 32;
-  // Packing is for short sequences, which the plain tiles are too large for; a constant spares them the divisions.
-  const int group = kPlain ? 1 : args.group;
+  // Packing is for short sequences, which the plain tiles are too large for but of caches; a constant spares them the
+  // divisions.
+  const int group = kPlain && !Traits::kCached ? 1 : args.group;
   const int head_kv = group > 1 ? work.tile_head : work.tile_head / (args.heads / args.heads_kv);
   const int first_row = work.row_tile * kBlockQ;
   const int rows = min(kBlockQ, scores.seqlen_q * group - first_row);
@@ -192,22 +225,22 @@ FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args) {
   const KeyTiles tiles = key_tiles<kBlockK>(args, queries, work.split);
 
   const Element* q_gmem = static_cast<const Element*>(args.q.data) + batch * args.q.stride_batch;
+  const int entry = Traits::kCached ? 0 : batch;
   const Element* k_gmem =
-      static_cast<const Element*>(args.k.data) + batch * args.k.stride_batch + head_kv * args.k.stride_head;
+      static_cast<const Element*>(args.k.data) + entry * args.k.stride_batch + head_kv * args.k.stride_head;
   const Element* v_gmem =
-      static_cast<const Element*>(args.v.data) + batch * args.v.stride_batch + head_kv * args.v.stride_head;
-  const auto load_k = [&](int tile) {
-    const int key = tile * kBlockK;
-    load_tile<Traits::kThreads>(k_tile, k_gmem + key * args.k.stride_row, args.k.stride_row, scores.seqlen_k - key,
-                                args.head_dim);
+      static_cast<const Element*>(args.v.data) + entry * args.v.stride_batch + head_kv * args.v.stride_head;
+  const auto load_keys = [&](auto dst, const Element* gmem, const AttentionTensor& tensor, int tile, int cols) {
+    const int key = tile * kBlockK, rows = scores.seqlen_k - key;
+    if constexpr (Traits::kCached) {
+      load_cached_tile<Traits::kThreads>(dst, args.cache, gmem, tensor, batch, key, rows, cols);
+    } else {
+      load_tile<Traits::kThreads>(dst, gmem + key * tensor.stride_row, tensor.stride_row, rows, cols);
+    }
     cp_async_commit_group();
   };
-  const auto load_v = [&](int tile) {
-    const int key = tile * kBlockK;
-    load_tile<Traits::kThreads>(v_tile, v_gmem + key * args.v.stride_row, args.v.stride_row, scores.seqlen_k - key,
-                                args.head_dim_v);
-    cp_async_commit_group();
-  };
+  const auto load_k = [&](int tile) { load_keys(k_tile, k_gmem, args.k, tile, args.head_dim); };
+  const auto load_v = [&](int tile) { load_keys(v_tile, v_gmem, args.v, tile, args.head_dim_v); };
 
   load_tile_rows<Traits::kThreads>(q_tile, rows, args.head_dim, [&](int row) {
     return q_gmem + tile_rows.head_of(first_row + row) * args.q.stride_head +
@@ -231,7 +264,7 @@ FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args) {
     }
   }
   DropoutState dropout;
-  if (kEverything && scores.dropout_threshold > 0) dropout = load_dropout_state(scores.rng_state);
+  if (kEverything && !Traits::kCached && scores.dropout_threshold > 0) dropout = load_dropout_state(scores.rng_state);
   const FragmentLoader<Fragment::kA, typename Traits::TileQ> q_fragments(q_tile, warp_row);
   const FragmentLoader<Fragment::kB, typename Traits::TileK> k_fragments(k_tile);
   float o[kRowTiles][Traits::kHeadDim / 8][4] = {};
@@ -260,7 +293,7 @@ FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args) {
       for_each_score(o, [&](float& x, int m, int half, int, int) { x *= correction[m][half]; });
     }
     softmax.exponentiate(s, factor);
-    if constexpr (kEverything) {
+    if constexpr (kEverything && !Traits::kCached) {
       if (scores.dropout_threshold > 0) drop_probabilities(s, scores, dropout, lane_rows, batch, col0);
     }
     // Constructed here, since one register less across the loop decides whether the large tiles spill.
@@ -278,10 +311,21 @@ template <typename Traits, typename Cards>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     attention_fwd_kernel(const __grid_constant__ AttentionFwdArgs args) {
   if constexpr (Cards::kHasCode) {
-    attention_fwd_block<Traits>(args);
+    attention_fwd_block<Traits>(args,
+                                args.order.work(static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), false));
   } else {
     never_launched();
   }
+}
+
+// Traits: CachedTraits.
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    attention_fwd_cached_kernel(const __grid_constant__ AttentionFwdArgs args) {
+  const FwdWork work = args.order.work(static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), false);
+  AttentionFwdArgs own = args;
+  narrow_to_cached(own, work.batch);
+  attention_fwd_block<Traits>(own, work);
 }
 
 }  // namespace fastattn

@@ -14,6 +14,7 @@ from fastattn.ops.attention_eager import positions
 
 if TYPE_CHECKING:
     from fastattn.ops.attention import AttentionCall
+    from fastattn.ops.attention_with_kv_cache import KvCacheCall
     from fastattn.ops.varlen_attention import VarlenCall
 
 _CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
@@ -79,6 +80,18 @@ def run_varlen(call: VarlenCall) -> tuple[Tensor, Tensor]:
     return torch.ops.fastattn.varlen_attention(*call)
 
 
+@torch.no_grad()
+def run_with_kv_cache(call: KvCacheCall) -> tuple[Tensor, Tensor]:
+    """CUDA kernels alone: appends, rotates and attends without a copy of the cache."""
+    lengths, cos_and_sin, slopes = call.cache_seqlens, call.rotary or (None, None), call.alibi_slopes
+    each, one = (lengths, 0) if isinstance(lengths, Tensor) else (None, lengths)
+    return torch.ops.fastattn.attention_with_kv_cache(
+        *call[:5], each, one, call.block_table, *cos_and_sin, call.rotary_interleaved,
+        None if slopes is None else slopes.float(), call.sinks, call.is_causal, call.scale, call.window_left,
+        call.window_right, call.softcap,
+    )  # fmt: skip
+
+
 def run_weights(call: AttentionCall, lse: Tensor, average_heads: bool) -> Tensor:
     call = _with_float32_slopes(call)
     return torch.ops.fastattn.attention_weights(
@@ -139,6 +152,14 @@ if extension is not None:
           need_dsinks):  # fmt: skip
         dsinks = sinks.new_empty(sinks.shape) if need_dsinks else query.new_empty(0)
         return *(_empty_packed_rows(x, x.shape[2]) for x in (query, key, value)), dsinks
+
+    @torch.library.register_fake("fastattn::attention_with_kv_cache")
+    def _(query, key_cache, value_cache, key, value, cache_seqlens, cache_seqlen, block_table, rotary_cos, rotary_sin,
+          rotary_interleaved, alibi_slopes, sinks, is_causal, scale, window_left, window_right, softcap):  # fmt: skip
+        like = query if rotary_cos is None else query.new_empty(query.shape)
+        batch, seqlen_q, heads, _ = query.shape
+        lse = query.new_empty((batch, heads, seqlen_q), dtype=_statistics_dtype(query))
+        return empty_rows(like.transpose(1, 2), value_cache.shape[3]).transpose(1, 2), lse
 
     @torch.library.register_fake("fastattn::attention_weights")
     def _(query, key, lse, attn_mask, alibi_slopes, rng_state, dropout_p, is_causal, scale, window_left, window_right,

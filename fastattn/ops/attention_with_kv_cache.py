@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.dispatch import select
+from fastattn.dispatch import cuda_kernels, select
 from fastattn.ops import attention_checks as checks
+from fastattn.ops import attention_compiled as compiled
 from fastattn.ops.attention import AttentionCall, kernels_around
 from fastattn.ops.varlen_attention import with_diagonals
 
@@ -332,4 +333,8 @@ def _append(cache: Tensor, rows: Tensor, lengths: int | Tensor, table: Tensor | 
         cache.index_put_((table.gather(1, token // cache.shape[1]), token % cache.shape[1]), rows)
 
 
-dispatch.register("attention_with_kv_cache", *kernels_around(_step), prepare=_prepare)
+# --- The table -------------------------------------------------------------------------------------------------------
+
+# The CUDA kernels append and rotate in one launch and read keys and values where they are; the others prepare them.
+_CUDA, _EMULATED = cuda_kernels(compiled.refuses_cuda, compiled.run_with_kv_cache)
+dispatch.register("attention_with_kv_cache", _CUDA, *kernels_around(_step)[1:-1], _EMULATED, prepare=_prepare)

@@ -19,6 +19,11 @@ static constexpr const char* kLeftOut = "not in this library";
   const char* launch_fwd_tile<Element, head_dim>(int, const AttentionFwdArgs&, dim3, cudaStream_t) { \
     return kLeftOut;                                                                                 \
   }
+#define LEFT_OUT_FWD_CACHED(Element, head_dim)                                                               \
+  template <>                                                                                                \
+  const char* launch_fwd_cached<Element, head_dim>(ScoreKind, const AttentionFwdArgs&, dim3, cudaStream_t) { \
+    return kLeftOut;                                                                                         \
+  }
 #define LEFT_OUT_BWD(Element, head_dim)                                                                  \
   template <>                                                                                            \
   const char* launch_bwd_dkv_tile<Element, head_dim>(int, const AttentionBwdArgs&, dim3, cudaStream_t) { \
@@ -47,6 +52,12 @@ LEFT_OUT_FWD(bfloat16_t, 96)
 LEFT_OUT_FWD(bfloat16_t, 128)
 LEFT_OUT_FWD(bfloat16_t, 192)
 LEFT_OUT_FWD(bfloat16_t, 256)
+LEFT_OUT_FWD_CACHED(half_t, 64)
+LEFT_OUT_FWD_CACHED(half_t, 128)
+LEFT_OUT_FWD_CACHED(half_t, 256)
+LEFT_OUT_FWD_CACHED(bfloat16_t, 64)
+LEFT_OUT_FWD_CACHED(bfloat16_t, 128)
+LEFT_OUT_FWD_CACHED(bfloat16_t, 256)
 LEFT_OUT_BWD(half_t, 256)
 LEFT_OUT_BWD(bfloat16_t, 64)
 LEFT_OUT_BWD(bfloat16_t, 128)

@@ -1,0 +1,35 @@
+// Torch glue of attention that its ops share: attention.cpp has it.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <tuple>
+
+#include "attention/attention_packing.h"
+
+namespace fastattn {
+
+struct Scoring {
+  double dropout_p;
+  bool is_causal;
+  double scale;
+  int64_t window_left, window_right;
+  bool bottom_right;
+  double softcap;
+  const Packing* packing = nullptr;
+  const KvCache* cache = nullptr;
+};
+
+// Raises unless the tensor has this dtype and shape and is on the device of `query`, the op's first tensor.
+void check_tensor(const char* name, const at::Tensor& tensor, const at::Tensor& query, at::ScalarType dtype,
+                  at::IntArrayRef shape);
+
+// (out, lse) of checked operands (batch, heads, seqlen, head_dim). With scoring.cache, key and value are the cache,
+// (entries, heads_kv, block_size, head_dim), on CUDA kernels alone.
+std::tuple<at::Tensor, at::Tensor> attention_forward(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const std::optional<at::Tensor>& attn_mask,
+    const std::optional<at::Tensor>& alibi_slopes, const std::optional<at::Tensor>& sinks,
+    const std::optional<at::Tensor>& rng_state, const Scoring& scoring);
+
+}  // namespace fastattn
