@@ -18,8 +18,9 @@ export OMP_NUM_THREADS=2
 
 arguments=("$@")
 if [ ${#arguments[@]} -eq 0 ]; then
-  arguments=(tests/test_attention.py tests/test_attention_backward.py tests/test_layer_norm.py tests/test_int8_matmul.py
-             -k "not compile and not opcheck and not export")
+  arguments=(tests/test_attention.py tests/test_attention_backward.py tests/test_attention_short_way.py tests/test_varlen_attention.py
+             tests/test_attention_with_kv_cache.py tests/test_layer_norm.py tests/test_int8_matmul.py tests/test_int8_linear.py
+             tests/test_linear.py -k "not compile and not opcheck and not export and not emulated and not triton")
 fi
 # From the build folder, so that the instrumented package is the one imported.
 cd "$package"
