@@ -14,8 +14,8 @@ import fastattn
 
 pytestmark = pytest.mark.usefixtures("tensors_where_the_backend_runs")
 INF = float("inf")
-# The others pad.
-PACKED_BACKENDS = ["cpu"]
+# Triton pads.
+PACKED_BACKENDS = [backend for backend in KERNEL_BACKENDS if backend != "triton"]
 HEADS, HEADS_KV, HEAD_DIM, HEAD_DIM_V = 4, 2, 24, 16
 # Empty sequences of either kind, more queries than keys and fewer, one token.
 LENGTHS_Q, LENGTHS_K = (5, 0, 33, 1, 17, 4), (5, 7, 20, 65, 40, 0)
@@ -161,6 +161,27 @@ def test_slices_of_one_packed_tensor(backend):
     expected = fastattn.varlen_attention(*leaves, cu, cu, 65, 65, backend=backend)
     assert torch.equal(out, expected)
     assert torch.equal(gradient, torch.stack(torch.autograd.grad(expected, leaves, cotangent), dim=1))
+
+
+@pytest.mark.parametrize("backend", PACKED_BACKENDS)
+def test_no_step_pads_or_copies(backend):
+    lengths = (5, 70, 0, 3)
+    dtype = torch.float32 if backend == "cpu" else torch.float16
+    leaves = [operand.requires_grad_() for operand in of_head_dim(32, lengths, lengths, dtype)]
+    cu, sinks = cu_seqlens(lengths), torch.zeros(HEADS, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out = fastattn.varlen_attention(*leaves, cu, cu, 70, 70, is_causal=True, sinks=sinks, backend=backend)
+        torch.autograd.grad(out, [*leaves, sinks], torch.ones_like(out))
+    called = {event.key for event in profile.key_averages()}
+    assert "fastattn::varlen_attention" in called and "fastattn::varlen_attention_backward" in called
+    moves = {"aten::copy_", "aten::clone", "aten::constant_pad_nd", "aten::index_copy", "aten::index_select"}
+    assert not called & {*moves, "fastattn::padded_rows", "fastattn::attention"}, called
+
+
+def of_head_dim(head_dim, lengths_q, lengths_k, dtype):
+    torch.manual_seed(1)
+    heads = (sum(lengths_q), HEADS), (sum(lengths_k), HEADS_KV), (sum(lengths_k), HEADS_KV)
+    return [torch.randn(*shape, head_dim).to(dtype) for shape in heads]
 
 
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)

@@ -47,13 +47,14 @@ void check_tensor(const char* name, const Tensor& tensor, const Tensor& query, a
 
 namespace {
 
-// A grid has fewer than 2^31 blocks, and no block of these kernels is for fewer than 16 rows or keys of one head. Asked
-// before anything is allocated or copied: an expanded query of any size takes no memory.
+// No block of the CUDA kernels is for fewer rows or keys of one head.
+constexpr int64_t kFewestRows = 16;
+int64_t row_tiles(int64_t heads, int64_t seqlen) { return heads * ((seqlen + kFewestRows - 1) / kFewestRows); }
+
+// A grid has fewer than 2^31 blocks. Asked before anything is allocated or copied: an expanded query of any size takes
+// no memory.
 void check_grid(const Tensor& query, const Tensor& key) {
-  constexpr int64_t kFewestRows = 16;
-  const auto blocks = [](const Tensor& tensor) {
-    return tensor.size(0) * tensor.size(1) * ((tensor.size(2) + kFewestRows - 1) / kFewestRows);
-  };
+  const auto blocks = [](const Tensor& tensor) { return tensor.size(0) * row_tiles(tensor.size(1), tensor.size(2)); };
   TORCH_CHECK_NOT_IMPLEMENTED(std::max(blocks(query), blocks(key)) <= kMaxGridBlocks,
                               "attention: the CUDA kernels take up to 2^31 - 1 tiles of ", kFewestRows,
                               " rows (batch * heads * seqlen / ", kFewestRows, "), got query ", query.sizes(), ", key ",
@@ -165,9 +166,6 @@ Tensor expanded_mask(const Tensor& mask, const Tensor& query, at::IntArrayRef sc
 // Lengths and rows become those of the sequences.
 void fill_packing(AttentionParams& p, Operands& operands, const Tensor& query, const Tensor& key,
                   const Packing& packing, bool bottom_right) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!runs_cuda_kernels(query),
-                              "varlen_attention: the CUDA kernels take dense batches. Use fastattn.varlen_attention, "
-                              "which pads for them.");
   operands.cu_seqlens_q =
       checked_cu_seqlens("cu_seqlens_q", packing.cu_seqlens_q, packing.max_seqlen_q, query, packing.check_values);
   operands.cu_seqlens_k =
@@ -181,6 +179,14 @@ void fill_packing(AttentionParams& p, Operands& operands, const Tensor& query, c
   // Nothing is planned for longer sequences than fit.
   p.seqlen_q = std::min(packing.max_seqlen_q, query.size(2));
   p.seqlen_k = std::min(packing.max_seqlen_k, key.size(2));
+  if (runs_cuda_kernels(query)) {
+    const int64_t blocks = p.batch * std::max(row_tiles(p.heads, p.seqlen_q), row_tiles(p.heads_kv, p.seqlen_k));
+    TORCH_CHECK_NOT_IMPLEMENTED(std::max(blocks, p.batch) < kMaxGridBlocks - 64,
+                                "varlen_attention: the CUDA kernels take up to 2^31 - 1 tiles of ", kFewestRows,
+                                " rows (sequences * heads * max_seqlen / ", kFewestRows, "), got ", p.batch,
+                                " sequences of up to ", p.seqlen_q, " queries and ", p.seqlen_k,
+                                " keys. Split the batch.");
+  }
 }
 
 // Checks the operands that scores are made of and fills everything but value, out and lse.

@@ -39,7 +39,8 @@ size_t aligned_bytes(int64_t bytes) { return static_cast<size_t>(ceil_div(bytes,
 struct BwdPlan {
   BwdSm90Tile sm90_tile;            // serves dq, dk and dv where it has a head_dim, else
   int dkv_tile = -1, dq_tile = -1;  // these
-  int64_t padded_rows = 0;
+  int64_t padded_rows = 0;          // of the longest sequence
+  int64_t packed_rows = 0, statistics = 0;
   int64_t dq_sum_bytes = 0, turns_bytes = 0;  // of Hopper's dq
   MaskTilesPlan dkv_mask_tiles, dq_mask_tiles;
   BwdParts parts;  // of dk and dv
@@ -47,11 +48,11 @@ struct BwdPlan {
   int dmask_splits = 1;
   int64_t dmask_elements = 0;
 
-  size_t row_bytes(const AttentionParams& p) const { return aligned_bytes(p.batch * p.heads * padded_rows * 4); }
+  size_t row_bytes() const { return aligned_bytes(statistics * 4); }
   size_t dmask_bytes() const { return dmask_splits > 1 ? aligned_bytes(dmask_splits * dmask_elements * 4) : 0; }
   size_t parts_bytes() const { return parts.count() > 1 ? aligned_bytes(2 * parts.count() * parts.elements * 4) : 0; }
-  size_t workspace_bytes(const AttentionParams& p) const {
-    return parts_bytes() + 2 * row_bytes(p) + aligned_bytes(dkv_mask_tiles.bytes) + aligned_bytes(dq_mask_tiles.bytes) +
+  size_t workspace_bytes() const {
+    return parts_bytes() + 2 * row_bytes() + aligned_bytes(dkv_mask_tiles.bytes) + aligned_bytes(dq_mask_tiles.bytes) +
            dmask_bytes() + aligned_bytes(dq_sum_bytes) + aligned_bytes(turns_bytes);
   }
   bool is_on_hopper() const { return sm90_tile.head_dim > 0; }
@@ -65,7 +66,7 @@ int choose_tile(const Tile (&tiles)[kCount], SmemBytes smem_bytes, const Attenti
       p.softcap == 0.0 && p.alibi_slopes == nullptr && p.dropout_p == 0.0 && p.scale > 0.0 && p.mask.data == nullptr;
   const int64_t head_dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
   for (int i = first; i < kCount; ++i) {
-    const bool fits = tiles[i].is_for(launch.compute_capability) &&
+    const bool fits = tiles[i].is_for(launch.compute_capability, is_packed(p)) &&
                       static_cast<size_t>(smem_bytes(i)) <= launch.shared_bytes_per_block;
     if (fits && tiles[i].head_dim >= head_dim && (plain || tiles[i].kind == ScoreKind::kEverything)) return i;
   }
@@ -134,6 +135,8 @@ void choose_parts(BwdPlan& plan, const AttentionBwdParams& p, const DeviceLaunch
 BwdPlan plan_bwd(const AttentionBwdParams& p, const DeviceLaunch& launch) {
   BwdPlan plan;
   plan.padded_rows = ceil_div(p.seqlen_q, kRowPadding) * kRowPadding;
+  plan.packed_rows = is_packed(p) ? packed_statistics_rows(p.batch, p.packed_q.total) : 0;
+  plan.statistics = p.heads * (is_packed(p) ? plan.packed_rows : p.batch * plan.padded_rows);
   if (p.dmask != nullptr) plan_dmask(plan, p, launch);
   plan.sm90_tile = choose_bwd_sm90_tile(p, launch);
   if (plan.is_on_hopper()) {
@@ -159,7 +162,8 @@ AttentionBwdArgs make_args(const BwdPlan& plan, const AttentionBwdParams& p, con
   args.q = p.q, args.k = p.k, args.v = p.v, args.dout = p.dout;
   args.dq = p.dq, args.dk = p.dk, args.dv = p.dv;
   args.lse_log2 = rows.lse_log2, args.delta = rows.delta;
-  args.padded_rows = rows.padded_rows;
+  args.padded_rows = is_packed(p) ? rows.packed_rows : rows.padded_rows;
+  args.packed = packed_sequences(p);
   args.heads = static_cast<int>(p.heads), args.heads_kv = static_cast<int>(p.heads_kv);
   args.head_dim = static_cast<int>(p.head_dim), args.head_dim_v = static_cast<int>(p.head_dim_v);
   args.scale = static_cast<float>(p.scale);
@@ -202,6 +206,7 @@ const char* launch_dkv(const BwdPlan& plan, const AttentionBwdArgs& args, unsign
   sum.chunks = args.parts.elements / 8;
   sum.heads_kv = args.heads_kv, sum.seqlen_k = args.scores.seqlen_k;
   sum.head_dim = args.head_dim, sum.head_dim_v = args.head_dim_v;
+  sum.packed_k = args.packed.k;
   sum.dk_is_aligned = args.dk_is_aligned, sum.dv_is_aligned = args.dv_is_aligned;
   const dim3 sum_grid(static_cast<unsigned>(ceil_div(sum.chunks, kDkvSumThreads)), 2);
   return launch_kernel(attention_bwd_dkv_sum_kernel<Element>, sum_grid, kDkvSumThreads, 0, stream, sum);
@@ -269,9 +274,9 @@ const char* launch_bwd(const BwdPlan& plan, const AttentionBwdParams& p, const D
     return piece;
   };
   BwdRowStatistics rows;
-  rows.lse_log2 = reinterpret_cast<float*>(take(plan.row_bytes(p)));
-  rows.delta = reinterpret_cast<float*>(take(plan.row_bytes(p)));
-  rows.padded_rows = plan.padded_rows;
+  rows.lse_log2 = reinterpret_cast<float*>(take(plan.row_bytes()));
+  rows.delta = reinterpret_cast<float*>(take(plan.row_bytes()));
+  rows.padded_rows = plan.padded_rows, rows.packed_rows = plan.packed_rows;
   auto* dkv_states = reinterpret_cast<MaskTileState*>(take(aligned_bytes(plan.dkv_mask_tiles.bytes)));
   auto* dq_states = reinterpret_cast<MaskTileState*>(take(aligned_bytes(plan.dq_mask_tiles.bytes)));
   auto* dmask_partial = reinterpret_cast<float*>(take(plan.dmask_bytes()));
@@ -305,6 +310,7 @@ const char* launch_bwd(const BwdPlan& plan, const AttentionBwdParams& p, const D
     if (error == nullptr) error = launch_dq<Element>(plan, args, static_cast<unsigned>(dq_blocks), stream);
   }
   if (error == nullptr && p.dmask != nullptr) error = launch_dmask<Element>(plan, p, args, dmask_partial, stream);
+  if (error == nullptr) error = clear_backward_gaps(p, stream);
   return error;
 }
 
@@ -312,7 +318,7 @@ const char* launch_bwd(const BwdPlan& plan, const AttentionBwdParams& p, const D
 
 size_t attention_bwd_cuda_workspace_bytes(const AttentionBwdParams& p, const DeviceLaunch& launch) {
   const BwdPlan plan = plan_bwd(p, launch);
-  return plan.has_kernels() ? plan.workspace_bytes(p) : 0;
+  return plan.has_kernels() ? plan.workspace_bytes() : 0;
 }
 
 const char* attention_bwd_cuda(const AttentionBwdParams& p, const DeviceLaunch& launch) {

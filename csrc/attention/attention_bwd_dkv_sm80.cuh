@@ -22,6 +22,7 @@ struct AttentionBwdDkvTraits {
   static constexpr int kHeadDim = kHeadDim_, kRowTiles = kRowTiles_, kPairs = kPairs_, kBlockQ = kBlockQ_;
   static constexpr ScoreKind kKind = kKind_;
   static constexpr bool kShares = kShares_;
+  static constexpr bool kPacked = false, kNoMask = kKind == ScoreKind::kPlain;
   static constexpr int kThreads = 64 * kPairs;
   static constexpr int kPairKeys = 16 * kRowTiles;
   static constexpr int kBlockK = kPairKeys * kPairs;
@@ -126,8 +127,9 @@ FASTATTN_DEVICE void take_score_gradients(typename Traits::Scores& dp, const Sco
 
 // ---- the kernel
 
+// `own`: args as they are for the batch entry that the block works on. In a dense batch they are the same object.
 template <typename Traits>
-FASTATTN_DEVICE void attention_bwd_dkv_block(const AttentionBwdArgs& args) {
+FASTATTN_DEVICE void attention_bwd_dkv_block(const AttentionBwdArgs& args, const AttentionBwdArgs& own) {
   using Element = typename Traits::Element;
   using TileK = typename Traits::TileK;
   using TileQ = typename Traits::TileQ;
@@ -138,10 +140,11 @@ FASTATTN_DEVICE void attention_bwd_dkv_block(const AttentionBwdArgs& args) {
 
   // ---- what this block and this warp do. The causal diagonal lets the first keys be seen by most queries: they go
   // first.
-  const ScoreArgs& scores = args.scores;
+  const ScoreArgs& scores = own.scores;
   const int key_tile = static_cast<int>(blockIdx.x) % args.key_tiles;
   const int batch_head = static_cast<int>(blockIdx.x) / args.key_tiles;
   const int batch = batch_head / args.heads_kv, head_kv = batch_head % args.heads_kv;
+  const int entry = Traits::kPacked ? 0 : batch;  // of the tensors: packed sequences share one
   const int first_key = key_tile * kBlockK, keys = min(kBlockK, scores.seqlen_k - first_key);
   const IndexRange key_range = {first_key, first_key + keys};
 
@@ -155,35 +158,35 @@ FASTATTN_DEVICE void attention_bwd_dkv_block(const AttentionBwdArgs& args) {
     const int query = query_tile * kBlockQ;
     const TileQ q_tile{smem_base + Traits::kStagesAt + stage * Traits::kStageBytes};
     const TileQ dout_tile{q_tile.address + TileQ::kBytes};
-    load_tile<kThreads>(q_tile, head_gmem<const Element>(args.q, batch, head) + query * args.q.stride_row,
+    load_tile<kThreads>(q_tile, head_gmem<const Element>(own.q, entry, head) + query * args.q.stride_row,
                         args.q.stride_row, scores.seqlen_q - query, args.head_dim);
-    load_tile<kThreads>(dout_tile, head_gmem<const Element>(args.dout, batch, head) + query * args.dout.stride_row,
+    load_tile<kThreads>(dout_tile, head_gmem<const Element>(own.dout, entry, head) + query * args.dout.stride_row,
                         args.dout.stride_row, scores.seqlen_q - query, args.head_dim_v);
     // lse, then delta: 16 bytes a thread.
     constexpr int kVectors = kBlockQ / 4;
     const int i = static_cast<int>(threadIdx.x);
     if (i < 2 * kVectors) {
-      const float* source = (i < kVectors ? args.lse_log2 : args.delta) +
-                            (int64_t{batch} * args.heads + head) * args.padded_rows + query + i % kVectors * 4;
+      const float* source = (i < kVectors ? own.lse_log2 : own.delta) +
+                            statistics_offset<Traits::kPacked>(args, batch, head) + query + i % kVectors * 4;
       cp_async<16>(smem_base + Traits::kStatisticsAt + stage * Traits::kStatisticsBytes + 16 * i, source);
     }
     cp_async_commit_group();
   };
 
-  load_tile<kThreads>(k_tile, head_gmem<const Element>(args.k, batch, head_kv) + first_key * args.k.stride_row,
+  load_tile<kThreads>(k_tile, head_gmem<const Element>(own.k, entry, head_kv) + first_key * args.k.stride_row,
                       args.k.stride_row, keys, args.head_dim);
-  load_tile<kThreads>(v_tile, head_gmem<const Element>(args.v, batch, head_kv) + first_key * args.v.stride_row,
+  load_tile<kThreads>(v_tile, head_gmem<const Element>(own.v, entry, head_kv) + first_key * args.v.stride_row,
                       args.v.stride_row, keys, args.head_dim_v);
   cp_async_commit_group();
-  QueryTileWalk<Traits> walk(args, batch, head_kv, key_tile, key_range, Traits::kShares ? args.parts : BwdParts(),
+  QueryTileWalk<Traits> walk(own, batch, head_kv, key_tile, key_range, Traits::kShares ? args.parts : BwdParts(),
                              static_cast<int>(blockIdx.y));
   if (!walk.done()) load_stage(0, walk.head, walk.tile);
 
   // ---- one pass over the queries. Both warps of a pair do the same with different operands: k q^T, then P^T dO; or
   // v dO^T, then dX^T q.
   DropoutState dropout;
-  if (Traits::kKind == ScoreKind::kEverything && scores.dropout_threshold > 0) {
-    dropout = load_dropout_state(scores.rng_state);
+  if (Traits::kKind == ScoreKind::kEverything && args.scores.dropout_threshold > 0) {
+    dropout = load_dropout_state(args.scores.rng_state);
   }
   const FragmentLoader<Fragment::kA, TileK> key_fragments(makes_dk ? v_tile : k_tile, pair_key);
   typename Traits::Gradient gradient = {};
@@ -206,12 +209,13 @@ FASTATTN_DEVICE void attention_bwd_dkv_block(const AttentionBwdArgs& args) {
         reinterpret_cast<const float*>(smem + Traits::kStatisticsAt + stage * Traits::kStatisticsBytes);
     if (makes_dk) {
       bar_sync(1 + pair, 64);
-      take_score_gradients<Traits>(s, scores, lse_smem + kBlockQ, pair_smem);
+      take_score_gradients<Traits>(s, args.scores, lse_smem + kBlockQ, pair_smem);
     } else {
       const IndexRange all = band_of(scores).keys_seen_by_all({first_query, first_query + kBlockQ});
       const bool is_cut = all.begin > key_range.begin || all.end < key_range.end;
       const TransposedPlace place = {first_key + pair_key + lane / 4, first_query + lane_column(), batch, head};
-      make_probabilities<Traits>(s, scores, dropout, place, is_masked, is_cut, lse_smem, pair_smem);
+      make_probabilities<Traits>(s, tile_scores<Traits>(args.scores, scores), dropout, place, is_masked, is_cut,
+                                 lse_smem, pair_smem);
       bar_arrive(1 + pair, 64);
     }
     const FragmentLoader<Fragment::kBTransposed, TileQ> summed(makes_dk ? q_tile : dout_tile);
@@ -221,19 +225,19 @@ FASTATTN_DEVICE void attention_bwd_dkv_block(const AttentionBwdArgs& args) {
   __syncthreads();  // everyone has done with k and v, whose tiles become the gradients'
 
   // ---- dk and dv
-  const float factor = makes_dk ? args.scale : scores.dropout_scale;
+  const float factor = makes_dk ? args.scale : args.scores.dropout_scale;
   if (Traits::kShares && args.parts.count() > 1) {
     // Unknown to the compiler, which would otherwise make the addresses ahead of the loop and spill them.
     const int block = opaque(static_cast<int>(blockIdx.x)), part = opaque(static_cast<int>(blockIdx.y));
     const int first_row = block % args.key_tiles * kBlockK + pair_key;
-    const int64_t key = int64_t{block / args.key_tiles} * scores.seqlen_k + first_row;
+    const int64_t key = int64_t{block / args.key_tiles} * args.scores.seqlen_k + first_row;
     store_part(gradient, factor, args.parts.sums(!makes_dk, part) + key * args.parts.columns, args.parts.columns,
                scores.seqlen_k - first_row);
     return;
   }
-  const AttentionTensor& tensor = makes_dk ? args.dk : args.dv;
+  const AttentionTensor& tensor = makes_dk ? own.dk : own.dv;
   const TileOutput<Element> output = {
-      head_gmem<Element>(tensor, batch, head_kv) + (first_key + pair_key) * tensor.stride_row, tensor.stride_row,
+      head_gmem<Element>(tensor, entry, head_kv) + (first_key + pair_key) * tensor.stride_row, tensor.stride_row,
       keys - pair_key, makes_dk ? args.head_dim : args.head_dim_v, makes_dk ? args.dk_is_aligned : args.dv_is_aligned};
   store_accumulators(gradient, factor, makes_dk ? k_tile : v_tile, smem + (makes_dk ? 0 : TileK::kBytes), pair_key,
                      output);
@@ -243,7 +247,22 @@ template <typename Traits, typename Cards>
 __global__ void __launch_bounds__(Traits::kThreads)
     attention_bwd_dkv_kernel(const __grid_constant__ AttentionBwdArgs args) {
   if constexpr (Cards::kHasCode) {
-    attention_bwd_dkv_block<Traits>(args);
+    attention_bwd_dkv_block<Traits>(args, args);
+  } else {
+    never_launched();
+  }
+}
+
+// Traits: PackedTraits.
+template <typename Traits, typename Cards>
+__global__ void __launch_bounds__(Traits::kThreads)
+    attention_bwd_dkv_packed_kernel(const __grid_constant__ AttentionBwdArgs args) {
+  if constexpr (Cards::kHasCode) {
+    FASTATTN_DYNAMIC_SMEM(smem);
+    const int block = static_cast<int>(blockIdx.x), batch = block / (args.key_tiles * args.heads_kv);
+    const AttentionBwdArgs& own = share_entry(smem + Traits::kArgsAt, args, batch);
+    if (block % args.key_tiles * Traits::kBlockK >= own.scores.seqlen_k) return;  // not the longest sequence
+    attention_bwd_dkv_block<Traits>(args, own);
   } else {
     never_launched();
   }

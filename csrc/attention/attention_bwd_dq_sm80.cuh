@@ -21,6 +21,7 @@ struct AttentionBwdDqTraits {
   static constexpr int kHeadDim = kHeadDim_, kRowTiles = kRowTiles_, kRowWarps = kRowWarps_, kKeyParts = kKeyParts_;
   static constexpr int kBlockK = kBlockK_;
   static constexpr ScoreKind kKind = kKind_;
+  static constexpr bool kPacked = false, kNoMask = kKind == ScoreKind::kPlain;
   static constexpr int kThreads = 32 * kRowWarps * kKeyParts;
   static constexpr int kBlockQ = 16 * kRowTiles * kRowWarps;
   static constexpr int kWarpKeys = kBlockK / kKeyParts;
@@ -62,8 +63,9 @@ FASTATTN_DEVICE void add_key_parts(typename Traits::Gradient& dq, uint8_t* smem,
   __syncthreads();
 }
 
+// `own`: args as they are for the batch entry that the block works on. In a dense batch they are the same object.
 template <typename Traits>
-FASTATTN_DEVICE void attention_bwd_dq_block(const AttentionBwdArgs& args) {
+FASTATTN_DEVICE void attention_bwd_dq_block(const AttentionBwdArgs& args, const AttentionBwdArgs& own) {
   using Element = typename Traits::Element;
   using TileQ = typename Traits::TileQ;
   using TileK = typename Traits::TileK;
@@ -74,10 +76,11 @@ FASTATTN_DEVICE void attention_bwd_dq_block(const AttentionBwdArgs& args) {
   const TileQ q_tile{smem_base}, dout_tile{smem_base + TileQ::kBytes};
 
   // ---- what this block and this warp do. The causal diagonal lets the last queries see most keys: they go first.
-  const ScoreArgs& scores = args.scores;
+  const ScoreArgs& scores = own.scores;
   const int query_tile = args.query_tiles - 1 - static_cast<int>(blockIdx.x) % args.query_tiles;
   const int batch_head = static_cast<int>(blockIdx.x) / args.query_tiles;
   const int batch = batch_head / args.heads, head = batch_head % args.heads;
+  const int entry = Traits::kPacked ? 0 : batch;  // of the tensors: packed sequences share one
   const int head_kv = head / (args.heads / args.heads_kv);
   const int first_query = query_tile * kBlockQ, queries = min(kBlockQ, scores.seqlen_q - first_query);
   const IndexRange query_range = {first_query, first_query + queries};
@@ -97,31 +100,32 @@ FASTATTN_DEVICE void attention_bwd_dq_block(const AttentionBwdArgs& args) {
     const int key = key_tile * kBlockK;
     const TileK k_tile{smem_base + Traits::kStagesAt + stage_offset};
     const TileK v_tile{k_tile.address + TileK::kBytes};
-    load_tile<kThreads>(k_tile, head_gmem<const Element>(args.k, batch, head_kv) + key * args.k.stride_row,
+    load_tile<kThreads>(k_tile, head_gmem<const Element>(own.k, entry, head_kv) + key * args.k.stride_row,
                         args.k.stride_row, scores.seqlen_k - key, args.head_dim);
-    load_tile<kThreads>(v_tile, head_gmem<const Element>(args.v, batch, head_kv) + key * args.v.stride_row,
+    load_tile<kThreads>(v_tile, head_gmem<const Element>(own.v, entry, head_kv) + key * args.v.stride_row,
                         args.v.stride_row, scores.seqlen_k - key, args.head_dim_v);
     cp_async_commit_group();
   };
-  load_tile<kThreads>(q_tile, head_gmem<const Element>(args.q, batch, head) + first_query * args.q.stride_row,
+  load_tile<kThreads>(q_tile, head_gmem<const Element>(own.q, entry, head) + first_query * args.q.stride_row,
                       args.q.stride_row, queries, args.head_dim);
-  load_tile<kThreads>(dout_tile, head_gmem<const Element>(args.dout, batch, head) + first_query * args.dout.stride_row,
+  load_tile<kThreads>(dout_tile, head_gmem<const Element>(own.dout, entry, head) + first_query * args.dout.stride_row,
                       args.dout.stride_row, queries, args.head_dim_v);
   constexpr int kVectors = kBlockQ / 4;
   if (static_cast<int>(threadIdx.x) < 2 * kVectors) {
     const int i = static_cast<int>(threadIdx.x);
-    const float* source = (i < kVectors ? args.lse_log2 : args.delta) + batch_head * args.padded_rows + first_query;
+    const float* source =
+        (i < kVectors ? own.lse_log2 : own.delta) + statistics_offset<Traits::kPacked>(args, batch, head) + first_query;
     cp_async<16>(smem_base + Traits::kStatisticsAt + 16 * i, source + i % kVectors * 4);
   }
   cp_async_commit_group();
-  MaskTileReader<Traits::kKind == ScoreKind::kPlain> visible(args.mask_tiles, batch, head, query_tile, end);
+  MaskTileReader<Traits::kNoMask> visible(args.mask_tiles, batch, head, query_tile, end);
   int key_tile = visible.next(begin);
   if (key_tile < end) load_stage(0, key_tile);
 
   // ---- one pass over the keys
   DropoutState dropout;
-  if (Traits::kKind == ScoreKind::kEverything && scores.dropout_threshold > 0) {
-    dropout = load_dropout_state(scores.rng_state);
+  if (Traits::kKind == ScoreKind::kEverything && args.scores.dropout_threshold > 0) {
+    dropout = load_dropout_state(args.scores.rng_state);
   }
   // Read again for every tile: the accumulators need the registers.
   const float* lse_smem = reinterpret_cast<const float*>(smem + Traits::kStatisticsAt) + warp_row + lane / 4;
@@ -148,9 +152,9 @@ FASTATTN_DEVICE void attention_bwd_dq_block(const AttentionBwdArgs& args) {
     for (int m = 0; m < kRowTiles; ++m) {
       const QueryRows rows = {first_query + warp_row + 16 * m + lane / 4, head, 1};
       const float *lse = lse_smem + 16 * m, *delta = lse + kBlockQ;
-      make_score_gradients<Traits::kKind, /*kOfMask=*/false>(s[m], dp[m], scores, dropout, rows, batch,
-                                                             tile_key + warp_key, is_masked, is_cut, {lse[0], lse[8]},
-                                                             {delta[0], delta[8]});
+      make_score_gradients<Traits::kKind, /*kOfMask=*/false>(s[m], dp[m], tile_scores<Traits>(args.scores, scores),
+                                                             dropout, rows, batch, tile_key + warp_key, is_masked,
+                                                             is_cut, {lse[0], lse[8]}, {delta[0], delta[8]});
     }
     multiply_accumulators<Element>(dq, s, summed_fragments.behind(stage_offset));
   }
@@ -160,7 +164,7 @@ FASTATTN_DEVICE void attention_bwd_dq_block(const AttentionBwdArgs& args) {
   if constexpr (Traits::kKeyParts == 2) add_key_parts<Traits>(dq, smem, warp_row / (16 * kRowTiles), warp_key != 0);
   if (warp_key == 0) {
     const TileOutput<Element> output = {
-        head_gmem<Element>(args.dq, batch, head) + (first_query + warp_row) * args.dq.stride_row, args.dq.stride_row,
+        head_gmem<Element>(own.dq, entry, head) + (first_query + warp_row) * args.dq.stride_row, args.dq.stride_row,
         scores.seqlen_q - first_query - warp_row, args.head_dim, args.dq_is_aligned};
     store_accumulators(dq, args.scale, q_tile, smem, warp_row, output);
   }
@@ -170,7 +174,23 @@ template <typename Traits, typename Cards>
 __global__ void __launch_bounds__(Traits::kThreads)
     attention_bwd_dq_kernel(const __grid_constant__ AttentionBwdArgs args) {
   if constexpr (Cards::kHasCode) {
-    attention_bwd_dq_block<Traits>(args);
+    attention_bwd_dq_block<Traits>(args, args);
+  } else {
+    never_launched();
+  }
+}
+
+// Traits: PackedTraits.
+template <typename Traits, typename Cards>
+__global__ void __launch_bounds__(Traits::kThreads)
+    attention_bwd_dq_packed_kernel(const __grid_constant__ AttentionBwdArgs args) {
+  if constexpr (Cards::kHasCode) {
+    FASTATTN_DYNAMIC_SMEM(smem);
+    const int block = static_cast<int>(blockIdx.x), batch = block / (args.query_tiles * args.heads);
+    const int query_tile = args.query_tiles - 1 - block % args.query_tiles;
+    const AttentionBwdArgs& own = share_entry(smem + Traits::kArgsAt, args, batch);
+    if (query_tile * Traits::kBlockQ >= own.scores.seqlen_q) return;  // not the longest sequence
+    attention_bwd_dq_block<Traits>(args, own);
   } else {
     never_launched();
   }

@@ -15,9 +15,12 @@ struct BwdDkvTile {
   ScoreKind kind;
   int below;  // for compute capabilities below this, and left out of code for others, whose shared memory is too small
   int row_tiles, pairs, block_q;
-  bool shares = true;  // blocks may share queries (BwdParts), for which the largest tile has no registers left
+  // Blocks may share queries (BwdParts), and sequences be packed: the largest tile has no registers left for either.
+  bool shares = true;
 
-  constexpr bool is_for(int compute_capability) const { return compute_capability < below; }
+  constexpr bool is_for(int compute_capability, bool packed) const {
+    return compute_capability < below && (shares || !packed);
+  }
   constexpr int block_k() const { return 16 * row_tiles * pairs; }
 };
 
@@ -44,7 +47,7 @@ struct BwdDqTile {
   int below;
   int row_tiles, row_warps, key_parts, block_k;
 
-  constexpr bool is_for(int compute_capability) const { return compute_capability < below; }
+  constexpr bool is_for(int compute_capability, bool) const { return compute_capability < below; }
   constexpr int block_q() const { return 16 * row_tiles * row_warps; }
 };
 
@@ -67,15 +70,17 @@ template <typename Element, int kTile>
 using BwdDkvTraitsOf = AttentionBwdDkvTraits<Element, kBwdDkvTiles[kTile].head_dim, kBwdDkvTiles[kTile].row_tiles,
                                              kBwdDkvTiles[kTile].pairs, kBwdDkvTiles[kTile].block_q,
                                              kBwdDkvTiles[kTile].kind, kBwdDkvTiles[kTile].shares>;
+template <typename Traits>
+using PackedBwdTraits = PackedTraits<Traits, AttentionBwdArgs>;
 template <typename Element, int kTile>
 using BwdDqTraitsOf = AttentionBwdDqTraits<Element, kBwdDqTiles[kTile].head_dim, kBwdDqTiles[kTile].row_tiles,
                                            kBwdDqTiles[kTile].row_warps, kBwdDqTiles[kTile].key_parts,
                                            kBwdDqTiles[kTile].block_k, kBwdDqTiles[kTile].kind>;
 
-// Shared memory of each tile, in the tables' order.
+// Shared memory of each tile, in the tables' order; of the kernels for packed sequences, which take more.
 template <int... kTile>
 constexpr int bwd_dkv_smem_bytes(int tile, std::integer_sequence<int, kTile...>) {
-  constexpr int kBytes[] = {BwdDkvTraitsOf<half_t, kTile>::kSmemBytes...};
+  constexpr int kBytes[] = {PackedBwdTraits<BwdDkvTraitsOf<half_t, kTile>>::kSmemBytes...};
   return kBytes[tile];
 }
 constexpr int bwd_dkv_smem_bytes(int tile) {
@@ -83,7 +88,7 @@ constexpr int bwd_dkv_smem_bytes(int tile) {
 }
 template <int... kTile>
 constexpr int bwd_dq_smem_bytes(int tile, std::integer_sequence<int, kTile...>) {
-  constexpr int kBytes[] = {BwdDqTraitsOf<half_t, kTile>::kSmemBytes...};
+  constexpr int kBytes[] = {PackedBwdTraits<BwdDqTraitsOf<half_t, kTile>>::kSmemBytes...};
   return kBytes[tile];
 }
 constexpr int bwd_dq_smem_bytes(int tile) {
@@ -98,9 +103,17 @@ const char* launch_bwd_dkv_tile(int tile, const AttentionBwdArgs& args, dim3 gri
   } else {
     if constexpr (kBwdDkvTiles[kTile].head_dim == kHeadDim) {
       using Traits = BwdDkvTraitsOf<Element, kTile>;
+      using Cards = Below<kBwdDkvTiles[kTile].below>;
+      if constexpr (Traits::kShares) {
+        using Packed = PackedBwdTraits<Traits>;
+        if (tile == kTile && is_packed(args.packed)) {
+          return launch_kernel(attention_bwd_dkv_packed_kernel<Packed, Cards>, grid, Packed::kThreads,
+                               Packed::kSmemBytes, stream, args);
+        }
+      }
       if (tile == kTile) {
-        return launch_kernel(attention_bwd_dkv_kernel<Traits, Below<kBwdDkvTiles[kTile].below>>, grid, Traits::kThreads,
-                             Traits::kSmemBytes, stream, args);
+        return launch_kernel(attention_bwd_dkv_kernel<Traits, Cards>, grid, Traits::kThreads, Traits::kSmemBytes,
+                             stream, args);
       }
     }
     return launch_bwd_dkv_tile<Element, kHeadDim, kTile + 1>(tile, args, grid, stream);
@@ -115,9 +128,15 @@ const char* launch_bwd_dq_tile(int tile, const AttentionBwdArgs& args, dim3 grid
   } else {
     if constexpr (kBwdDqTiles[kTile].head_dim == kHeadDim) {
       using Traits = BwdDqTraitsOf<Element, kTile>;
+      using Packed = PackedBwdTraits<Traits>;
+      using Cards = Below<kBwdDqTiles[kTile].below>;
+      if (tile == kTile && is_packed(args.packed)) {
+        return launch_kernel(attention_bwd_dq_packed_kernel<Packed, Cards>, grid, Packed::kThreads, Packed::kSmemBytes,
+                             stream, args);
+      }
       if (tile == kTile) {
-        return launch_kernel(attention_bwd_dq_kernel<Traits, Below<kBwdDqTiles[kTile].below>>, grid, Traits::kThreads,
-                             Traits::kSmemBytes, stream, args);
+        return launch_kernel(attention_bwd_dq_kernel<Traits, Cards>, grid, Traits::kThreads, Traits::kSmemBytes, stream,
+                             args);
       }
     }
     return launch_bwd_dq_tile<Element, kHeadDim, kTile + 1>(tile, args, grid, stream);

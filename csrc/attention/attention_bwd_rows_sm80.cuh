@@ -12,17 +12,31 @@
 
 namespace fastattn {
 
-// (batch * heads, padded_rows) each.
+// (batch * heads, padded_rows) each, or of packed sequences (heads, packed_rows): see packed_statistics_row.
 struct BwdRowStatistics {
   float* lse_log2 = nullptr;
   float* delta = nullptr;
-  int64_t padded_rows = 0;
+  int64_t padded_rows = 0;  // of the longest sequence
+  int64_t packed_rows = 0;
   // Also written, with zeros, where not null: dq_columns floats and a turn counter a warpgroup and 64 rows; see
   // attention_bwd_dq_sum_sm90.cuh.
   float* dq_sum = nullptr;
   int* turns = nullptr;
   int dq_columns = 0;
 };
+
+// Where the rows of (batch, head) lie: in the tensors, and their statistics.
+struct StatisticsRows {
+  IndexRange queries;
+  int64_t first = 0;
+};
+
+FASTATTN_DEVICE StatisticsRows statistics_rows(const AttentionParams& p, const BwdRowStatistics& stats, int64_t batch,
+                                               int64_t head) {
+  if (!is_packed(p)) return {{0, p.seqlen_q}, (batch * p.heads + head) * stats.padded_rows};
+  const IndexRange queries = packed_sequence(p.packed_q, batch, p.seqlen_q);
+  return {queries, head * stats.packed_rows + packed_statistics_row(batch, queries.begin)};
+}
 
 constexpr int kRowStatisticsThreads = 128;
 constexpr int kLanesPerRow = 8;
@@ -49,10 +63,15 @@ __global__ void __launch_bounds__(kRowStatisticsThreads)
   const int64_t batch = batch_head / p.heads, head = batch_head % p.heads;
   const int lane = static_cast<int>(threadIdx.x) % kLanesPerRow;
 
-  const bool exists = row < p.seqlen_q;
+  const StatisticsRows rows = statistics_rows(p, stats, batch, head);
+  const int64_t seqlen_q = rows.queries.end - rows.queries.begin;
+  // Either all rows of a block are past a sequence's padding or none is: nobody is missed in the sum below.
+  if (is_packed(p) && row >= (seqlen_q + kRowPadding - 1) / kRowPadding * kRowPadding) return;
+
+  const bool exists = row < seqlen_q;
   const auto row_of = [&](const AttentionTensor& tensor) {
     return static_cast<const Element*>(tensor.data) + batch * tensor.stride_batch + head * tensor.stride_head +
-           row * tensor.stride_row;
+           (rows.queries.begin + row) * tensor.stride_row;
   };
   // All lanes of a warp meet in the sum, those of rows that do not exist included.
   const float dot = row_dot<Element, kAligned ? 8 : 1>(row_of(p.dout), row_of(p.out),
@@ -63,13 +82,13 @@ __global__ void __launch_bounds__(kRowStatisticsThreads)
   }
   if (lane != 0) return;
   if (stats.turns != nullptr && index % 64 < 2) stats.turns[index / 64 * 2 + index % 64] = 0;
-  const int64_t source = batch_head * p.seqlen_q + row;
+  const int64_t source = lse_offset(p, batch, head) + rows.queries.begin + row, target = rows.first + row;
   const float lse = exists ? static_cast<const float*>(p.lse)[source] : -INFINITY;
   // Not lse > -inf, which would hide a NaN.
   const bool sees_nothing = lse == -INFINITY;
   const float dlse = exists && p.dlse != nullptr ? static_cast<const float*>(p.dlse)[source] : 0.0f;
-  stats.lse_log2[index] = sees_nothing ? INFINITY : lse * kLog2E;
-  stats.delta[index] = sees_nothing ? 0.0f : dot - dlse;
+  stats.lse_log2[target] = sees_nothing ? INFINITY : lse * kLog2E;
+  stats.delta[target] = sees_nothing ? 0.0f : dot - dlse;
 }
 
 constexpr int kSinkWarps = 16;
@@ -83,9 +102,10 @@ __global__ void __launch_bounds__(32 * kWarps)
   const float sink_log2 = static_cast<const float*>(p.sinks)[head] * kLog2E;
   float sum = 0.0f;
   for (int64_t batch = 0; batch < p.batch; ++batch) {
-    const int64_t first = (batch * p.heads + head) * stats.padded_rows;
-    for (int64_t row = threadIdx.x; row < p.seqlen_q; row += 32 * kWarps) {
-      sum -= ex2_approx(sink_log2 - stats.lse_log2[first + row]) * stats.delta[first + row];
+    const StatisticsRows rows = statistics_rows(p, stats, batch, head);
+    const int64_t end = rows.first + rows.queries.end - rows.queries.begin;
+    for (int64_t row = rows.first + threadIdx.x; row < end; row += 32 * kWarps) {
+      sum -= ex2_approx(sink_log2 - stats.lse_log2[row]) * stats.delta[row];
     }
   }
   sum = block_reduce(sum, Sum{}, scratch);

@@ -12,6 +12,7 @@
 
 #include "attention/attention_bwd_scores.cuh"
 #include "attention/attention_mask_tiles.cuh"
+#include "attention/attention_packed.cuh"
 #include "attention/attention_products_sm80.cuh"
 #include "attention/mask.h"
 
@@ -35,7 +36,7 @@ struct BwdParts {
 struct AttentionBwdArgs {
   ScoreArgs scores;
   AttentionTensor q, k, v, dout, dq, dk, dv;
-  // (batch * heads, padded_rows) each: see attention_bwd_rows_sm80.cuh.
+  // See attention_bwd_rows_sm80.cuh; of a dense batch (batch * heads, padded_rows) each.
   const float* lse_log2 = nullptr;
   const float* delta = nullptr;
   int64_t padded_rows = 0;
@@ -45,7 +46,33 @@ struct AttentionBwdArgs {
   int query_tiles = 0, key_tiles = 0;  // of the kernel that owns queries, and of the one that owns keys
   MaskTiles mask_tiles;                // of the kernel's own tiles
   BwdParts parts;
+  PackedSequences packed;
 };
+
+// Statistics of packed sequences are (heads, packed_statistics_rows), in which the sequence that begins at row
+// `first_query` has those from this one on: the first multiple of kRowPadding that leaves the sequences before it room
+// for their own padding.
+FASTATTN_HOST_DEVICE int64_t packed_statistics_row(int64_t batch, int64_t first_query) {
+  return (first_query / kRowPadding + batch) * kRowPadding;
+}
+FASTATTN_HOST_DEVICE int64_t packed_statistics_rows(int64_t batch, int64_t total) {
+  return packed_statistics_row(batch, total) + kRowPadding;
+}
+
+// Makes args those of batch entry `batch` alone.
+FASTATTN_DEVICE void narrow_to_entry(AttentionBwdArgs& args, int batch) {
+  const EntryRows first = narrow_to_entry(args.scores, args.packed, batch);
+  for (AttentionTensor* tensor : {&args.q, &args.dout, &args.dq}) skip_rows(*tensor, first.query);
+  for (AttentionTensor* tensor : {&args.k, &args.v, &args.dk, &args.dv}) skip_rows(*tensor, first.key);
+  args.lse_log2 += packed_statistics_row(batch, first.query);
+  args.delta += packed_statistics_row(batch, first.query);
+}
+
+// Where the statistics of (batch, head) start.
+template <bool kPacked>
+FASTATTN_DEVICE int64_t statistics_offset(const AttentionBwdArgs& args, int batch, int head) {
+  return (kPacked ? head : int64_t{batch} * args.heads + head) * args.padded_rows;
+}
 
 FASTATTN_DEVICE Band band_of(const ScoreArgs& scores) {
   return {scores.seqlen_q, scores.seqlen_k, scores.diagonal, scores.window_left, scores.window_right};
@@ -100,10 +127,10 @@ FASTATTN_DEVICE void make_score_gradients(float (&s)[kColTiles][4], float (&dp)[
 }
 
 // Walks the query tiles that see a block of keys, for one head of the group after another, or `part` of them. Traits:
-// kKind, kBlockQ.
+// kNoMask, kBlockQ.
 template <typename Traits>
 struct QueryTileWalk {
-  static constexpr bool kNoMask = Traits::kKind == ScoreKind::kPlain;
+  static constexpr bool kNoMask = Traits::kNoMask;
   const AttentionBwdArgs& args;
   int batch, key_tile, begin, end, head, end_head;
   MaskTileReader<kNoMask> reader;

@@ -22,6 +22,7 @@ struct AttentionBwdSm90Traits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr ScoreKind kKind = kKind_;
+  static constexpr bool kNoMask = kKind == ScoreKind::kPlain;
   // Of 240 registers two gradients take 64, 96 or 128, S and dP 128 or 64, P and dX, rounded, half as much.
   static constexpr int kBlockK = 128, kBlockQ = kHeadDim == 64 && kKind == ScoreKind::kPlain ? 128 : 64;
   static constexpr int kGroups = 2, kGroupKeys = 64, kStages = 2, kDoutStages = 2;

@@ -23,7 +23,7 @@ struct BwdSm90Tile {
 // Hopper serves tensors that TMA can address; expanded operands, whose rows coincide, are not among them.
 inline BwdSm90Tile choose_bwd_sm90_tile(const AttentionBwdParams& p, const DeviceLaunch& launch) {
   const int64_t head_dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
-  const bool served = launch.compute_capability == 90 && head_dim <= 256 &&
+  const bool served = launch.compute_capability == 90 && head_dim <= 256 && !is_packed(p) &&
                       tma_can_address(p.q, p.batch, p.heads, p.seqlen_q, p.head_dim) &&
                       tma_can_address(p.k, p.batch, p.heads_kv, p.seqlen_k, p.head_dim) &&
                       tma_can_address(p.v, p.batch, p.heads_kv, p.seqlen_k, p.head_dim_v) &&

@@ -34,6 +34,7 @@ struct DkvSumArgs {
   int64_t chunks = 0;  // of eight columns, in one gradient
   int heads_kv = 0, seqlen_k = 0, head_dim = 0, head_dim_v = 0;
   bool dk_is_aligned = false, dv_is_aligned = false;
+  PackedRows packed_k;
 };
 
 constexpr int kDkvSumThreads = 256;
@@ -53,6 +54,12 @@ __global__ void __launch_bounds__(kDkvSumThreads)
   const int row = static_cast<int>(key - int64_t{batch_head} * args.seqlen_k);
   const int cols = (is_dv ? args.head_dim_v : args.head_dim) - col;
   if (cols <= 0) return;
+  int64_t first_key = 0;
+  if (args.packed_k.cu_seqlens != nullptr) {
+    const IndexRange keys = packed_sequence(args.packed_k, batch_head / args.heads_kv, args.seqlen_k);
+    if (row >= keys.end - keys.begin) return;
+    first_key = keys.begin;
+  }
 
   float sums[8] = {};
   for (int part = 0; part < args.parts.count(); ++part) {
@@ -66,7 +73,7 @@ __global__ void __launch_bounds__(kDkvSumThreads)
   for (int i = 0; i < 8; ++i) result[i] = from_float<Element>(sums[i]);
   const AttentionTensor& tensor = is_dv ? args.dv : args.dk;
   Element* dst = head_gmem<Element>(tensor, batch_head / args.heads_kv, batch_head % args.heads_kv) +
-                 row * tensor.stride_row + col;
+                 (first_key + row) * tensor.stride_row + col;
   if (is_dv ? args.dv_is_aligned : args.dk_is_aligned) {
     store_vec(dst, result);
   } else {

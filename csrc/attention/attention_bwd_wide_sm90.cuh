@@ -21,6 +21,7 @@ struct AttentionBwdWideSm90Traits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr ScoreKind kKind = kKind_;
+  static constexpr bool kNoMask = kKind == ScoreKind::kPlain;
   static constexpr int kBlockK = 64, kBlockQ = 64, kColTiles = kBlockQ / 8, kThreads = 384;
   static constexpr int kStages = 2, kDoutStages = kHeadDim <= 192 ? 2 : 1;
   static constexpr bool kEarlyDv = true;  // P is rounded when it is made

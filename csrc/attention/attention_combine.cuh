@@ -20,6 +20,14 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   const int64_t rows = int64_t{args.batch} * args.heads * seqlen_q;
   const int64_t row = int64_t{blockIdx.x} * kCombineWarps + warp;
   if (row >= rows) return;
+  const int64_t batch_head = row / seqlen_q, batch = batch_head / args.heads, head = batch_head % args.heads;
+  int64_t query = row % seqlen_q, lse_row = row;
+  if (is_packed(args.packed)) {
+    const IndexRange queries = packed_sequence(args.packed.q, batch, seqlen_q);
+    query += queries.begin;
+    if (query >= queries.end) return;
+    lse_row = head * args.packed.q.total + query;
+  }
 
   float largest = -INFINITY;
   for (int split = lane; split < args.splits; split += 32) {
@@ -35,12 +43,11 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   }
   sum = warp_reduce(sum, ::fastattn::Sum());
   const float normaliser = sum == 0.0f ? 0.0f : 1.0f / sum;
-  if (lane == 0) args.lse[row] = (reference + lg2_approx(sum)) * kLn2;
+  if (lane == 0) args.lse[lse_row] = (reference + lg2_approx(sum)) * kLn2;
   __syncwarp();
 
-  const int64_t batch_head = row / seqlen_q, batch = batch_head / args.heads, head = batch_head % args.heads;
   Element* out_gmem = static_cast<Element*>(args.out.data) + batch * args.out.stride_batch +
-                      head * args.out.stride_head + row % seqlen_q * args.out.stride_row;
+                      head * args.out.stride_head + query * args.out.stride_row;
   for (int col = 2 * lane; col < args.head_dim_v; col += 64) {
     float2 total = {0.0f, 0.0f};
     for (int split = 0; split < args.splits; ++split) {

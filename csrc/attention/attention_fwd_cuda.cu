@@ -85,9 +85,10 @@ int choose_tile(const AttentionParams& p, const DeviceLaunch& launch) {
   for (int i = 0; i < kFwdTileCount; ++i) {
     const FwdTile& tile = kFwdTiles[i];
     if (tile.head_dim < head_dim || tile.kind < kind || (needs_small && tile.kind == ScoreKind::kPlain)) continue;
-    if (!tile.is_for(launch.compute_capability)) continue;
+    if (!tile.is_for(launch.compute_capability) || (is_packed(p) && !tile.packed)) continue;
     if (tile.large_smem && launch.shared_bytes_per_block < kLargeSmem) continue;
-    if (static_cast<size_t>(tile.smem_bytes()) > launch.shared_bytes_per_block) continue;
+    const int smem_bytes = is_packed(p) ? tile.packed_smem_bytes() : tile.smem_bytes();
+    if (static_cast<size_t>(smem_bytes) > launch.shared_bytes_per_block) continue;
     return i;
   }
   return -1;
@@ -130,10 +131,11 @@ int heads_packed_sm90(const AttentionParams& p) {
   return is_plain && is_power_of_two && group <= 64 && pays ? static_cast<int>(group) : 1;
 }
 
-// The Hopper kernel takes what its tensor maps can describe and what fills the card without split keys.
+// The Hopper kernel takes what its tensor maps can describe, which end with the tensor and not with a packed sequence,
+// and what fills the card without split keys.
 int choose_sm90_tile(const AttentionParams& p, const DeviceLaunch& launch, int64_t group) {
   const int64_t rows = p.seqlen_q * group;
-  if (launch.compute_capability != 90 || rows <= 64 || is_cached(p)) return -1;
+  if (launch.compute_capability != 90 || rows <= 64 || is_cached(p) || is_packed(p)) return -1;
   if (!tma_can_address(p.q, p.batch, p.heads, p.seqlen_q, p.head_dim) ||
       !tma_can_address(p.k, p.batch, p.heads_kv, p.seqlen_k, p.head_dim) ||
       !tma_can_address(p.v, p.batch, p.heads_kv, p.seqlen_k, p.head_dim_v) ||
@@ -242,6 +244,7 @@ const char* attention_fwd_cuda(const AttentionParams& p, const DeviceLaunch& lau
   args.q = p.q, args.k = p.k, args.v = p.v, args.out = p.out;
   args.lse = static_cast<float*>(p.lse);
   args.sinks = static_cast<const float*>(p.sinks);
+  args.packed = packed_sequences(p);
   args.batch = static_cast<int>(p.batch), args.heads = static_cast<int>(p.heads);
   args.heads_kv = static_cast<int>(p.heads_kv);
   args.head_dim = static_cast<int>(p.head_dim), args.head_dim_v = static_cast<int>(p.head_dim_v);
@@ -259,6 +262,7 @@ const char* attention_fwd_cuda(const AttentionParams& p, const DeviceLaunch& lau
   args.cache = p.cache;
   args.mask_tiles = mask_tiles(plan.mask_tiles, p, mask_states);
   if (const char* error = launch_mask_tiles(plan.mask_tiles, args.scores, mask_states, stream)) return error;
+  if (const char* error = clear_forward_gaps(p, stream)) return error;
   if (plan.sm90_tile >= 0) {
     return p.dtype == DType::kFloat16 ? launch_fwd_hopper<half_t>(plan, args, launch)
                                       : launch_fwd_hopper<bfloat16_t>(plan, args, launch);

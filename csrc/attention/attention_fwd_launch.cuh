@@ -17,11 +17,13 @@ struct FwdTile {
   // ... 160 KiB of shared memory a multiprocessor (8.0, 8.7, 9.0, 10.x), where this is true.
   bool large_smem;
   int row_tiles, warps, block_k;
+  bool packed = true;  // serves packed sequences, whose lengths and addresses two tiles have no registers left for
 
   constexpr bool is_for(int compute_capability) const { return compute_capability < below; }
   constexpr int block_q() const { return 16 * row_tiles * warps; }
   // 128 bytes a row and panel of 64 columns.
   constexpr int smem_bytes() const { return (block_q() + 2 * block_k) * ((head_dim + 63) / 64) * 128; }
+  constexpr int packed_smem_bytes() const { return smem_bytes() + static_cast<int>(sizeof(AttentionFwdArgs)); }
 };
 
 // The first tile that fits is taken. Two row tiles a warp halve the reads of shared memory for each product, and two
@@ -31,12 +33,12 @@ struct FwdTile {
 // clang-format off
 constexpr FwdTile kFwdTiles[] = {
     {32, ScoreKind::kPlain, 120, false, 2, 4, 128},            // 128 x 128, 48 KiB
-    {64, ScoreKind::kPlain, 86, false, 2, 4, 128},             // 128 x 128, 48 KiB
+    {64, ScoreKind::kPlain, 86, false, 2, 4, 128, false},      // 128 x 128, 48 KiB
     {64, ScoreKind::kPlain, kAnyCapability, false, 2, 4, 64},  // 128 x 64, 32 KiB
     {64, ScoreKind::kMask, kAnyCapability, false, 1, 4, 64},   // 64 x 64, 24 KiB
     {64, ScoreKind::kEverything, kAnyCapability, false, 1, 4, 64},
     {96, ScoreKind::kPlain, 100, true, 2, 4, 64},              // 128 x 64, 64 KiB
-    {128, ScoreKind::kPlain, 86, true, 2, 4, 64},              // 128 x 64, 64 KiB
+    {128, ScoreKind::kPlain, 86, true, 2, 4, 64, false},       // 128 x 64, 64 KiB
     {128, ScoreKind::kPlain, kAnyCapability, false, 2, 4, 32}, // 128 x 32, 48 KiB
     {128, ScoreKind::kMask, kAnyCapability, false, 1, 4, 64},  // 64 x 64, 48 KiB
     {128, ScoreKind::kEverything, kAnyCapability, false, 1, 4, 64},
@@ -61,9 +63,18 @@ const char* launch_fwd_tile(int tile, const AttentionFwdArgs& args, dim3 grid, c
     if constexpr (kFwdTiles[kTile].head_dim == kHeadDim) {
       using Traits = FwdTraitsOf<Element, kTile>;
       static_assert(Traits::kSmemBytes == kFwdTiles[kTile].smem_bytes());
+      using Cards = Below<kFwdTiles[kTile].below>;
+      if constexpr (kFwdTiles[kTile].packed) {
+        using Packed = PackedTraits<Traits, AttentionFwdArgs>;
+        static_assert(Packed::kSmemBytes == kFwdTiles[kTile].packed_smem_bytes());
+        if (tile == kTile && is_packed(args.packed)) {
+          return launch_kernel(attention_fwd_packed_kernel<Packed, Cards>, grid, Packed::kThreads, Packed::kSmemBytes,
+                               stream, args);
+        }
+      }
       if (tile == kTile) {
-        return launch_kernel(attention_fwd_kernel<Traits, Below<kFwdTiles[kTile].below>>, grid, Traits::kThreads,
-                             Traits::kSmemBytes, stream, args);
+        return launch_kernel(attention_fwd_kernel<Traits, Cards>, grid, Traits::kThreads, Traits::kSmemBytes, stream,
+                             args);
       }
     }
     return launch_fwd_tile<Element, kHeadDim, kTile + 1>(tile, args, grid, stream);

@@ -9,6 +9,7 @@
 
 #include "attention/attention_fwd_order.cuh"
 #include "attention/attention_mask_tiles.cuh"
+#include "attention/attention_packed.cuh"
 #include "attention/attention_products_sm80.cuh"
 #include "attention/kv_cache.h"
 #include "attention/mask.h"
@@ -21,7 +22,7 @@ struct AttentionFwdTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_, kRowTiles = kRowTiles_, kWarps = kWarps_, kBlockK = kBlockK_;
   static constexpr ScoreKind kKind = kKind_;
-  static constexpr bool kCached = false;
+  static constexpr bool kCached = false, kPacked = false, kNoMask = kKind == ScoreKind::kPlain;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kBlockQ = 16 * kRowTiles * kWarps;
   using TileQ = SharedTile<kBlockQ, kHeadDim>;  // later the output's
@@ -55,7 +56,18 @@ struct AttentionFwdArgs {
   int partial_stride = 0;
   MaskTiles mask_tiles;
   KvCache cache;
+  PackedSequences packed;
 };
+
+// Makes args those of batch entry `batch` alone.
+FASTATTN_DEVICE void narrow_to_entry(AttentionFwdArgs& args, int batch) {
+  const EntryRows first = narrow_to_entry(args.scores, args.packed, batch);
+  skip_rows(args.q, first.query);
+  skip_rows(args.out, first.query);
+  skip_rows(args.k, first.key);
+  skip_rows(args.v, first.key);
+  args.lse += first.query;
+}
 
 // Key tiles [begin, end) to visit, and those of them [full_begin, full_end) that the band does not cut.
 struct KeyTiles {
@@ -73,11 +85,11 @@ FASTATTN_DEVICE KeyTiles key_tiles(const ScoreArgs& scores, IndexRange queries) 
 
 // Of them, the part of one of the blocks that share them.
 template <int kBlockK>
-FASTATTN_DEVICE KeyTiles key_tiles(const AttentionFwdArgs& args, IndexRange queries, int split) {
-  KeyTiles tiles = key_tiles<kBlockK>(args.scores, queries);
+FASTATTN_DEVICE KeyTiles key_tiles(const ScoreArgs& scores, IndexRange queries, int split, int splits) {
+  KeyTiles tiles = key_tiles<kBlockK>(scores, queries);
   const int count = tiles.end - tiles.begin;
-  tiles.end = tiles.begin + static_cast<int>(int64_t{count} * (split + 1) / args.splits);
-  tiles.begin += static_cast<int>(int64_t{count} * split / args.splits);
+  tiles.end = tiles.begin + static_cast<int>(int64_t{count} * (split + 1) / splits);
+  tiles.begin += static_cast<int>(int64_t{count} * split / splits);
   return tiles;
 }
 
@@ -135,11 +147,11 @@ FASTATTN_DEVICE void modify_scores(float (&s)[kRowTiles][kColTiles][4], const Sc
 // that store_accumulators asks, which cost the largest tiles registers that they do not have.
 template <typename Traits>
 FASTATTN_DEVICE void store_out(const float (&o)[Traits::kRowTiles][Traits::kHeadDim / 8][4],
-                               typename Traits::TileQ tile, uint8_t* tile_smem, const AttentionFwdArgs& args, int batch,
-                               const QueryRows& tile_rows, int warp_row, int rows) {
+                               typename Traits::TileQ tile, uint8_t* tile_smem, const AttentionFwdArgs& args, void* out,
+                               int batch, const QueryRows& tile_rows, int warp_row, int rows) {
   using Element = typename Traits::Element;
   stage_accumulators<Element>(o, 1.0f, tile, tile_smem, warp_row);
-  Element* out_gmem = static_cast<Element*>(args.out.data) + batch * args.out.stride_batch;
+  Element* out_gmem = static_cast<Element*>(out) + batch * args.out.stride_batch;
   constexpr int kChunks = Traits::kHeadDim / 8;
   for (int i = static_cast<int>(threadIdx.x) % 32; i < 16 * Traits::kRowTiles * kChunks; i += 32) {
     const int row = warp_row + i / kChunks, col = i % kChunks * 8;
@@ -164,10 +176,10 @@ FASTATTN_DEVICE void store_partial_row(const float (&o)[kColTiles][4], int half,
 
 // Normalises o and writes lse; of a part of the keys, its lse and o for combine_splits_kernel. `lane` is handed in
 // because reading threadIdx again made the largest tiles spill.
-template <int kRowTiles, int kColTiles>
+template <bool kPacked, int kRowTiles, int kColTiles>
 FASTATTN_DEVICE void finish_rows(float (&o)[kRowTiles][kColTiles][4], const OnlineSoftmax<kRowTiles>& softmax,
-                                 const AttentionFwdArgs& args, const FwdWork& work, const QueryRows& rows, int end_row,
-                                 int lane) {
+                                 const AttentionFwdArgs& args, float* lse, const FwdWork& work, const QueryRows& rows,
+                                 int end_row, int lane) {
   const int seqlen_q = args.scores.seqlen_q;
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
@@ -191,7 +203,8 @@ FASTATTN_DEVICE void finish_rows(float (&o)[kRowTiles][kColTiles][4], const Onli
         if (first_lane) args.partial_lse[partial_row] = lse_log2;
         store_partial_row(o[m], half, args, partial_row);
       } else if (first_lane) {
-        args.lse[result_row] = lse_log2 * kLn2;
+        const int64_t packed_row = rows.head_of(row) * args.packed.q.total + rows.query_of(row);
+        lse[kPacked ? packed_row : result_row] = lse_log2 * kLn2;
       }
     }
   }
@@ -199,8 +212,10 @@ FASTATTN_DEVICE void finish_rows(float (&o)[kRowTiles][kColTiles][4], const Onli
 
 // ---- the kernel
 
+// `own`: args as they are for the batch entry that the block works on. In a dense batch they are the same object.
 template <typename Traits>
-FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args, const FwdWork& work) {
+FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args, const AttentionFwdArgs& own,
+                                         const FwdWork& work) {
   using Element = typename Traits::Element;
   constexpr int kRowTiles = Traits::kRowTiles, kBlockK = Traits::kBlockK, kBlockQ = Traits::kBlockQ;
   constexpr bool kPlain = Traits::kKind == ScoreKind::kPlain, kEverything = Traits::kKind == ScoreKind::kEverything;
@@ -210,7 +225,7 @@ FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args, const Fwd
   const typename Traits::TileK v_tile{k_tile.address + Traits::TileK::kBytes};
 
   // ---- what this block does
-  const ScoreArgs& scores = args.scores;
+  const ScoreArgs& scores = own.scores;
   const int batch = work.batch, lane = static_cast<int>(threadIdx.x) % 32;
   // Packing is for short sequences, which the plain tiles are too large for but of caches; a constant spares them the
   // divisions.
@@ -222,14 +237,15 @@ FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args, const Fwd
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16 * kRowTiles;
   const QueryRows lane_rows = {first_row + warp_row + lane / 4, tile_rows.head, group};
   const IndexRange queries = {tile_rows.query_of(first_row), tile_rows.query_of(first_row + rows - 1) + 1};
-  const KeyTiles tiles = key_tiles<kBlockK>(args, queries, work.split);
+  const KeyTiles tiles = key_tiles<kBlockK>(scores, queries, work.split, args.splits);
 
-  const Element* q_gmem = static_cast<const Element*>(args.q.data) + batch * args.q.stride_batch;
-  const int entry = Traits::kCached ? 0 : batch;
+  // Packed sequences share one entry of the tensors, and a cache's table knows its own.
+  const int query_entry = Traits::kPacked ? 0 : batch, entry = Traits::kPacked || Traits::kCached ? 0 : batch;
+  const Element* q_gmem = static_cast<const Element*>(own.q.data) + query_entry * args.q.stride_batch;
   const Element* k_gmem =
-      static_cast<const Element*>(args.k.data) + entry * args.k.stride_batch + head_kv * args.k.stride_head;
+      static_cast<const Element*>(own.k.data) + entry * args.k.stride_batch + head_kv * args.k.stride_head;
   const Element* v_gmem =
-      static_cast<const Element*>(args.v.data) + entry * args.v.stride_batch + head_kv * args.v.stride_head;
+      static_cast<const Element*>(own.v.data) + entry * args.v.stride_batch + head_kv * args.v.stride_head;
   const auto load_keys = [&](auto dst, const Element* gmem, const AttentionTensor& tensor, int tile, int cols) {
     const int key = tile * kBlockK, rows = scores.seqlen_k - key;
     if constexpr (Traits::kCached) {
@@ -247,7 +263,7 @@ FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args, const Fwd
            tile_rows.query_of(first_row + row) * args.q.stride_row;
   });
   cp_async_commit_group();
-  MaskTileReader<kPlain> visible(args.mask_tiles, batch, work.tile_head, work.row_tile, tiles.end);
+  MaskTileReader<Traits::kNoMask> visible(args.mask_tiles, batch, work.tile_head, work.row_tile, tiles.end);
   int tile = visible.next(tiles.begin);
   if (tile < tiles.end) load_k(tile);
 
@@ -264,7 +280,9 @@ FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args, const Fwd
     }
   }
   DropoutState dropout;
-  if (kEverything && !Traits::kCached && scores.dropout_threshold > 0) dropout = load_dropout_state(scores.rng_state);
+  if (kEverything && !Traits::kCached && args.scores.dropout_threshold > 0) {
+    dropout = load_dropout_state(args.scores.rng_state);
+  }
   const FragmentLoader<Fragment::kA, typename Traits::TileQ> q_fragments(q_tile, warp_row);
   const FragmentLoader<Fragment::kB, typename Traits::TileK> k_fragments(k_tile);
   float o[kRowTiles][Traits::kHeadDim / 8][4] = {};
@@ -280,21 +298,21 @@ FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args, const Fwd
     for_each_score(s, [](float& x, int, int, int, int) { x = 0.0f; });
     multiply_tiles<Element, Traits::kHeadDim>(s, q_fragments, k_fragments);
     const bool cut = tile < tiles.full_begin || tile >= tiles.full_end;
-    modify_scores<Traits::kKind>(s, scores, lane_rows, batch, col0, masked, cut);
+    modify_scores<Traits::kKind>(s, tile_scores<Traits>(args.scores, scores), lane_rows, batch, col0, masked, cut);
 
     cp_async_wait_group<0>();
     __syncthreads();  // v is there for everyone, and everyone has done with this k
     tile = visible.next(tile + 1);
     if (tile < tiles.end) load_k(tile);
 
-    const float factor = kPlain ? scores.scale_log2 : 1.0f;
+    const float factor = kPlain ? args.scores.scale_log2 : 1.0f;
     float correction[kRowTiles][2];
     if (softmax.raise(s, factor, correction)) {
       for_each_score(o, [&](float& x, int m, int half, int, int) { x *= correction[m][half]; });
     }
     softmax.exponentiate(s, factor);
     if constexpr (kEverything && !Traits::kCached) {
-      if (scores.dropout_threshold > 0) drop_probabilities(s, scores, dropout, lane_rows, batch, col0);
+      if (args.scores.dropout_threshold > 0) drop_probabilities(s, args.scores, dropout, lane_rows, batch, col0);
     }
     // Constructed here, since one register less across the loop decides whether the large tiles spill.
     const FragmentLoader<Fragment::kBTransposed, typename Traits::TileK> v_fragments(v_tile);
@@ -303,16 +321,31 @@ FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args, const Fwd
   cp_async_wait_group<0>();
   __syncthreads();  // where no key was visible, q has arrived only now; its tile becomes the output's
 
-  finish_rows(o, softmax, args, work, lane_rows, first_row + rows, lane);
-  if (args.splits == 1) store_out<Traits>(o, q_tile, smem, args, work.batch, tile_rows, warp_row, rows);
+  finish_rows<Traits::kPacked>(o, softmax, args, own.lse, work, lane_rows, first_row + rows, lane);
+  if (args.splits == 1) store_out<Traits>(o, q_tile, smem, args, own.out.data, query_entry, tile_rows, warp_row, rows);
 }
 
 template <typename Traits, typename Cards>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     attention_fwd_kernel(const __grid_constant__ AttentionFwdArgs args) {
   if constexpr (Cards::kHasCode) {
-    attention_fwd_block<Traits>(args,
-                                args.order.work(static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), false));
+    const FwdWork work = args.order.work(static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), false);
+    attention_fwd_block<Traits>(args, args, work);
+  } else {
+    never_launched();
+  }
+}
+
+// Traits: PackedTraits.
+template <typename Traits, typename Cards>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    attention_fwd_packed_kernel(const __grid_constant__ AttentionFwdArgs args) {
+  if constexpr (Cards::kHasCode) {
+    FASTATTN_DYNAMIC_SMEM(smem);
+    const FwdWork work = args.order.work(static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), false);
+    const AttentionFwdArgs& own = share_entry(smem + Traits::kArgsAt, args, work.batch);
+    if (work.row_tile * Traits::kBlockQ >= own.scores.seqlen_q * args.group) return;  // not the longest sequence
+    attention_fwd_block<Traits>(args, own, work);
   } else {
     never_launched();
   }
@@ -325,7 +358,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const FwdWork work = args.order.work(static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), false);
   AttentionFwdArgs own = args;
   narrow_to_cached(own, work.batch);
-  attention_fwd_block<Traits>(own, work);
+  attention_fwd_block<Traits>(own, own, work);
 }
 
 }  // namespace fastattn

@@ -255,7 +255,8 @@ def with_diagonals(call: AttentionCall, visible: Tensor, diagonal: Tensor) -> At
 
 # --- The table -------------------------------------------------------------------------------------------------------
 
-_CUDA, _TRITON, _CPU, _EAGER, _EMULATED = kernels_around(_run_padded)
+_, _TRITON, _, _EAGER, _ = kernels_around(_run_padded)
+_CUDA, _EMULATED = dispatch.cuda_kernels(compiled.refuses_cuda, compiled.run_varlen)
 dispatch.register(
     "varlen_attention",
     _CUDA,

@@ -1,0 +1,54 @@
+"""Packed sequences in the CUDA kernels: their tiles, shared work and schedules, in the emulator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulated import MODES, Mode
+from test_varlen_attention import OPTIONS, check, of_head_dim
+
+import fastattn
+
+pytestmark = pytest.mark.skipif(
+    fastattn.available_backends()["emulated"] is not None, reason=str(fastattn.available_backends()["emulated"])
+)
+
+
+@pytest.fixture(autouse=True)
+def plain_mode_afterwards():
+    yield
+    Mode().apply()
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("options", ["plain", "softcap_scale"])
+def test_every_tile(options, head_dim):
+    # 70 queries take the large tiles where scores are plain, and two of the small ones.
+    lengths_q, lengths_k = (70, 3), (20, 66)
+    operands = of_head_dim(head_dim, lengths_q, lengths_k, torch.float16)
+    check(operands, lengths_q, lengths_k, "emulated", **OPTIONS[options])
+
+
+@pytest.mark.parametrize("card", [86, 90, 120])
+def test_other_cards_take_other_tiles(card):
+    # Hopper's own kernels see tensors, not sequences.
+    Mode().apply(compute_capability=card, multiprocessors=2)
+    lengths = (200, 0, 130)
+    check(of_head_dim(64, lengths, lengths, torch.float16), lengths, lengths, "emulated", is_causal=True)
+
+
+@pytest.mark.parametrize("options", ["plain", "window"])
+def test_many_queries_for_few_keys(options):
+    # Blocks share the queries of a block of keys, and leave sums where each sequence has room for the longest.
+    lengths_q, lengths_k = (700, 0, 3, 150), (40, 9, 0, 17)
+    operands = of_head_dim(16, lengths_q, lengths_k, torch.bfloat16)
+    check(operands, lengths_q, lengths_k, "emulated", **OPTIONS[options])
+
+
+@pytest.mark.parametrize("mode", MODES[1:], ids=str)
+def test_under_harsh_schedules(mode):
+    # A block's own arguments are there before anyone reads them.
+    mode.apply()
+    lengths_q, lengths_k = (70, 0, 9), (30, 5, 140)
+    operands = of_head_dim(32, lengths_q, lengths_k, torch.float16)
+    check(operands, lengths_q, lengths_k, "emulated", **OPTIONS["sinks"])
