@@ -12,7 +12,7 @@ Environment variables, all optional:
   CUDA_HOME, CUDA_PATH  where the CUDA toolkit is, if its nvcc is not the one on PATH
   TORCH_CUDA_ARCH_LIST  what nvcc compiles for, as in "8.0;9.0a;8.0+PTX"; default: the GPUs of this machine, or without
                         one 8.0, 9.0a and PTX. 9.0 means 9.0a, whose instructions the kernels for Hopper use.
-  FASTATTN_CUDA         "emulated" leaves nvcc alone, "auto" is the default
+  FASTATTN_CUDA         "emulated" leaves nvcc alone, "nvcc" builds nothing without it, "auto" is the default
 """
 
 from __future__ import annotations
@@ -116,6 +116,12 @@ def compiles_with(flags: list[str]) -> bool:
         return False
 
 
+def failed_commands(log: Path, most_lines: int = 200) -> str:
+    """What ninja says of the commands that failed; GCC's warnings about its own headers can fill megabytes."""
+    parts = re.findall(r"^FAILED:.*?(?=^\[\d+/\d+\]|\Z)", log.read_text(errors="replace"), re.M | re.S)
+    return "\n".join("".join(parts).splitlines()[:most_lines])
+
+
 def first_error(log: Path) -> str:
     """The line of a build's messages that says most about why it failed."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
@@ -149,8 +155,8 @@ def find_nvcc() -> str | None:
 
 def find_cuda(torch) -> Cuda:
     wanted = os.environ.get("FASTATTN_CUDA", "auto")
-    if wanted not in ("auto", "emulated"):
-        raise BuildFailure(f"FASTATTN_CUDA must be 'auto' or 'emulated', got {wanted!r}")
+    if wanted not in ("auto", "emulated", "nvcc"):
+        raise BuildFailure(f"FASTATTN_CUDA must be 'auto', 'emulated' or 'nvcc', got {wanted!r}")
     if wanted == "emulated":
         raise NoCuda("FASTATTN_CUDA=emulated was set")
     if torch.version.cuda is None:
@@ -346,6 +352,8 @@ class NinjaBuild(build_ext):
                 raise NoCuda(f"the build with nvcc failed ({first_error(log)}); its messages are in {log}")
         except NoCuda as failure:
             reason = str(failure)
+            if os.environ.get("FASTATTN_CUDA") == "nvcc":
+                raise BuildFailure(reason) from None
             log = self.run_ninja(output, torch, None)
             if log is not None:
                 failure = f"the C++ compiler failed ({first_error(log)}); its messages are in {log}"
@@ -365,7 +373,7 @@ class NinjaBuild(build_ext):
             run = subprocess.run([ninja, "-C", str(build_dir)], stdout=file, stderr=subprocess.STDOUT)
         if run.returncode == 0:
             return None
-        print(log.read_text(), file=sys.stderr)
+        print(failed_commands(log), file=sys.stderr)
         return log
 
     def get_outputs(self) -> list[str]:

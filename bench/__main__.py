@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -33,7 +34,7 @@ from bench import (
 )
 from bench.case import Case
 from bench.gpu_timing import Gpu
-from bench.run import OK, Effort, Row, run_case
+from bench.run import FAILED, OK, Effort, Row, run_case
 from bench.table import microseconds, print_report
 from bench.timing import ForeignLoad
 
@@ -68,11 +69,19 @@ def select_cases(
 
 
 def run_cases(
-    cases: list[Case], backend: str, effort: Effort, aim_s: float, console: Console, gpu: Gpu | None = None
+    cases: list[Case],
+    backend: str,
+    effort: Effort,
+    aim_s: float,
+    console: Console,
+    gpu: Gpu | None = None,
+    keep: Callable[[report.Run], None] = lambda run: None,
 ) -> report.Run:
     """Runs ``cases`` in turn with a progress bar (a line a case where the output is no terminal).
 
     Where a busy machine would take it past ``aim_s`` in all, rows are measured more shortly and not repeated.
+    ``keep`` gets the run before each case, with a row that says that the case ended it: so it will look if it does.
+    Ends where a case has lost the device.
     """
     start, load = time.perf_counter(), ForeignLoad()
     gpu_peers.compile_until(start + aim_s / 2)
@@ -86,10 +95,15 @@ def run_cases(
         for case in cases:
             progress.update(task, description=f"{case.op} {case.shape}"[: max(10, console.width - 52)])
             share = (aim_s - (time.perf_counter() - start)) / (len(cases) - len(rows))
+            fatal = Row.of(case, backend, FAILED, "the process ended in this row")
+            finished = [row.under(roofs) for row in (*rows, fatal)]
+            keep(report.Run(here, roofs, finished, time.perf_counter() - start, None))
             rows.append(run_case(case, backend, effort.within(share), gpu))
             progress.advance(task)
             if not console.is_terminal:
                 console.print(f"{len(rows)}/{len(cases)}  {case.name}  {_outcome(rows[-1])}", highlight=False)
+            if gpu is not None and rows[-1].status == FAILED and gpu.is_lost():
+                return report.Run(here, roofs, [row.under(roofs) for row in rows], time.perf_counter() - start, None)
     # Measured before and after: others may have slowed the machine at one of the two times.
     roofs = roofs.best_of(_measure_peaks(here, gpu))
     if gpu is not None:
@@ -136,10 +150,11 @@ def main(
     out: Annotated[Path, typer.Option(help="folder for JSON, CSV, page and plot", show_default="bench/out")] = HERE
     / "out",
     save: Annotated[bool, typer.Option("--save", help="write to bench/results/<device> instead")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="only rows that results.json in --out lacks")] = False,
 ) -> None:
     """Checks every answer against float64, times it beside the strongest form of PyTorch, and reports.
 
-    Exits with 1 if an answer is wrong, 2 if nothing can run.
+    Exits with 1 if an answer is wrong, 2 if nothing can run, 3 if a row has lost the GPU: --resume goes on after it.
     """
     console = Console(width=None if sys.stdout.isatty() else 100)
     name = backend.value if backend else device.value
@@ -153,14 +168,26 @@ def main(
     if not cases:
         console.print("[bold red]no case fits these options[/]")
         raise typer.Exit(2)
+    results = out / "results.json"
+    earlier = report.read_json(results).rows if resume and results.exists() else []
+    known = {(row.op, row.shape, row.dtype) for row in earlier}
+    cases = [case for case in cases if (case.op, case.shape, case.dtype) not in known]
+
+    def keep(run: report.Run) -> None:
+        if not save:
+            out.mkdir(parents=True, exist_ok=True)
+            report.write_json(replace(run, rows=[*earlier, *run.rows]), results)
+
     torch.set_num_threads(threads or torch.get_num_threads())
     effort, aim_s = (QUICK, QUICK_RUN_S) if quick else (Effort(), FULL_RUN_S)
-    run = run_cases(cases, name, effort, aim_s, console, Gpu() if device is Device.cuda else None)
+    gpu = Gpu() if device is Device.cuda else None
+    run = run_cases(cases, name, effort, aim_s, console, gpu, keep)
+    run = replace(run, rows=[*earlier, *run.rows])
     print_report(run, console)
     folder = HERE / "results" / run.machine.slug if save else out
     write_report(run, folder)
     console.print(f"[dim]results.json, results.csv, index.html and speedup.png are in[/] {folder}", highlight=False)
-    raise typer.Exit(1 if run.failed else 0)
+    raise typer.Exit(3 if gpu is not None and gpu.is_lost() else 1 if run.failed else 0)
 
 
 if __name__ == "__main__":

@@ -1,86 +1,85 @@
-"""``python -m bench.gpu [--rehearse]`` (``make gpu``): builds for the GPU at hand, tests on it, benchmarks, in one go.
+"""``python -m bench.gpu [--rehearse] [--only STAGE ...]`` (``make gpu``): builds for the GPU at hand, tests on it,
+benchmarks, in one go.
 
-For a machine that has torch with CUDA, nvcc and a GPU, and may have no network: it uses this Python as it is. Every
-stage has a time limit, a later stage runs although an earlier one failed (but for the build), and everything is left in
-one folder: log.txt, tests.xml, summary.json, and for each backend the benchmarks' results.json, results.csv and page.
-``--rehearse`` goes through the same on the emulator and the CPU.
+For a machine that has torch with CUDA, nvcc and a GPU, and may have no network: it uses this Python as it is. Nothing
+that goes wrong ends it but a failed build: every stage has a time limit, a test process that a kernel hangs or whose
+device is lost is replaced, a benchmark goes on after the row that ended it. Everything is left in one folder:
+summary.txt, summary.json, log.txt, the tests' reports, and for each backend the benchmarks' results.json, results.csv
+and page. ``--only`` runs some stages; with the same ``--out`` the summary keeps those of earlier runs. ``--rehearse``
+goes through the same on the emulator and the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import os
 import re
 import subprocess
 import sys
-import time
-from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-# Those that put their tensors on the device of the backend they test.
-DEVICE_TESTS = ("tests/test_ptx.py", "tests/test_layer_norm_cuda.py", "tests/test_int8_matmul_kernels.py",
-                "tests/test_attention.py", "tests/test_attention_triton.py", "tests/test_layer_norm_triton.py",
-                "tests/test_int8_matmul_triton.py", "tests/test_philox_triton.py",
-                "tests/test_triton_bounds.py")  # fmt: skip
-BUILD_S, TESTS_S, BENCH_S = 300, 240, 150
+from bench import gpu_summary
+from bench.gpu_stages import ROOT, Stage, missing
+
+# Those that put their tensors on the device of the backend they test, the narrowest first.
+DEVICE_TESTS = (
+    "tests/test_ptx.py", "tests/test_ptx_cluster.py", "tests/test_layer_norm_cuda.py",
+    "tests/test_layer_norm_cluster.py", "tests/test_int8_matmul_kernels.py", "tests/test_cuda_inputs.py",
+    "tests/test_attention.py", "tests/test_layer_norm.py", "tests/test_int8_matmul.py",
+    "tests/test_varlen_attention.py", "tests/test_attention_with_kv_cache.py", "tests/test_attention_semantics.py",
+    "tests/test_layer_norm_interface.py", "tests/test_cuda_graphs.py", "tests/test_gpt.py",
+    "tests/test_transformer.py", "tests/test_training.py",
+)  # fmt: skip
+TRITON_TESTS = (
+    "tests/test_philox_triton.py", "tests/test_layer_norm_triton.py", "tests/test_int8_matmul_triton.py",
+    "tests/test_attention_triton.py", "tests/test_attention_triton_masks.py", "tests/test_triton_bounds.py",
+)  # fmt: skip
+# By the names of files and tests: those of kernels' own files, and in the others those of one backend.
+SELECTIONS = {
+    "cuda": "(cuda or ptx or cluster or int8_matmul_kernels) and not triton and not cpu",
+    "triton": "triton and not cpu and not aot",
+}
+REHEARSED = "(test_matches_eager and none) or integer_intrinsics or names_what_is_wrong"
+BUILD_S, CUDA_TESTS_S, TRITON_TESTS_S, BENCH_S = 300, 120, 160, 125
+# One test, compiling included, and one row of a benchmark; a kernel that hangs takes no more.
+TEST_S, ROW_S = 60, 50
 
 
-@dataclass
-class Stage:
-    name: str
-    command: list[str]
-    limit_s: float
-    seconds: float = 0.0
-    outcome: str = "not run"
-    last_line: str = ""
+def test_stage(folder: Path, name: str, files: tuple[str, ...], selection: str, limit_s: float, workers: int) -> Stage:
+    command = [sys.executable, "-m", "pytest", *files, "-p", "no:cacheprovider", "-k", selection, "-q", "-rs",
+               "--continue-on-collection-errors", f"--junit-xml={folder / f'tests_{name}.xml'}"]  # fmt: skip
+    if missing("xdist") is None:
+        # Each process holds a context on the GPU; one that has lost it leaves, and another takes its place.
+        command += ["-n", str(workers), "--dist", "worksteal"]
+    if missing("pytest_timeout") is None:
+        # A signal would not reach Python while it waits for the device.
+        command += [f"--timeout={TEST_S}", "--timeout-method=thread"]
+    return Stage(f"tests {name}", command, limit_s, needs=("pytest",), grace_s=15)
 
-    def run(self, log: Path, environment: dict[str, str]) -> bool:
-        """Runs the command, its output in ``log`` and on the terminal; True if it succeeded within its time."""
-        print(f"== {self.name}: {' '.join(self.command)}", flush=True)
-        start = time.perf_counter()
-        with log.open("a") as file:
-            file.write(f"== {self.name}: {' '.join(self.command)}\n")
-            file.flush()
-            at = file.tell()
-            try:
-                run = subprocess.run(self.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
-                                     timeout=self.limit_s)  # fmt: skip
-                self.outcome = "ok" if run.returncode == 0 else f"failed ({run.returncode})"
-            except subprocess.TimeoutExpired:
-                self.outcome = f"stopped after {self.limit_s:.0f} s"
-        self.seconds = time.perf_counter() - start
-        output = log.read_text(errors="replace")[at:].rstrip()
-        self.last_line = output.splitlines()[-1] if output else ""
-        print(f"{output[-4000:]}\n== {self.name}: {self.outcome}, {self.seconds:.0f} s\n", flush=True)
-        return self.outcome == "ok"
+
+def bench_stage(folder: Path, name: str, *arguments: str) -> Stage:
+    command = [sys.executable, "-m", "bench", "--quick", "--out", str(folder / name), *arguments]
+    return Stage(f"bench {name}", command, BENCH_S, needs=("typer", "rich"), stall_s=ROW_S, again=["--resume"])
 
 
 def stages(folder: Path, rehearse: bool, workers: int) -> list[Stage]:
-    python = sys.executable
-    tests = [path for path in DEVICE_TESTS if (ROOT / path).exists()]
-    # Each process holds a context on the GPU.
-    parallel = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
-    selection = "(test_matches_eager and none) or integer_intrinsics" if rehearse else "not cpu"
-    pytest = [python, "-m", "pytest", *tests, "-p", "no:cacheprovider", "-k", selection, *parallel,
-              f"--junit-xml={folder / 'tests.xml'}", "-q"]  # fmt: skip
-    bench = [python, "-m", "bench", "--quick", "--out"]
+    both = (*DEVICE_TESTS, *TRITON_TESTS)
     if rehearse:
-        benches = [Stage("bench cpu", [*bench, str(folder / "cpu"), "--match", "128x768"], BENCH_S)]
+        tests = [test_stage(folder, "rehearsal", both, REHEARSED, CUDA_TESTS_S, workers)]
+        benches = [bench_stage(folder, "cpu", "--match", "128x768")]
     else:
-        benches = [
-            Stage(f"bench {name}", [*bench, str(folder / name), "--device", "cuda", "--backend", name], BENCH_S)
-            for name in ("cuda", "triton")
+        tests = [
+            test_stage(folder, "cuda", DEVICE_TESTS, SELECTIONS["cuda"], CUDA_TESTS_S, workers),
+            test_stage(folder, "triton", both, SELECTIONS["triton"], TRITON_TESTS_S, workers),
         ]
+        benches = [bench_stage(folder, name, "--device", "cuda", "--backend", name) for name in ("cuda", "triton")]
     return [
-        Stage("build", [python, "setup.py", "-q", "build_ext", "--inplace"], BUILD_S),
-        Stage("backends", [python, "-m", "fastattn"], 60),
-        Stage("tests", pytest, TESTS_S),
+        Stage("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], BUILD_S),
+        Stage("backends", [sys.executable, "-W", "ignore", "-m", "fastattn"], 60),
+        *tests,
         *benches,
-    ]
+    ]  # fmt: skip
 
 
 def why_no_gpu() -> str | None:
@@ -97,30 +96,42 @@ def device_name() -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def environment(rehearse: bool) -> dict[str, str]:
+    values = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
+    # Without a GPU's kernels nothing that follows means anything: do not go on to compile them for the emulator.
+    return values if rehearse else {"FASTATTN_CUDA": "nvcc", **values}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="default: bench/out/<GPU>-<time>")
     parser.add_argument("--rehearse", action="store_true", help="the same stages without a GPU, on the emulator")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="test processes")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="build, backends, tests, bench, or whole names")
+    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="test processes")
     arguments = parser.parse_args()
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
     folder = (arguments.out or ROOT / "bench" / "out" / f"{device_name()}-{stamp}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
-    build, *others = stages(folder, arguments.rehearse, arguments.workers)
-    built = build.run(folder / "log.txt", environment)
-    reason = why_no_gpu() if built else f"the build {build.outcome}"
-    if reason is not None and not (arguments.rehearse and built):
-        print(f"gpu: no CUDA backend: {reason}")
-        (folder / "summary.json").write_text(json.dumps({"reason": reason, "stages": [asdict(build)]}, indent=1) + "\n")
-        raise SystemExit(2)
-    good = [stage.run(folder / "log.txt", environment) for stage in others]
-    summary = {"reason": reason, "stages": [asdict(stage) for stage in (build, *others)]}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    for stage in (build, *others):
-        print(f"{stage.name:<11} {stage.outcome:<20} {stage.seconds:5.0f} s  {stage.last_line[:100]}")
-    print(f"everything is in {folder}")
-    raise SystemExit(0 if all(good) else 1)
+    wanted = [
+        stage
+        for stage in stages(folder, arguments.rehearse, arguments.workers)
+        if arguments.only is None or {stage.name, stage.name.split()[0]} & set(arguments.only)
+    ]
+    if not wanted:
+        parser.error(f"no stage is called {' or '.join(arguments.only)}")
+    log, values, reason = folder / "log.txt", environment(arguments.rehearse), None
+    for index, stage in enumerate(wanted):
+        good = stage.run(log, values)
+        if stage.name == "build" or index == 0:
+            reason = why_no_gpu() if good or stage.name != "build" else f"the build {stage.outcome}"
+            if reason is not None and not (arguments.rehearse and good):
+                print(f"gpu: no CUDA backend: {reason}")
+                break
+    text = gpu_summary.write(folder, wanted, reason)
+    print(f"{text}\neverything is in {folder}")
+    raise SystemExit(
+        0 if all(stage.outcome == "ok" for stage in wanted) else 2 if reason and not arguments.rehearse else 1
+    )
 
 
 if __name__ == "__main__":

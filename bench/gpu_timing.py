@@ -53,6 +53,14 @@ class Gpu:
             torch.set_default_device(None)
             torch.cuda.empty_cache()
 
+    def is_lost(self) -> bool:
+        """After an illegal access, say, the process can use the device no more."""
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
+
     def capture(self, callees: list[Callee]) -> Callable[[], object]:
         """A function that replays all calls, once each. Raises what a call raises that cannot be captured."""
         with torch.cuda.stream(self.stream):

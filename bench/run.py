@@ -53,6 +53,14 @@ class Row:
     variant: str = ""
     headline: str = ""
 
+    @classmethod
+    def of(cls, case: Case, backend: str, status: str, note: str) -> Row:
+        """A row without times."""
+        return cls(
+            case.group, case.op, case.shape, case.dtype, backend, status, note, seqlen=case.seqlen,
+            variant=case.variant, headline=case.headline,
+        )  # fmt: skip
+
     @property
     def strongest(self) -> Peer | None:
         return self.peers[0] if self.peers else None

@@ -16,7 +16,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from devices import new_tensors_for
+from devices import new_tensors_for, pytest_runtest_makereport  # noqa: F401  (a hook)
 
 from fastattn._extension import extension, missing_reason
 from fastattn.dispatch import available_backends

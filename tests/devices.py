@@ -1,10 +1,13 @@
-"""Where a backend's tensors live."""
+"""Where a backend's tensors live, and what is done when a GPU is lost."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 
 
@@ -39,3 +42,29 @@ def generator_state(backend: str) -> torch.Tensor:
 
 def set_generator_state(backend: str, state: torch.Tensor) -> None:
     (torch.cuda if device_for(backend) == "cuda" else torch).set_rng_state(state)
+
+
+# --- A lost device ---------------------------------------------------------------------------------------------------
+
+
+def device_is_lost() -> bool:
+    """After an illegal access, say, every later call to the GPU of this process fails."""
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A test process that has lost the device leaves, so that pytest-xdist starts another in its place and only this
+    test counts as failed. Its report would go with it: it is printed."""
+    report = yield
+    if report.failed and os.environ.get("PYTEST_XDIST_WORKER") and device_is_lost():
+        with item.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"\n{item.nodeid} has lost the device:\n{report.longreprtext}", file=sys.stderr, flush=True)
+        os._exit(1)
+    return report

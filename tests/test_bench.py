@@ -317,6 +317,24 @@ def invoke(monkeypatch, cases: list[Case], *arguments: str):
     return CliRunner().invoke(cli.app, ["attention", "--backend", "eager", *arguments])
 
 
+def test_command_line_goes_on_after_the_row_that_ended_it(small_runs, monkeypatch, tmp_path):
+    def end():
+        raise KeyboardInterrupt
+
+    cases = [
+        toy_case(),
+        replace(toy_case(), op="fatal", build=end),
+        replace(toy_case(), op="last"),
+    ]
+    assert invoke(monkeypatch, cases, "--out", str(tmp_path)).exit_code == 130
+    rows = report.read_json(tmp_path / "results.json").rows
+    assert [(row.op, row.status) for row in rows] == [("toy", OK), ("fatal", FAILED)]
+    assert rows[1].note == "the process ended in this row"
+    assert invoke(monkeypatch, cases, "--resume", "--out", str(tmp_path)).exit_code == 1
+    resumed = report.read_json(tmp_path / "results.json").rows
+    assert resumed[:2] == rows and [(row.op, row.status) for row in resumed[2:]] == [("last", OK)]
+
+
 def test_command_line_reports_and_exits_with_0(small_runs, monkeypatch, tmp_path):
     result = invoke(monkeypatch, [toy_case()], "--out", str(tmp_path))
     assert result.exit_code == 0, result.output

@@ -47,8 +47,25 @@ def test_why_there_is_no_cuda(build, monkeypatch):
     with pytest.raises(build.NoCuda, match="FASTATTN_CUDA=emulated"):
         build.find_cuda(torch_with("13.0"))
     monkeypatch.setenv("FASTATTN_CUDA", "yes")
-    with pytest.raises(build.BuildFailure, match="'auto' or 'emulated', got 'yes'"):
+    with pytest.raises(build.BuildFailure, match="'auto', 'emulated' or 'nvcc', got 'yes'"):
         build.find_cuda(torch_with("13.0"))
+
+
+def test_nvcc_alone_does_not_fall_back_on_the_emulator(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTATTN_CUDA", "nvcc")
+    monkeypatch.setattr(build, "find_torch", lambda: torch_with(None))
+    command = build.NinjaBuild.__new__(build.NinjaBuild)
+    monkeypatch.setattr(build.NinjaBuild, "run_ninja", lambda *arguments: pytest.fail("it builds something"))
+    with pytest.raises(build.BuildFailure, match="this torch was built without CUDA"):
+        command.build(tmp_path / "_C.so")
+
+
+def test_a_failed_build_shows_what_failed(build, tmp_path):
+    log = tmp_path / "build.log"
+    failed = "FAILED: b.o\nc++ b.cpp\nb.cpp: error: wrong"
+    log.write_text(f"[1/3] compile a.o\na.h: warning: noise\n[2/3] compile b.o\n{failed}\n[3/3] compile c.o\nnoise\n")
+    assert build.failed_commands(log) == failed
+    assert build.first_error(log) == "b.cpp: error: wrong"
 
 
 @needs_nvcc

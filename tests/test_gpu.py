@@ -2,26 +2,146 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
-from bench import gpu
+import pytest
+
+from bench import gpu, gpu_summary
+from bench.gpu_stages import ROOT, Stage
+
+ENVIRONMENT = dict(os.environ)
+
+
+def python(name: str, code: str, limit_s: float = 30, **options) -> Stage:
+    return Stage(name, [sys.executable, "-u", "-c", code], limit_s, **options)
 
 
 def test_stages_keep_their_time_and_their_log(tmp_path):
-    log, environment = tmp_path / "log.txt", dict(os.environ)
-    good = gpu.Stage("good", [sys.executable, "-c", "print('hello')"], 30)
-    bad = gpu.Stage("bad", [sys.executable, "-c", "raise SystemExit(3)"], 30)
-    slow = gpu.Stage("slow", [sys.executable, "-c", "import time; time.sleep(60)"], 0.5)
-    assert good.run(log, environment) and good.last_line == "hello"
-    assert not bad.run(log, environment) and bad.outcome == "failed (3)"
-    assert not slow.run(log, environment) and slow.outcome.startswith("stopped after") and slow.seconds < 30
-    assert [line for line in log.read_text().splitlines() if line.startswith("== ")][2].startswith("== slow")
+    log = tmp_path / "log.txt"
+    good, bad = python("good", "print('hello')"), python("bad", "raise SystemExit(3)")
+    slow = python("slow", "import time; time.sleep(60)", 0.5)
+    assert good.run(log, ENVIRONMENT) and good.last_line == "hello"
+    assert not bad.run(log, ENVIRONMENT) and bad.outcome == "failed (3)"
+    assert not slow.run(log, ENVIRONMENT) and slow.outcome.startswith("stopped after") and slow.seconds < 30
+    started = [line for line in log.read_text().splitlines() if sys.executable in line]
+    assert [line.split()[1] for line in started] == ["good:", "bad:", "slow:"]
+
+
+def test_a_stage_without_what_it_needs_says_so(tmp_path):
+    stage = python("tests", "print('never')", needs=("json", "no_such_module"))
+    assert not stage.run(tmp_path / "log.txt", ENVIRONMENT)
+    assert stage.outcome == "not run: no_such_module is not installed" and stage.last_line == ""
+
+
+def test_a_stage_that_is_stopped_writes_its_report_and_leaves_no_child(tmp_path):
+    code = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({str(tmp_path / "child")!r}, "w").write(str(child.pid))
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("the report")
+"""
+    stage = python("tests", code, 2, grace_s=20)
+    assert not stage.run(tmp_path / "log.txt", ENVIRONMENT)
+    assert stage.last_line == "the report" and stage.outcome == "stopped after 2 s"
+    status = Path("/proc") / (tmp_path / "child").read_text() / "status"
+    deadline = time.monotonic() + 10
+    while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert time.monotonic() < deadline
+
+
+def test_what_hangs_or_loses_the_device_is_gone_on_from(tmp_path):
+    code = f"""
+import sys, time
+from pathlib import Path
+rows = Path({str(tmp_path)!r}) / "rows"
+row = rows.read_text().count("\\n") if rows.exists() else 0
+print("row", row, sys.argv[1:])
+rows.write_text("\\n" * (row + 1))
+if row == 0: time.sleep(60)
+raise SystemExit([None, 3, 1][row])
+"""
+    stage = python("bench", code, 40, stall_s=3, again=["--resume"])
+    assert not stage.run(tmp_path / "log.txt", ENVIRONMENT)
+    assert stage.attempts == ["stopped, having said nothing for 3 s", "failed (3)"]
+    assert stage.outcome == "failed (1)" and stage.last_line == "row 2 ['--resume']"
 
 
 def test_the_tests_that_run_on_the_device_exist():
-    for path in gpu.DEVICE_TESTS:
-        assert (gpu.ROOT / path).exists(), path
-    names = [stage.name for stage in gpu.stages(gpu.ROOT, rehearse=False, workers=1)]
-    assert names == ["build", "backends", "tests", "bench cuda", "bench triton"]
-    assert gpu.BUILD_S <= 300 and gpu.TESTS_S + 2 * gpu.BENCH_S <= 540
+    for path in (*gpu.DEVICE_TESTS, *gpu.TRITON_TESTS):
+        assert (ROOT / path).exists(), path
+    names = [stage.name for stage in gpu.stages(ROOT, rehearse=False, workers=1)]
+    assert names == ["build", "backends", "tests cuda", "tests triton", "bench cuda", "bench triton"]
+    assert gpu.BUILD_S <= 300 and gpu.CUDA_TESTS_S + gpu.TRITON_TESTS_S + 2 * gpu.BENCH_S <= 540
+
+
+# --- The summary -----------------------------------------------------------------------------------------------------
+
+JUNIT = """<testsuites><testsuite>
+<testcase classname="tests.test_a" name="test_good"/>
+<testcase classname="tests.test_a" name="test_bad[cuda]">
+<failure message="AssertionError: off by one&#10;more">x</failure></testcase>
+<testcase classname="tests.test_a" name="test_none"><skipped message="head_dim 80 is refused"/></testcase>
+<testcase classname="tests.test_b" name="test_none"><skipped message="head_dim 80 is refused"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_the_summary_names_failures_and_counts_reasons(tmp_path):
+    (tmp_path / "tests_cuda.xml").write_text(JUNIT)
+    first = Stage("build", [], 1, seconds=3.0, outcome="ok")
+    gpu_summary.write(tmp_path, [first], None)
+    text = gpu_summary.write(tmp_path, [Stage("tests cuda", [], 1, outcome="failed (1)", last_line="1 failed")], None)
+    assert "build         ok" in text, "stages of an earlier run in the folder are kept"
+    assert "tests cuda: 1 passed, 1 failed, 2 skipped" in text
+    assert "FAILED test_a::test_bad[cuda]: AssertionError: off by one" in text and "more" not in text
+    assert "skipped 2: head_dim 80 is refused" in text
+    assert json.loads((tmp_path / "summary.json").read_text())["tests"]["cuda"]["failed"] == 1
+    assert (tmp_path / "summary.txt").read_text() == text + "\n"
+
+
+def test_the_summary_shows_rows_with_and_without_times():
+    row = {"op": "toy", "shape": "256", "dtype": "float32", "status": "FAILED", "note": "it ended here\nmore"}
+    assert gpu_summary.bench_line(row).endswith("FAILED: it ended here")
+    timed = row | {"time_us": 12.34, "percent_of_peak": 61.2, "peer": "SDPA", "ratio": 1.5}
+    assert gpu_summary.bench_line(timed).endswith("12.3 us  61.2% of peak  1.50x SDPA")
+
+
+# --- A lost device ---------------------------------------------------------------------------------------------------
+
+
+def test_a_process_whose_device_is_lost_is_replaced(tmp_path):
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    (tmp_path / "conftest.py").write_text("from devices import pytest_runtest_makereport\n")
+    (tmp_path / "test_lost.py").write_text("""
+import devices, pytest
+@pytest.mark.parametrize("i", range(6))
+def test_access(i, monkeypatch):
+    if i == 2:
+        devices.device_is_lost = lambda: True  # as from here on in this process
+        raise RuntimeError("an illegal memory access")
+    assert not devices.device_is_lost()
+""")
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(tmp_path),
+        "-n",
+        "1",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        tmp_path,
+    ]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "1 failed, 5 passed" in run.stdout, run.stdout + run.stderr
+    assert "test_access[2]" in run.stderr and "an illegal memory access" in run.stderr, run.stderr
