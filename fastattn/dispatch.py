@@ -193,6 +193,7 @@ class use_backend:
         with fastattn.use_backend("cpu"): ...
 
     A compiled function honours it too, and is compiled again when it changes; inside one, use it as a context manager.
+    Compiled functions know the thread alone, not the context: asyncio tasks of one thread share what was set last.
 
     Raises: ValueError for an unknown name; NotImplementedError, with the reason, for a backend this machine cannot run.
     """
