@@ -99,6 +99,17 @@ def _kept(rows: int, cols: int, dropout_p: float) -> Tensor:
     return dropout_mask(draw_rng_state(torch.device("cpu")), 1, 1, rows, cols, dropout_p)[0, 0]
 
 
+@pytest.mark.parametrize(
+    ("rows", "cols", "dropout_p"),
+    [(2051, 1024, 0.0), (4097, 1024, 0.0), (1025, 4096, 0.0), (4210, 1001, 0.0), (4097, 1024, 0.3)],
+    ids=["single rows", "streamed", "streamed, long rows", "unaligned", "dinput beside dx"],
+)
+def test_gradients_larger_than_the_caches(rows, cols, dropout_p, cpu_isa):
+    # The CPU kernel takes rows one by one from 8 MiB of dx on, and writes it past the caches from 16 MiB on.
+    inputs = make_inputs("add_layer_norm", (rows, cols), torch.float32)
+    check("add_layer_norm", inputs, "cpu", dropout_p=dropout_p)
+
+
 @pytest.mark.parametrize("normalized_dims", [2, 3])
 @pytest.mark.parametrize("op", OPS)
 def test_several_normalized_dims(op, normalized_dims, backend):

@@ -2,13 +2,16 @@
 //   d   = x - mean (rms: x)           dweight = sum over rows of dout * rstd * d,    dbias = sum over rows of dout
 //   dx  = rstd * (dout * weight - mean(dout * weight) - rstd^2 * d * mean(dout * weight * d))       (rms: no second
 //   term)
-// Work:    a thread takes neighbouring blocks of rows, and of a block kGroup rows at once, so that weight, dweight and
-//          dbias are read and written once for all of them. A second parallel region adds up the blocks.
-// Memory:  x and dout are read from memory once and, in the second pass, from the cache; dx is written once.
+// Work:    a thread takes neighbouring blocks of rows, and of a block two rows at once, so that weight, dweight and
+//          dbias are read and written once for both. A second parallel region adds up the blocks.
+// Memory:  x and dout are read from memory once and, in the second pass, from the cache; dx is written once. What does
+//          not stay in L3 takes one row at a time: x and dout are then read without a jump, as prefetchers want them,
+//          and dx is streamed past the caches if it is larger still.
 // Numbers: fp32 (fp64 for fp64). The order of every sum is fixed: the same bits for any number of threads. dweight and
 //          dbias are summed over groups, chunks and blocks of rows in turn, which keeps rounding small for many rows.
 #include "common/parallel.h"
 #include "common/simd.h"
+#include "common/stream.h"
 #include "layer_norm/layer_norm.h"
 #include "layer_norm/row_ops.h"
 
@@ -19,6 +22,11 @@ namespace {
 // Rows at once: each takes three pointers, and with more than two of them the second pass runs out of the 16 integer
 // registers before it runs out of vector registers.
 constexpr int kGroup = 2;
+// From this size of dx on, rows that are read twice from the first-level cache are taken one by one.
+constexpr int64_t kSingleBytes = int64_t{8} << 20;
+constexpr int64_t kSingleCols = 1024;
+// From this size of dx on, little of it would still be in L3 when it is read.
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
 // Rows whose shares of dweight and dbias are added up before they join the block's sums.
 constexpr int64_t kChunk = 64;
 // Fewer elements than this are not worth waking a thread.
@@ -43,8 +51,24 @@ FASTATTN_INLINE typename Traits::T row_rstd_of(const LayerNormBwdParams& p, int6
   return static_cast<const typename Traits::T*>(p.rstd)[row];
 }
 
+// How a call's rows are taken: a function of its shape, and so is the order of the sums.
+struct Sweep {
+  bool single;   // one row at a time
+  bool streams;  // and dx past the caches: rows of fp32, of whole aligned vectors, that nobody reads here
+};
+
+template <typename Element>
+FASTATTN_INLINE Sweep choose_sweep(const LayerNormBwdParams& p) {
+  constexpr int64_t kVecBytes = Vec<float>::kLanes * static_cast<int64_t>(sizeof(float));
+  const int64_t row_bytes = p.cols * static_cast<int64_t>(sizeof(Element));
+  const int64_t bytes = p.rows * row_bytes;
+  const bool streams = std::is_same_v<Element, float> && p.dinput.data == nullptr && row_bytes % kVecBytes == 0 &&
+                       reinterpret_cast<uintptr_t>(p.dx.data) % kVecBytes == 0 && bytes >= kStreamBytes;
+  return {streams || (p.cols <= kSingleCols && bytes >= kSingleBytes), streams};
+}
+
 // dx of rows [row, row + kRows), whose share of dweight and dbias is added to the block's sums.
-template <typename Traits, int kRows>
+template <typename Traits, int kRows, bool kStreams>
 FASTATTN_INLINE void backward_rows(const LayerNormBwdParams& p, int64_t row, typename Traits::T* dweight,
                                    typename Traits::T* dbias) {
   using Element = typename Traits::Element;
@@ -101,7 +125,11 @@ FASTATTN_INLINE void backward_rows(const LayerNormBwdParams& p, int64_t row, typ
       }
       Vec<T> gradient = fnma(d, d_scale[r], dout_rstd * weights - dy_term[r]);
       if constexpr (Traits::kAddsGradient) gradient = gradient + load<T>(dnew_residual[r] + j, width);
-      store(gradient, dx[r] + j, width);
+      if constexpr (kStreams) {
+        stream(gradient, dx[r] + j);
+      } else {
+        store(gradient, dx[r] + j, width);
+      }
     });
     if constexpr (Traits::kParamGrads) {
       store(load<T>(dweight + j, width) + dweights, dweight + j, width);
@@ -146,7 +174,9 @@ FASTATTN_INLINE T* block_sums(const LayerNormBwdParams& p, int64_t block) {
 
 template <typename Traits>
 void backward_block(const LayerNormBwdParams& p, int64_t block) {
+  using Element = typename Traits::Element;
   using T = typename Traits::T;
+  const Sweep sweep = choose_sweep<Element>(p);
   const int64_t begin = block * p.rows_per_block, end = min_of(begin + p.rows_per_block, p.rows);
   const bool chunked = end - begin > kChunk;
   T *total = nullptr, *dweight = nullptr, *dbias = nullptr;
@@ -157,12 +187,13 @@ void backward_block(const LayerNormBwdParams& p, int64_t block) {
     std::memset(total, 0, sizeof(T) * (chunked ? 4 : 2) * p.cols);
   }
   for (int64_t row = begin, count = 0; row < end; row += count) {
-    if (row + kGroup <= end) {
-      count = kGroup;
-      backward_rows<Traits, kGroup>(p, row, dweight, dbias);
+    count = sweep.single || row + kGroup > end ? 1 : kGroup;
+    if (count == kGroup) {
+      backward_rows<Traits, kGroup, false>(p, row, dweight, dbias);
+    } else if (std::is_same_v<Element, float> && sweep.streams) {
+      backward_rows<Traits, 1, std::is_same_v<Element, float>>(p, row, dweight, dbias);
     } else {
-      count = 1;
-      backward_rows<Traits, 1>(p, row, dweight, dbias);
+      backward_rows<Traits, 1, false>(p, row, dweight, dbias);
     }
     if (p.dinput.data != nullptr) {
       for (int64_t done = row; done < row + count; ++done) input_gradient_row<Traits>(p, done);
@@ -172,6 +203,7 @@ void backward_block(const LayerNormBwdParams& p, int64_t block) {
       if (chunked && (last || (row + count - begin) % kChunk == 0)) move_sums(total, dweight, 2 * p.cols);
     }
   }
+  if (sweep.streams) fence_streams();
 }
 
 using BlockFn = void (*)(const LayerNormBwdParams&, int64_t);
