@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 import fastattn
 from fastattn.dispatch import TABLE, available_backends
 from fastattn.ops import layer_norm_compiled
-from fastattn.ops.layer_norm_compiled import layer_norm_if_plain
+from fastattn.ops.layer_norm_compiled import layer_norm_if_plain, rms_norm_if_plain
 
 pytestmark = pytest.mark.usefixtures("tensors_where_the_backend_runs")
 
@@ -55,6 +55,7 @@ def test_the_short_way_computes_what_the_op_does(parameters, dtype):
     expected = torch.ops.fastattn.layer_norm(inputs["input"], weight, bias, 1, 1e-3, False)[0]
     assert torch.equal(out, expected)
     assert (out.grad_fn is None) == (expected.grad_fn is None)
+    assert torch.equal(layer_norm_if_plain(inputs["input"], 97, weight, bias, 1e-3), expected)
     two_dims = layer_norm_if_plain(inputs["input"], torch.Size((2, 97)), None, None, 1e-3)
     assert torch.equal(two_dims, torch.ops.fastattn.layer_norm(inputs["input"], None, None, 2, 1e-3, False)[0])
 
@@ -65,8 +66,8 @@ def test_the_short_way_computes_what_the_op_does(parameters, dtype):
     [{"input": torch.ones(3, 8).as_subclass(Subclass)}, {"input": torch.ones(3, 8).to_sparse()},
      {"input": torch.ones(3, 8, device="meta")}, {"input": torch.ones(3, 8, dtype=torch.int32)},
      {"input": torch.ones(3, 8, dtype=torch.complex64)}, {"input": torch.ones(())}, {"input": None},
-     {"shape": 8}, {"shape": [8]}, {"shape": ()}, {"shape": (9,)}, {"shape": (8, 3)}, {"shape": (1, 3, 8)},
-     {"shape": (2**70,)},
+     {"shape": [8]}, {"shape": ()}, {"shape": (9,)}, {"shape": (8, 3)}, {"shape": (1, 3, 8)},
+     {"shape": (2**70,)}, {"shape": 9}, {"shape": True}, {"shape": 2**70},
      {"weight": torch.ones(7)}, {"weight": torch.ones(1, 8)}, {"weight": torch.ones(8, dtype=torch.int32)},
      {"weight": torch.ones(8, device="meta")}, {"bias": torch.ones(8).as_subclass(Subclass)}, {"eps": 1}],
     ids=lambda changed: next(iter(changed)),
@@ -75,6 +76,23 @@ def test_the_short_way_leaves_the_unusual_to_the_general_one(changed):
     usual = {"input": torch.ones(3, 8), "shape": (8,), "weight": torch.ones(8), "bias": torch.ones(8), "eps": 1e-5}
     assert layer_norm_if_plain(*usual.values()) is not None
     assert layer_norm_if_plain(*(usual | changed).values()) is None
+    if "bias" not in changed:
+        del usual["bias"]
+        assert rms_norm_if_plain(*usual.values()) is not None
+        assert rms_norm_if_plain(*(usual | changed).values()) is None
+
+
+@needs_cpu
+@pytest.mark.parametrize("eps", [None, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_id)
+def test_the_short_way_of_rms_norm_computes_what_the_op_does(dtype, eps):
+    # Rows as small as a usual epsilon, so that the one chosen for None shows.
+    inputs = make_inputs("rms_norm", (3, 97), dtype)
+    inputs["input"] = inputs["input"] * 1e-4
+    general = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps if eps is None else eps
+    out = rms_norm_if_plain(inputs["input"], 97, inputs["weight"], eps)
+    expected = torch.ops.fastattn.layer_norm(inputs["input"], inputs["weight"], None, 1, general, True)[0]
+    assert torch.equal(out, expected)
 
 
 @needs_cpu
@@ -83,22 +101,24 @@ def test_the_short_way_is_left_to_those_who_watch():
     x = torch.randn(3, 8)
     with Mode():
         assert layer_norm_if_plain(x, (8,), None, None, 1e-5) is None
+        assert rms_norm_if_plain(x, 8, None, None) is None
     traced = torch.jit.trace(lambda y: fastattn.layer_norm(y, (8,)), (torch.ones(3, 8),), check_trace=False)
     assert torch.equal(traced(x), fastattn.layer_norm(x, (8,)))
 
 
 @needs_cpu
-def test_the_short_way_is_taken_only_to_the_cpu_kernel(monkeypatch):
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+def test_the_short_way_is_taken_only_to_the_cpu_kernel(op, monkeypatch):
     calls = []
-    monkeypatch.setattr(layer_norm_compiled, "layer_norm_if_plain", lambda *args: calls.append(args))
-    x = torch.randn(3, 8)
-    fastattn.layer_norm(x, (8,), backend="eager")
+    monkeypatch.setattr(layer_norm_compiled, f"{op}_if_plain", lambda *args: calls.append(args))
+    norm, x = getattr(fastattn, op), torch.randn(3, 8)
+    norm(x, (8,), backend="eager")
     with fastattn.use_backend("eager"):
-        fastattn.layer_norm(x, (8,))
+        norm(x, (8,))
     assert not calls
     with fastattn.use_backend("cpu"):
-        fastattn.layer_norm(x, (8,))
-    fastattn.layer_norm(x, (8,))
+        norm(x, (8,))
+    norm(x, (8,))
     assert len(calls) == 2
 
 

@@ -77,6 +77,10 @@ def rms_norm(
     Raises: as :func:`layer_norm`.
     Source: Zhang, Sennrich 2019 (arXiv:1910.07467).
     """
+    if not torch.compiler.is_compiling() and (backend if backend != "auto" else preference()) in ("auto", "cpu"):
+        out = layer_norm_compiled.rms_norm_if_plain(input, normalized_shape, weight, eps)
+        if out is not None:
+            return out
     call = _prepare_rms_norm(input, normalized_shape, weight, eps)
     return select("rms_norm", call, backend).run(call)
 

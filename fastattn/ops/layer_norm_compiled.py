@@ -75,6 +75,8 @@ def add_norm(call: LayerNormCall, rng_state: Tensor | None = None) -> tuple[Tens
 # (input, normalized_shape, weight, bias, eps): layer_norm of plain tensors on the CPU without the general way's checks,
 # which cost as much as the kernel at 64 rows of 768; None where the call is not one of these, which then says why.
 layer_norm_if_plain: Callable[..., Tensor | None] = short_way("layer_norm_if_plain")
+# (input, normalized_shape, weight, eps), the same for rms_norm.
+rms_norm_if_plain: Callable[..., Tensor | None] = short_way("rms_norm_if_plain")
 
 
 # --- Fake kernels ----------------------------------------------------------------------------------------------------
