@@ -53,6 +53,7 @@ ALWAYS_REPORTED = {
     "mbarrier_with_too_many_arrivals": r"more arrivals in phase 0 than the 31",
     "load_without_fence_mbarrier_init": r"fence.mbarrier_init is missing",
     "store_without_fence_proxy": r"ordinary stores changed without fence.proxy.async",
+    "turn_passed_while_a_store_writes": r"bulk.* may not be complete yet: cp.async.bulk.wait_group is missing",
     "wgmma_without_fence": r"no wgmma.fence since the last wgmma.commit_group",
     "warps_of_a_warpgroup_disagree": r"warps 0 and 1 of one warpgroup issued different wgmma sequences",
     "descriptor_outside_shared": r"a descriptor reaches shared address \d+, outside the block's memory",

@@ -24,7 +24,7 @@ void bar_arrive(int id, int threads, Site site);
 
 // ---- turns.cpp
 void wait_for_value(const int* counter, int value, Site site);
-void release_add(int* counter, int value);
+void release_add(int* counter, int value, Site site);
 
 // ---- warp.cpp, mma.cpp
 void ldmatrix(uint32_t* destination, int matrices, bool transposed, uint32_t row_address, Site site);

@@ -51,6 +51,7 @@ struct BulkStore {
   std::function<void()> write_destination;
   int group;
   Site site;
+  bool awaited = false;  // by wait_group, not only wait_group.read
 };
 
 // Where a thread stands between barrier.cluster.arrive and barrier.cluster.wait.

@@ -222,10 +222,10 @@ static void start_store(uint32_t shared, uint32_t bytes, const Site& site, std::
   };
   const auto write_destination = [source, write = std::move(write)] { write(source->bytes.data()); };
   if (completes_late()) {
-    self.stores.push_back({read_source, write_destination, self.store_group, site});
+    self.stores.push_back({read_source, write_destination, self.store_group, site, false});
   } else {
     write_destination();
-    self.stores.push_back({nullptr, nullptr, self.store_group, site});
+    self.stores.push_back({nullptr, nullptr, self.store_group, site, false});
   }
 }
 
@@ -281,6 +281,7 @@ void bulk_wait_group(int groups_in_flight, bool only_read, Site) {
   for (BulkStore& store : self.stores) {
     if (store.group >= self.store_group - groups_in_flight) continue;
     finish_reading(store);
+    store.awaited |= !only_read;
     if (only_read || !store.write_destination) continue;
     store.write_destination();
     store.write_destination = nullptr;

@@ -21,8 +21,15 @@ void wait_for_value(const int* counter, int value, Site site) {
   }
 }
 
-void release_add(int* counter, int value) {
+// Blocks on one OS thread run one after another, so a turn passed too early would show only between OS threads, now and
+// then: it is an error in itself.
+void release_add(int* counter, int value, Site site) {
   const IgnoreScope hidden;
+  for (const BulkStore& store : current_thread().stores) {
+    if (store.awaited) continue;
+    fail(site, "this thread's %s may not be complete yet: cp.async.bulk.wait_group is missing",
+         site_text(store.site).c_str());
+  }
   std::atomic_ref<int>(*counter).fetch_add(value, std::memory_order_release);
 }
 

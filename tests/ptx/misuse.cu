@@ -204,6 +204,20 @@ KERNEL(exit_while_a_store_reads, 32, 0) {
   }
 }
 
+KERNEL(turn_passed_while_a_store_writes, 32, 0) {
+  FASTATTN_SHARED(values, uint4[8]);
+  reinterpret_cast<float*>(values)[threadIdx.x] = 1.0f;
+  fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    bulk_store(data, values, 128);
+    bulk_commit_group();
+    bulk_wait_group_read<0>();
+    pass_turn(reinterpret_cast<int*>(data) + 60);
+    bulk_wait_group<0>();
+  }
+}
+
 // ---- wgmma on tiles of zeros: 64 x 16 and 16 x 16 bf16, no swizzle
 
 __device__ inline void zero_tiles(uint8_t* smem) {
