@@ -11,6 +11,7 @@ from attention_cases import FEATURES, Case, assert_views_match_contiguous, check
 from emulated import MODES, AsyncMode, Mode, Schedule
 
 import fastattn
+from fastattn._extension import extension
 
 pytestmark = pytest.mark.skipif(
     fastattn.available_backends()["emulated"] is not None, reason=str(fastattn.available_backends()["emulated"])
@@ -20,8 +21,8 @@ HEAD_DIMS = [64, 96, 128, 192, 256]
 ADVERSARIAL = MODES[1:]
 
 
-def on_hopper(mode: Mode) -> None:
-    mode.apply(compute_capability=90, multiprocessors=4)
+def on_hopper(mode: Mode, multiprocessors: int = 4) -> None:
+    mode.apply(compute_capability=90, multiprocessors=multiprocessors)
 
 
 @pytest.fixture(autouse=True)
@@ -147,6 +148,39 @@ def test_a_fixed_order_on_request(name):
         for key, result in run(case, inputs, "emulated").items():
             assert torch.equal(result, expected[key]), f"{key} in {mode}"
     check(case, torch.float16, "emulated")
+
+
+# --- Few keys: blocks that share the queries of one block of keys ----------------------------------------------------
+
+SHARED = {
+    "mqa": Case(batch=1, heads=8, heads_kv=1, seqlen_q=70, seqlen_k=150, head_dim=64, head_dim_v=40),
+    # The diagonal gives each block of keys other query tiles, and so other parts.
+    "heads_and_queries": Case(batch=1, heads=2, heads_kv=1, seqlen_q=700, seqlen_k=200, head_dim=128,
+                              options={"is_causal": True}),
+    "dropout": Case(batch=1, heads=8, heads_kv=1, seqlen_q=70, seqlen_k=50, head_dim=96,
+                    options={"dropout_p": 0.3, "softcap": 8.0}),
+    "mask": Case(batch=1, heads=6, heads_kv=1, seqlen_q=130, seqlen_k=100, head_dim=256, head_dim_v=200,
+                 tensors={"attn_mask": lambda case: torch.rand(130, 100) < 0.6}),
+    # Most blocks of keys, and most parts of the others, see no query.
+    "window": Case(batch=1, heads=16, heads_kv=1, seqlen_q=64, seqlen_k=300, head_dim=40, options={"window": (3, 3)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_blocks_that_share_queries(name):
+    """As accurate as one block, and in a fixed order on request; the sums of the parts are one more launch."""
+    case, launches, results = SHARED[name], [], []
+    inputs = case.inputs(torch.float16)
+    torch.use_deterministic_algorithms(True)
+    racing = Mode(Schedule.PRIORITY, AsyncMode.LAZY, seed=21, os_threads=3)
+    for mode, multiprocessors in ((MODES[0], 1), (MODES[0], 40), (racing, 40)):
+        on_hopper(mode, multiprocessors)
+        before = extension.emulated_launches()
+        results.append(check(case, torch.float16, "emulated", inputs))
+        launches.append(extension.emulated_launches() - before)
+    assert launches[1] == launches[2] == launches[0] + 1
+    for key in ("dquery", "dkey", "dvalue"):
+        assert torch.equal(results[1][key], results[2][key]), key
 
 
 # --- What is left to the kernels of sm_80 ----------------------------------------------------------------------------

@@ -95,41 +95,60 @@ int choose_dkv_tile(const AttentionBwdParams& p, const DeviceLaunch& launch, int
   return choose_tile(kBwdDkvTiles, [](int i) { return bwd_dkv_smem_bytes(i); }, p, launch, first);
 }
 
+// The tile of a kernel that makes dk and dv, and what writing its fp32 sums and adding them up costs: about as much
+// time as so many queries.
+struct DkvTile {
+  int64_t keys, queries, sum_cost;
+};
+DkvTile dkv_tile(int tile) { return {kBwdDkvTiles[tile].block_k(), kBwdDkvTiles[tile].block_q, 256}; }
+DkvTile dkv_tile(const BwdSm90Tile& tile) { return {tile.block_k(), tile.block_q(), 384}; }
+
 // The most query tiles of a head that see a block of keys.
-int64_t query_tiles(const AttentionBwdParams& p, const BwdDkvTile& tile) {
-  const int64_t seen = min_of(p.seqlen_q, p.window_left + p.window_right + tile.block_k());
-  return ceil_div(seen < 1 ? 1 : seen, tile.block_q);
+int64_t query_tiles(const AttentionBwdParams& p, const DkvTile& tile) {
+  const int64_t seen = min_of(p.seqlen_q, p.window_left + p.window_right + tile.keys);
+  return ceil_div(seen < 1 ? 1 : seen, tile.queries);
 }
 
-// The time of the busiest multiprocessor that makes dk and dv, counted in queries. Writing fp32 sums and adding them up
-// takes about as long as kSumCost of them.
-int64_t dkv_cost(const AttentionBwdParams& p, const BwdDkvTile& tile, const BwdParts& parts, int64_t slots) {
-  constexpr int64_t kSumCost = 256;
-  const int64_t blocks = p.batch * p.heads_kv * ceil_div(p.seqlen_k, tile.block_k()) * parts.count();
+// The time of the busiest multiprocessor, counted in queries.
+int64_t dkv_cost(const AttentionBwdParams& p, const DkvTile& tile, const BwdParts& parts, int64_t slots) {
+  const int64_t blocks = p.batch * p.heads_kv * ceil_div(p.seqlen_k, tile.keys) * parts.count();
   const int64_t work = ceil_div(p.heads / p.heads_kv, parts.heads) * ceil_div(query_tiles(p, tile), parts.tiles);
-  return ceil_div(blocks, slots) * (work * tile.block_q + (parts.count() > 1 ? kSumCost : 0));
+  return ceil_div(blocks, slots) * (work * tile.queries + (parts.count() > 1 ? tile.sum_cost : 0));
+}
+
+// The parts into which the queries of a block of keys are best divided, if that costs less than `limit`; else one.
+BwdParts best_parts(const AttentionBwdParams& p, const DkvTile& tile, int64_t slots, int64_t limit) {
+  constexpr int64_t kMostParts = 16;
+  const int64_t group = p.heads / p.heads_kv, most = min_of(kMostParts, group * query_tiles(p, tile));
+  BwdParts best;
+  for (int64_t wanted = 2; wanted <= most; ++wanted) {
+    // Heads first: each of their parts has the same work whatever the mask.
+    BwdParts parts;
+    parts.heads = static_cast<int>(min_of(wanted, group)), parts.tiles = static_cast<int>(wanted / parts.heads);
+    const int64_t cost = dkv_cost(p, tile, parts, slots);
+    if (cost >= limit) continue;
+    limit = cost;
+    best = parts;
+  }
+  best.columns = static_cast<int>(ceil_div(p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v, 8) * 8);
+  best.elements = p.batch * p.heads_kv * p.seqlen_k * best.columns;
+  return best;
 }
 
 // Lets blocks share the queries of a block of keys where that saves a tenth or more, by another tile if need be.
 void choose_parts(BwdPlan& plan, const AttentionBwdParams& p, const DeviceLaunch& launch) {
-  constexpr int64_t kMostParts = 16;
-  int64_t best_cost = dkv_cost(p, kBwdDkvTiles[plan.dkv_tile], {}, launch.multiprocessors) * 9 / 10;
+  const int64_t slots = launch.multiprocessors;
+  if (plan.is_on_hopper()) {
+    const DkvTile tile = dkv_tile(plan.sm90_tile);
+    plan.parts = best_parts(p, tile, slots, dkv_cost(p, tile, {}, slots) * 9 / 10);
+    return;
+  }
+  const int64_t limit = dkv_cost(p, dkv_tile(plan.dkv_tile), {}, slots) * 9 / 10;
   int shared = plan.dkv_tile;
   if (!kBwdDkvTiles[shared].shares) shared = choose_dkv_tile(p, launch, shared + 1);
-  const BwdDkvTile& tile = kBwdDkvTiles[shared];
-  const int64_t group = p.heads / p.heads_kv, most = min_of(kMostParts, group * query_tiles(p, tile));
-  for (int64_t wanted = 2; tile.shares && wanted <= most; ++wanted) {
-    // Heads first: each of their parts has the same work whatever the mask.
-    BwdParts parts;
-    parts.heads = static_cast<int>(min_of(wanted, group)), parts.tiles = static_cast<int>(wanted / parts.heads);
-    const int64_t cost = dkv_cost(p, tile, parts, launch.multiprocessors);
-    if (cost >= best_cost) continue;
-    best_cost = cost;
-    plan.parts = parts;
-    plan.dkv_tile = shared;
-  }
-  plan.parts.columns = static_cast<int>(ceil_div(p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v, 8) * 8);
-  plan.parts.elements = p.batch * p.heads_kv * p.seqlen_k * plan.parts.columns;
+  if (!kBwdDkvTiles[shared].shares) return;
+  plan.parts = best_parts(p, dkv_tile(shared), slots, limit);
+  if (plan.parts.count() > 1) plan.dkv_tile = shared;
 }
 
 BwdPlan plan_bwd(const AttentionBwdParams& p, const DeviceLaunch& launch) {
@@ -144,6 +163,7 @@ BwdPlan plan_bwd(const AttentionBwdParams& p, const DeviceLaunch& launch) {
     const int64_t rows = p.batch * p.heads * plan.padded_rows;
     plan.dq_sum_bytes = rows * plan.sm90_tile.head_dim * 4;
     plan.turns_bytes = launch.deterministic ? rows / DqSum::kRows * 2 * 4 : 0;
+    choose_parts(plan, p, launch);
     return plan;
   }
   plan.dkv_tile = choose_dkv_tile(p, launch);
@@ -193,13 +213,10 @@ const char* launch_rows(const AttentionBwdParams& p, const BwdRowStatistics& row
                        stream, p, rows);
 }
 
+// Adds up what blocks that share queries have left of dk and dv.
 template <typename Element>
-const char* launch_dkv(const BwdPlan& plan, const AttentionBwdArgs& args, unsigned blocks, cudaStream_t stream) {
-  const dim3 grid(blocks, static_cast<unsigned>(args.parts.count()));
-  const char* error = launch_choice<64, 128, 256>(kBwdDkvTiles[plan.dkv_tile].head_dim, [&](auto head_dim) {
-    return launch_bwd_dkv_tile<Element, head_dim()>(plan.dkv_tile, args, grid, stream);
-  });
-  if (error != nullptr || args.parts.count() == 1) return error;
+const char* launch_dkv_sum(const AttentionBwdArgs& args, cudaStream_t stream) {
+  if (args.parts.count() == 1) return nullptr;
   DkvSumArgs sum;
   sum.parts = args.parts;
   sum.dk = args.dk, sum.dv = args.dv;
@@ -210,6 +227,15 @@ const char* launch_dkv(const BwdPlan& plan, const AttentionBwdArgs& args, unsign
   sum.dk_is_aligned = args.dk_is_aligned, sum.dv_is_aligned = args.dv_is_aligned;
   const dim3 sum_grid(static_cast<unsigned>(ceil_div(sum.chunks, kDkvSumThreads)), 2);
   return launch_kernel(attention_bwd_dkv_sum_kernel<Element>, sum_grid, kDkvSumThreads, 0, stream, sum);
+}
+
+template <typename Element>
+const char* launch_dkv(const BwdPlan& plan, const AttentionBwdArgs& args, unsigned blocks, cudaStream_t stream) {
+  const dim3 grid(blocks, static_cast<unsigned>(args.parts.count()));
+  const char* error = launch_choice<64, 128, 256>(kBwdDkvTiles[plan.dkv_tile].head_dim, [&](auto head_dim) {
+    return launch_bwd_dkv_tile<Element, head_dim()>(plan.dkv_tile, args, grid, stream);
+  });
+  return error != nullptr ? error : launch_dkv_sum<Element>(args, stream);
 }
 
 template <typename Element>
@@ -227,9 +253,11 @@ const char* launch_hopper(const BwdPlan& plan, const AttentionBwdParams& p, cons
   args.bwd = bwd;
   args.dq.sum = rows.dq_sum, args.dq.turns = rows.turns;
   args.dq.padded_rows = rows.padded_rows, args.dq.columns = rows.dq_columns;
+  const unsigned shared_blocks = blocks * static_cast<unsigned>(bwd.parts.count());
   const char* error = launch_choice<64, 96, 128, 192, 256>(plan.sm90_tile.head_dim, [&](auto head_dim) {
-    return launch_bwd_sm90<Element, head_dim()>(plan.sm90_tile.kind, args, p.batch, blocks, stream);
+    return launch_bwd_sm90<Element, head_dim()>(plan.sm90_tile.kind, args, p.batch, shared_blocks, stream);
   });
+  if (error == nullptr) error = launch_dkv_sum<Element>(bwd, stream);
   if (error != nullptr) return error;
   DqFinishArgs finish;
   finish.dq = args.dq;
@@ -290,10 +318,13 @@ const char* launch_bwd(const BwdPlan& plan, const AttentionBwdParams& p, const D
   args.parts = plan.parts;
   args.parts.first = reinterpret_cast<float*>(take(plan.parts_bytes()));
   const char* error = make_score_args(args.scores, p);
-  const int64_t dkv_blocks = p.batch * p.heads_kv * args.key_tiles, dq_blocks = p.batch * p.heads * args.query_tiles;
+  const int64_t dkv_blocks = p.batch * p.heads_kv * args.key_tiles;
+  const int64_t dq_blocks = p.batch * p.heads * args.query_tiles;
   // Of all grids that grow with the rows, this is the largest.
   const int64_t row_blocks = p.batch * p.heads * (plan.padded_rows / kRowsPerBlock);
-  if (error == nullptr && (dkv_blocks > INT32_MAX || row_blocks > INT32_MAX)) error = "batch * heads is too large";
+  if (error == nullptr && (dkv_blocks * args.parts.count() > INT32_MAX || row_blocks > INT32_MAX)) {
+    error = "batch * heads is too large";
+  }
   if (error == nullptr && p.dmask != nullptr && plan.dmask_places.count() > INT32_MAX) error = "the mask is too large";
 
   if (error == nullptr) error = launch_rows<Element>(p, rows, stream);

@@ -31,6 +31,16 @@ FASTATTN_DEVICE void make_probabilities(typename Traits::Scores& s, typename Tra
                                         const ScoreArgs& scores, const DropoutState& dropout, TransposedPlace place,
                                         bool is_cut, const float* lse_smem, const StepMask& mask) {
   constexpr bool kPlain = Traits::kKind == ScoreKind::kPlain, kEverything = Traits::kKind == ScoreKind::kEverything;
+  // Where nothing else changes scores, in a pass of its own: a branch in every column would keep the compiler from
+  // having loads and exponentials of several under way.
+  if (kPlain && is_cut) {
+#pragma unroll
+    for (int n = 0; n < Traits::kColTiles; ++n) {
+      const TransposedPlace column = {place.first_key, place.first_query + 8 * n, place.batch, place.head};
+      hide_outside_band_transposed</*kHidePastEnd=*/true>(reinterpret_cast<float (&)[1][1][4]>(s[0][n]), scores,
+                                                          column);
+    }
+  }
 #pragma unroll
   for (int n = 0; n < Traits::kColTiles; ++n) {
     float x[1][1][4], derivative[4], kept_p[4];
@@ -51,7 +61,7 @@ FASTATTN_DEVICE void make_probabilities(typename Traits::Scores& s, typename Tra
         apply_mask_transposed(x, scores, place);
       }
     }
-    if (is_cut) hide_outside_band_transposed</*kHidePastEnd=*/true>(x, scores, place);
+    if (!kPlain && is_cut) hide_outside_band_transposed</*kHidePastEnd=*/true>(x, scores, place);
 
     const float2 lse = *reinterpret_cast<const float2*>(lse_smem + 8 * n + lane_column());
     for_each_transposed(x, [&](float& element, int, int half, int e) {

@@ -180,6 +180,11 @@ struct BwdGroup {
   }
 
   FASTATTN_DEVICE void store_gradients(const typename Traits::Gradient& dk, const typename Traits::Gradient& dv) {
+    if (args.parts.count() > 1) {
+      store_shared_sums<Traits>(dv, args.scores.dropout_scale, args, /*of_dv=*/true, warp_row);
+      store_shared_sums<Traits>(dk, args.scale, args, /*of_dv=*/false, warp_row);
+      return;
+    }
     const int rows = keys.count - warp_row, key = keys.first + warp_row;
     const auto output = [&](const AttentionTensor& tensor, int cols, bool is_aligned) {
       return TileOutput<Element>{head_gmem<Element>(tensor, keys.batch, keys.head_kv) + key * tensor.stride_row,
@@ -297,7 +302,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     fence_mbarrier_init();
   }
   __syncthreads();
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+  // Where few registers are left, ptxas spills some if it knows that this is uniform.
+  const int warp = Traits::kFewLeft ? static_cast<int>(threadIdx.x) / 32 : warp_of_block();
   if (warp < 4) {
     setmaxnreg_dec<Traits::kFeedingRegisters>();
     if (warp == 0) {

@@ -4,6 +4,7 @@
 
 #include "attention/attention_bwd_dq_sum_sm90.cuh"
 #include "attention/attention_bwd_probabilities_sm90.cuh"
+#include "attention/attention_bwd_split_sm80.cuh"
 #include "attention/attention_tile_sm90.cuh"
 
 namespace fastattn {
@@ -14,16 +15,18 @@ struct BwdStageInfo {
   int mask_number = 0;            // 0: attn_mask changes nothing; else this is the block's 1st, 2nd, ... tile of it
 };
 
-// The block's keys.
+// The block's keys, and which part of the queries that see them it has.
 template <typename Traits>
 struct BwdKeys {
-  int batch, head_kv, tile, first, count;
+  int batch, head_kv, tile, first, count, part;
 
-  FASTATTN_DEVICE explicit BwdKeys(const AttentionBwdArgs& args) {
+  FASTATTN_DEVICE explicit BwdKeys(const AttentionBwdArgs& args, int block = static_cast<int>(blockIdx.x)) {
     // The causal diagonal lets the first keys be seen by most queries: they go first. Where blocks take turns, those
-    // before this one have started earlier.
-    tile = static_cast<int>(blockIdx.x) % args.key_tiles;
-    const int batch_head = static_cast<int>(blockIdx.x) / args.key_tiles;
+    // before this one have started earlier; so do all parts of smaller keys, whichever of them has a query tile.
+    const int keys = block / args.parts.count();
+    part = block - keys * args.parts.count();
+    tile = keys % args.key_tiles;
+    const int batch_head = keys / args.key_tiles;
     batch = batch_head / args.heads_kv, head_kv = batch_head % args.heads_kv;
     first = tile * Traits::kBlockK, count = min(Traits::kBlockK, args.scores.seqlen_k - first);
   }
@@ -58,7 +61,8 @@ FASTATTN_DEVICE void feed_bwd_stages(Smem& smem, const AttentionBwdArgs& args, c
   RingPosition<Traits::kDoutStages> dout_at;
   int masks = 0;
   // The lanes look for the next tile together.
-  for (QueryTileWalk<Traits> walk(args, keys.batch, keys.head_kv, keys.tile, {keys.first, keys.first + keys.count});
+  for (QueryTileWalk<Traits> walk(args, keys.batch, keys.head_kv, keys.tile, {keys.first, keys.first + keys.count},
+                                  args.parts, keys.part);
        !walk.done(); walk.advance(), ++at.count, ++dout_at.count) {
     if (is_leader) {
       const int stage = at.stage(), dout_stage = dout_at.stage(), query = walk.tile * Traits::kBlockQ;
@@ -88,7 +92,8 @@ FASTATTN_DEVICE void feed_bwd_masks(Smem& smem, const AttentionBwdArgs& args, co
   if (mask.count == 0) return;
   const BwdKeys<Traits> keys(args);
   MaskRingPosition at;
-  for (QueryTileWalk<Traits> walk(args, keys.batch, keys.head_kv, keys.tile, {keys.first, keys.first + keys.count});
+  for (QueryTileWalk<Traits> walk(args, keys.batch, keys.head_kv, keys.tile, {keys.first, keys.first + keys.count},
+                                  args.parts, keys.part);
        !walk.done(); walk.advance()) {
     if (!walk.is_partial()) continue;
     if (threadIdx.x % 32 == 0) {
@@ -138,6 +143,21 @@ FASTATTN_DEVICE void make_step_probabilities(typename Traits::Scores& s, typenam
   if constexpr (Traits::kKind != ScoreKind::kPlain) step_mask = wait_for_mask<Traits>(smem, mask, info, row);
   make_probabilities<Traits>(s, p, scores, dropout, place, is_cut, lse_smem, step_mask);
   if constexpr (Traits::kKind != ScoreKind::kPlain) release_mask(smem, step_mask);
+}
+
+// ---- few keys
+
+// What this block knows of dk or dv, where others have more of it: fp32 sums of a warp's 16 keys, the first of which is
+// `warp_row`.
+template <typename Traits>
+FASTATTN_DEVICE void store_shared_sums(const typename Traits::Gradient& gradient, float factor,
+                                       const AttentionBwdArgs& args, bool of_dv, int warp_row) {
+  // Unknown to the compiler, which would otherwise make the addresses ahead of all steps and keep them.
+  const BwdKeys<Traits> keys(args, opaque(static_cast<int>(blockIdx.x)));
+  const int64_t batch_head = int64_t{keys.batch} * args.heads_kv + keys.head_kv;
+  const int64_t key = batch_head * args.scores.seqlen_k + keys.first + warp_row;
+  store_part(gradient, factor, args.parts.sums(of_dv, keys.part) + key * args.parts.columns, args.parts.columns,
+             keys.count - warp_row);
 }
 
 // ---- turns in adding to dq

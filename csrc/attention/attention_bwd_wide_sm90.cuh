@@ -144,6 +144,9 @@ struct BwdWideGroup {
   // The block's result, through the place of k or v, which nobody reads any more once both have met.
   FASTATTN_DEVICE void store(const typename Traits::Gradient& gradient, float factor, uint8_t* tile_smem,
                              const AttentionTensor& tensor, int cols, bool is_aligned) const {
+    if (args.parts.count() > 1) {
+      return store_shared_sums<Traits>(gradient, factor, args, /*of_dv=*/&tensor == &args.dv, warp_row);
+    }
     bar_sync(kWideGroupsBarrier, 256);
     Element* const gmem =
         head_gmem<Element>(tensor, keys.batch, keys.head_kv) + int64_t{keys.first + warp_row} * tensor.stride_row;
