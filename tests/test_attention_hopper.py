@@ -143,6 +143,8 @@ PACKED = {
     "plain": ({"is_causal": True, "alignment": "bottom_right"}, {}),
     "sinks": ({"window": (60, 90)}, {"sinks": lambda case: torch.randn(case.heads)}),
     "mask": ({}, {"attn_mask": lambda case: torch.randn(case.heads, case.seqlen_q, case.seqlen_k)}),
+    "padding": ({}, {"attn_mask": lambda case: torch.arange(case.seqlen_k) < torch.tensor([[[[40]]], [[[101]]]])}),
+    "everything": ({"softcap": 4.0, "dropout_p": 0.2}, {"alibi_slopes": lambda case: torch.rand(case.heads)}),
 }
 
 
@@ -150,7 +152,7 @@ PACKED = {
 @pytest.mark.parametrize("kind", PACKED)
 @pytest.mark.parametrize("group, seqlen_q", [(2, 35), (4, 33), (8, 20), (32, 5), (64, 3)])
 def test_packed_heads(group, seqlen_q, kind, mode):
-    """Heads that share k and v become rows of a tile where scores are plain, and everywhere in the other kernel."""
+    """Heads that share k and v become rows of a tile unless a mask has rows; then they do in the other kernel."""
     hopper(mode)
     options, tensors = PACKED[kind]
     case = Case(batch=2, heads=2 * group, heads_kv=2, seqlen_q=seqlen_q, seqlen_k=112,

@@ -72,7 +72,8 @@ ScoreKind score_kind(const AttentionParams& p) {
 // Heads that share k and v are packed into the rows that a short sequence would leave empty.
 int heads_packed(const AttentionParams& p) {
   constexpr int64_t kShort = 32;
-  return p.seqlen_q <= kShort ? static_cast<int>(p.heads / p.heads_kv) : 1;
+  constexpr int64_t kMostHeads = 8192;  // whose rows are divided exactly (inverse_of_group)
+  return p.seqlen_q <= kShort && p.heads / p.heads_kv <= kMostHeads ? static_cast<int>(p.heads / p.heads_kv) : 1;
 }
 
 // A tile of 64 rows where there are no more or where heads are packed: half of a larger one would be idle. Kernels for
@@ -119,16 +120,21 @@ int choose_splits(int64_t blocks, int64_t key_tiles, int64_t slots) {
 }
 
 // Of the Hopper kernel: heads that share k and v are packed into rows where that leaves a tenth fewer rows of its tiles
-// idle, and scores are plain, which leaves registers for it. A box of its tensor maps has all of a group, or a part,
-// for the same number of queries.
+// idle. A box of its tensor maps has all of a group, or a part, for the same number of queries; that of a mask has 64
+// queries of a head, so the mask must be the same for all (key padding).
 int heads_packed_sm90(const AttentionParams& p) {
   constexpr int64_t kBlockQ = 128;
-  const int64_t group = p.heads / p.heads_kv;
+  const int64_t group = p.heads / p.heads_kv, head_dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
   const bool is_power_of_two = (group & (group - 1)) == 0;
+  const bool one_mask_row = p.mask.data == nullptr || (p.mask.stride_q == 0 && p.mask.stride_head == 0);
   const auto rows = [](int64_t used) { return ceil_div(used, kBlockQ) * kBlockQ; };
-  const bool is_plain = score_kind(p) == ScoreKind::kPlain;
   const bool pays = 10 * rows(p.seqlen_q * group) <= 9 * group * rows(p.seqlen_q);
-  return is_plain && is_power_of_two && group <= 64 && pays ? static_cast<int>(group) : 1;
+  if (!one_mask_row || !is_power_of_two || group > 64 || !pays) return 1;
+  for (const FwdSm90Tile& tile : kFwdSm90Tiles) {
+    if (tile.head_dim < head_dim) continue;
+    return fwd_sm90_packs_heads(tile.head_dim, score_kind(p)) ? static_cast<int>(group) : 1;
+  }
+  return 1;
 }
 
 // The Hopper kernel takes what its tensor maps can describe, which end with the tensor and not with a packed sequence,
@@ -249,7 +255,7 @@ const char* attention_fwd_cuda(const AttentionParams& p, const DeviceLaunch& lau
   args.heads_kv = static_cast<int>(p.heads_kv);
   args.head_dim = static_cast<int>(p.head_dim), args.head_dim_v = static_cast<int>(p.head_dim_v);
   args.out_is_aligned = rows_are_aligned(p.out, p.head_dim_v);
-  args.group = plan.group;
+  args.group = plan.group, args.group_inverse = inverse_of_group(plan.group);
   args.order = order_of(p, plan);
   args.splits = plan.splits;
   args.partial_stride = static_cast<int>(plan.partial_stride);

@@ -47,7 +47,8 @@ struct AttentionFwdArgs {
   int batch = 0, heads = 0, heads_kv = 0, head_dim = 0, head_dim_v = 0;
   bool out_is_aligned = false;  // its rows can be written 16 bytes at a time
 
-  int group = 1;   // heads packed into the rows of a tile (1: none), ...
+  int group = 1;  // heads packed into the rows of a tile (1: none), ...
+  uint32_t group_inverse = 0;
   FwdOrder order;  // ... so heads / group tile heads
   // With splits > 1, normalised parts (splits, batch, heads, seqlen_q, partial_stride) and their lse in base 2.
   int splits = 1;
@@ -233,9 +234,9 @@ FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args, const Att
   const int head_kv = group > 1 ? work.tile_head : work.tile_head / (args.heads / args.heads_kv);
   const int first_row = work.row_tile * kBlockQ;
   const int rows = min(kBlockQ, scores.seqlen_q * group - first_row);
-  const QueryRows tile_rows = {first_row, work.tile_head * group, group};
+  const QueryRows tile_rows = {first_row, work.tile_head * group, group, args.group_inverse};
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16 * kRowTiles;
-  const QueryRows lane_rows = {first_row + warp_row + lane / 4, tile_rows.head, group};
+  const QueryRows lane_rows = {first_row + warp_row + lane / 4, tile_rows.head, group, args.group_inverse};
   const IndexRange queries = {tile_rows.query_of(first_row), tile_rows.query_of(first_row + rows - 1) + 1};
   const KeyTiles tiles = key_tiles<kBlockK>(scores, queries, work.split, args.splits);
 

@@ -18,15 +18,21 @@
 
 namespace fastattn {
 
+// Whether heads may be packed into the rows of a tile: not where its few registers would make ptxas spill.
+constexpr bool fwd_sm90_packs_heads(int head_dim, ScoreKind kind) {
+  return kind == ScoreKind::kPlain || (head_dim < 256 && !(kind == ScoreKind::kEverything && head_dim == 128));
+}
+
 template <typename Element_, int kHeadDim_, int kGroups_, int kBlockK_, ScoreKind kKind_>
 struct AttentionFwdSm90Traits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_, kBlockK = kBlockK_, kStages = 2;
   static constexpr ScoreKind kKind = kKind_;
   static constexpr int kThreads = 128 * (1 + kGroups), kBlockQ = 64 * kGroups;
-  // Heads packed into the rows of a tile; other kinds have no registers left for it.
-  FASTATTN_HOST_DEVICE static int packed_heads(const AttentionFwdArgs& args) {
-    return kKind == ScoreKind::kPlain ? args.group : 1;
+  // Rows from `first` on of a head or of packed heads.
+  FASTATTN_DEVICE static QueryRows query_rows(const AttentionFwdArgs& args, int first, int tile_head) {
+    if constexpr (!fwd_sm90_packs_heads(kHeadDim, kKind)) return {first, tile_head};
+    return {first, tile_head * args.group, args.group, args.group_inverse};
   }
   using TileQ = TileSm90<64, kHeadDim>;  // of one warpgroup, as is the output's
   using TileK = TileSm90<kBlockK, kHeadDim>;
@@ -95,12 +101,6 @@ struct FwdTileWork {
   KeyTiles keys;
 };
 
-// Where a packed row lies in the maps of q and out, of rows that start their box.
-struct PackedRow {
-  int query, head;
-  FASTATTN_DEVICE PackedRow(int row, int group) : query(group == 1 ? row : row / group), head(row - query * group) {}
-};
-
 // The place in the order of the row tile that this block takes in this round, of `row_tiles` in all.
 FASTATTN_DEVICE int row_tile_of_round(int round) {
   return place_of_round(round, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
@@ -111,10 +111,9 @@ FASTATTN_DEVICE FwdTileWork<Traits> fwd_tile_work(const AttentionFwdArgs& args, 
   FwdTileWork<Traits> work;
   work.at = args.order.work(row_tile, 0, true);
   work.first_row = work.at.row_tile * Traits::kBlockQ;
-  const int group = Traits::packed_heads(args);
-  work.head_kv = group > 1 ? work.at.tile_head : work.at.tile_head / (args.heads / args.heads_kv);
-  const int end_row = min(work.first_row + Traits::kBlockQ, args.scores.seqlen_q * group);
-  const QueryRows rows = {0, 0, group};
+  const QueryRows rows = Traits::query_rows(args, 0, 0);
+  work.head_kv = rows.group > 1 ? work.at.tile_head : work.at.tile_head / (args.heads / args.heads_kv);
+  const int end_row = min(work.first_row + Traits::kBlockQ, args.scores.seqlen_q * rows.group);
   work.keys = key_tiles<Traits::kBlockK>(args.scores, {rows.query_of(work.first_row), rows.query_of(end_row - 1) + 1});
   return work;
 }
@@ -160,11 +159,13 @@ FASTATTN_DEVICE void produce_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const
       for (int group = 0; group < Traits::kGroups; ++group) {
         mbarrier_wait(&smem.q_empty[group], q_at.parity() ^ 1);
         mbarrier_arrive_expect_tx(&smem.q_full[group], TileQ::kBytes);
-        const PackedRow row(work.first_row + 64 * group, Traits::packed_heads(args));
+        const QueryRows rows = Traits::query_rows(args, 0, 0);
+        const int row = work.first_row + 64 * group;
 #pragma unroll
         for (int panel = 0; panel < TileQ::kPanels; ++panel) {
           tma_load(smem.q[group] + panel * TileQ::kPanelBytes, &maps.q, &smem.q_full[group],
-                   {panel * TileQ::kPanelCols, row.head, row.query, work.at.tile_head, work.at.batch});
+                   {panel * TileQ::kPanelCols, rows.head_in_group(row), rows.query_of(row), work.at.tile_head,
+                    work.at.batch});
         }
       }
     }
@@ -345,14 +346,14 @@ FASTATTN_DEVICE void finish_fwd_rows(float (&o)[1][Traits::kHeadDim / 8][4], con
   for (int half = 0; half < 2; ++half) {
     const float total = rows.softmax.total(0, half);
     // A row that saw nothing has o = 0. Not total > 0, which would turn NaN into 0.
-    const float normaliser = total == 0.0f ? 0.0f : args.scores.dropout_scale / total;
+    const float normaliser = total == 0.0f ? 0.0f : args.scores.dropout_scale * rcp_approx(total);
 #pragma unroll
     for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
       o[0][n][2 * half] *= normaliser;
       o[0][n][2 * half + 1] *= normaliser;
     }
     const int row = rows.rows.row(0, half);
-    if (row >= args.scores.seqlen_q * Traits::packed_heads(args) || threadIdx.x % 4 != 0) continue;
+    if (row >= args.scores.seqlen_q * rows.rows.group || threadIdx.x % 4 != 0) continue;
     const int64_t batch_head = int64_t{rows.work.at.batch} * args.heads + rows.rows.head_of(row);
     args.lse[batch_head * args.scores.seqlen_q + rows.rows.query_of(row)] =
         rows.softmax.lse_log2(0, half, total) * kLn2;
@@ -377,12 +378,14 @@ FASTATTN_DEVICE void store_fwd_rows(const float (&o)[1][Traits::kHeadDim / 8][4]
   fence_proxy_async();
   __syncwarp();
   if (!stores) return;
-  const PackedRow row(work.first_row + 64 * group + warp_row, Traits::packed_heads(args));
+  const QueryRows rows = Traits::query_rows(args, 0, 0);
+  const int row = work.first_row + 64 * group + warp_row;
 #pragma unroll
   for (int panel = 0; panel < TileQ::kPanels; ++panel) {
     if (panel * TileQ::kPanelCols >= args.head_dim_v) break;
-    tma_store(&maps.out, out_smem + panel * TileQ::kPanelBytes + warp_row * TileQ::kRowBytes,
-              {panel * TileQ::kPanelCols, row.head, row.query, work.at.tile_head, work.at.batch});
+    tma_store(
+        &maps.out, out_smem + panel * TileQ::kPanelBytes + warp_row * TileQ::kRowBytes,
+        {panel * TileQ::kPanelCols, rows.head_in_group(row), rows.query_of(row), work.at.tile_head, work.at.batch});
   }
   bulk_commit_group();
   if (!has_tile) {
@@ -395,8 +398,7 @@ template <typename Traits>
 FASTATTN_DEVICE void consume_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const AttentionFwdArgs& args,
                                        const AttentionFwdMaps& maps, int row_tiles) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  // From lane 0, which tells the compiler that it is the same for all lanes: descriptors are made of it.
-  const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / 32 - 4, 0), group = warp / 4;
+  const int warp = warp_of_block() - 4, group = warp / 4;
   DropoutState dropout;
   if (Traits::kKind == ScoreKind::kEverything && args.scores.dropout_threshold > 0) {
     dropout = load_dropout_state(args.scores.rng_state);
@@ -408,8 +410,7 @@ FASTATTN_DEVICE void consume_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const
   for (int round = 0; row_tile_of_round(round) < row_tiles; ++round, ++q_at.count) {
     const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, row_tile_of_round(round));
     const int first_row = work.first_row + 64 * group + 16 * (warp % 4) + lane / 4;
-    const int packed = Traits::packed_heads(args);
-    const QueryRows lane_rows = {first_row, work.at.tile_head * packed, packed};
+    const QueryRows lane_rows = Traits::query_rows(args, first_row, work.at.tile_head);
     FwdRows<Traits> rows{args, work, smem, maps.mask, mask_at, group, lane_rows, {}, dropout};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

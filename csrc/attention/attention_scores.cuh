@@ -83,16 +83,26 @@ inline const char* make_score_args(ScoreArgs& args, const AttentionParams& p) {
   return nullptr;
 }
 
+// 2^32 / group, rounded up; multiplying by it divides rows below 2^32 / group exactly, for a power of two all of them.
+// A division by a variable would take a dozen registers of kernels that have none to spare.
+inline uint32_t inverse_of_group(int group) {
+  return group == 1 ? 0 : static_cast<uint32_t>(((uint64_t{1} << 32) + static_cast<uint32_t>(group) - 1) / group);
+}
+
 // Which query and head a row of a tile is. Without packing, row r is query r of one head; with `group` heads packed
 // into a tile, it is query r / group of head r % group of the group.
 struct QueryRows {
   int first = 0;  // this lane's first row
   int head = 0;   // of row 0
   int group = 1;
+  uint32_t group_inverse = 0;
 
   FASTATTN_DEVICE int row(int m, int half) const { return first + 16 * m + 8 * half; }
-  FASTATTN_DEVICE int query_of(int row) const { return group == 1 ? row : row / group; }
-  FASTATTN_DEVICE int head_of(int row) const { return group == 1 ? head : head + row % group; }
+  FASTATTN_DEVICE int query_of(int row) const {
+    return group == 1 ? row : static_cast<int>(uint64_t{static_cast<uint32_t>(row)} * group_inverse >> 32);
+  }
+  FASTATTN_DEVICE int head_in_group(int row) const { return row - query_of(row) * group; }
+  FASTATTN_DEVICE int head_of(int row) const { return head + head_in_group(row); }
 };
 
 FASTATTN_DEVICE int lane_column() { return static_cast<int>(threadIdx.x) % 4 * 2; }
