@@ -27,6 +27,17 @@ def random_linear(columns, depth):
     return weight, scale, torch.randn(columns, device=DEVICE)
 
 
+def test_more_columns_than_a_tile_can_address_are_refused():
+    columns = launches.MAX_STRIDE + 1
+    a, b = random_int8(1, 1), random_int8(columns, 1)
+    a_scale, b_scale = torch.ones(1, device=DEVICE), torch.ones(columns, device=DEVICE)
+    for op, arguments in (("int8_matmul", (a, b, a_scale, b_scale)), ("int8_linear", (a.float(), b, b_scale))):
+        with pytest.raises(NotImplementedError, match=f"'triton' cannot run this: N is {columns}"):
+            getattr(fastattn, op)(*arguments, backend="triton")
+        with pytest.raises(NotImplementedError, match=f"N is {columns}"):
+            getattr(torch.ops.fastattn, f"{op}_triton")(*arguments, None, "none", *([torch.float32] * (op[5] == "m")))
+
+
 # --- Where kernels change --------------------------------------------------------------------------------------------
 
 

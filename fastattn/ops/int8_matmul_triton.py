@@ -22,9 +22,13 @@ _FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float
 _ACTIVATIONS = frozenset(("none", "relu", "gelu", "gelu_tanh", "silu"))
 
 
-def _refuses_depth(depth: int) -> str | None:
+def _refuses_shape(columns: int, depth: int) -> str | None:
     if depth > MAX_DEPTH:
         return f"K is {depth}, and the int32 sum of more than {MAX_DEPTH} products may overflow"
+    if columns > kernels.MAX_STRIDE:
+        return (
+            f"N is {columns}, and a tile of rows of more than {kernels.MAX_STRIDE} outputs is not addressed by 32 bits"
+        )
     return None
 
 
@@ -39,11 +43,11 @@ def refuses_matmul(call: Int8MatmulCall) -> str | None:
     tensors = (call.a_scale, call.b_scale) if call.bias is None else (call.a_scale, call.b_scale, call.bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "a scale or the bias requires grad, and it has no backward (int8_linear has)"
-    return _refuses_depth(call.a.shape[1])
+    return _refuses_shape(*call.b.shape)
 
 
 def refuses_linear(call: Int8LinearCall) -> str | None:
-    return _triton.refuses_device(call.input, "input") or _refuses_depth(call.weight.shape[1])
+    return _triton.refuses_device(call.input, "input") or _refuses_shape(*call.weight.shape)
 
 
 def quantize_int8(call: QuantizeInt8Call) -> tuple[Tensor, Tensor]:
@@ -84,9 +88,9 @@ def _check_weight(op, weight, depth, weight_scale, bias, activation, device) -> 
         _check(op, "bias", bias, (columns,), _FLOATING, device)
     if activation not in _ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {', '.join(sorted(_ACTIVATIONS))}, got {activation!r}.")
-    reason = _refuses_depth(depth)
+    reason = _refuses_shape(columns, depth)
     if reason is not None:
-        raise NotImplementedError(f"{op}: {reason}. Use backend='eager' or split K.")
+        raise NotImplementedError(f"{op}: {reason}. Use backend='eager' or split the product.")
 
 
 def _check_input(op: str, input: Tensor) -> None:
