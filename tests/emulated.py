@@ -66,7 +66,7 @@ class Mode:
 
     def apply(self, **device: int) -> None:
         """Configures the extension's emulator, which tells launchers of ``device``: its ``compute_capability`` and its
-        number of ``multiprocessors``."""
+        number of ``multiprocessors``. Unless it ``checks_values``, ops do not look at those of lengths and tables."""
         from fastattn._extension import extension  # the rest of this file does without the package
 
         extension.configure_emulator(**asdict(self), **device)

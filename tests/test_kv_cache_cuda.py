@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from emulated import MODES, Mode
@@ -31,7 +33,7 @@ def device_for_kernels():
         Mode().apply()
 
 
-def configure(mode: Mode, **device: int) -> None:
+def configure(mode: Mode, **device: Any) -> None:
     if EMULATED:
         mode.apply(**device)
 
@@ -49,15 +51,11 @@ OPTIONS = {
 BLOCK_SIZES = [None, 16, 128, 48, 6]
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_options(options, block_size, mode):
+def test_options(options, block_size):
     """With one length a sequence, of which one is past a split of the keys, and one new token, or more than a tile."""
-    index = list(OPTIONS).index(options) + BLOCK_SIZES.index(block_size)
-    if MODES.index(mode) != index % len(MODES):
-        pytest.skip("each case runs under one schedule, in turn")
-    configure(mode)
+    configure(MODES[(list(OPTIONS).index(options) + BLOCK_SIZES.index(block_size)) % len(MODES)])
     for lengths, new in (((5, 0, 300), 1), ((1, 64, 63), 20)):
         problem = Problem(DTYPE, lengths, new, new, block_size, capacity=384)
         problem.check(BACKEND, torch.tensor(lengths, dtype=torch.int32), **OPTIONS[options]())
@@ -118,7 +116,6 @@ def test_rotation(block_size, angle_dtype, rotary_dim, interleaved):
         results.append(out)
     torch.testing.assert_close(problem.caches, expected.caches, equal_nan=True, atol=0, rtol=2**-8)
     torch.testing.assert_close(*results, atol=2e-2, rtol=2e-2)
-    assert not torch.equal(problem.caches.nan_to_num(), Problem(DTYPE, head_dim=64).caches.nan_to_num())
 
 
 @pytest.mark.parametrize("block_size", [None, 16])
@@ -185,11 +182,12 @@ class _TorchOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("head_dim", [64, 20])
 @pytest.mark.parametrize("block_size", [None, 16])
-def test_a_step_is_three_launches_and_copies_nothing_of_the_cache(block_size):
-    problem = Problem(DTYPE, (250, 1000, 1023), 1, 1, block_size, head_dim=64, capacity=1024)
+def test_a_step_is_three_launches_and_copies_nothing_of_the_cache(block_size, head_dim):
+    problem = Problem(DTYPE, (250, 1000, 1023), 1, 1, block_size, head_dim=head_dim, capacity=1024)
     lengths = torch.tensor(problem.lengths, dtype=torch.int32)
-    angles = torch.rand(1024, 32)
+    angles = torch.rand(1024, head_dim // 2)
 
     def step():
         return fastattn.attention_with_kv_cache(
@@ -212,6 +210,30 @@ def test_a_step_is_three_launches_and_copies_nothing_of_the_cache(block_size):
         allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
     # Partial results: of each part of the keys a row of fp32 a head.
     assert 0 < allocated < problem.caches[0].nbytes / 4
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+@pytest.mark.parametrize("mode", MODES[:2], ids=str)
+def test_lengths_and_tables_that_nobody_checked_stay_inside_the_cache(mode, kind):
+    """As on a device: they are clipped, positions of the rotation, too."""
+    configure(mode, checks_values=False)
+    lengths, table = [10**6, -5, 20], [[1, 2, 3], [-3, 4, 5], [6, 10**6, 7]]
+    query, new = torch.randn(3, 3, 4, 16).to(DTYPE), torch.randn(2, 3, 3, 2, 16).to(DTYPE)
+    caches, angles = torch.randn(2, 10, 16, 2, 16).to(DTYPE), torch.rand(20, 8)
+    caches[:, 8], expected_caches = NAN, caches.clone()
+    expected_caches[:, 8] = NAN  # a block that no table names
+
+    out = fastattn.attention_with_kv_cache(
+        query, *caches, *new, cache_seqlens=torch.tensor(lengths, dtype=kind), backend=BACKEND,
+        block_table=torch.tensor(table, dtype=kind), rotary_cos=angles.cos(), rotary_sin=angles.sin(),
+    )  # fmt: skip
+    angles = torch.cat((angles, angles[-1:].expand(60, -1)))
+    expected = fastattn.attention_with_kv_cache(
+        query, *expected_caches, *new, cache_seqlens=torch.tensor(lengths).clamp(0, 45), backend="eager",
+        block_table=torch.tensor(table).clamp(0, 9), rotary_cos=angles.cos(), rotary_sin=angles.sin(),
+    )  # fmt: skip
+    torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(caches, expected_caches, equal_nan=True, atol=0, rtol=2**-7)
 
 
 def test_values_are_checked_on_the_cpu():

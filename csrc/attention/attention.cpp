@@ -198,7 +198,7 @@ Operands fill_scores(AttentionParams& p, const Tensor& query, const Tensor& key,
 
   Operands operands;
   operands.query = with_contiguous_rows(query);
-  operands.key = with_contiguous_rows(key);
+  operands.key = scoring.cache != nullptr ? key : with_contiguous_rows(key);
   p.q = operand(operands.query);
   p.k = operand(operands.key);
   if (scoring.packing != nullptr) fill_packing(p, operands, query, key, *scoring.packing, scoring.bottom_right);
@@ -249,7 +249,7 @@ Operands fill_scores(AttentionParams& p, const Tensor& query, const Tensor& key,
 void fill_value_and_sinks(AttentionParams& p, Operands& operands, const Tensor& query, const Tensor& value,
                           const OptionalTensor& sinks) {
   p.head_dim_v = value.size(3);
-  operands.value = with_contiguous_rows(value);
+  operands.value = is_cached(p) ? value : with_contiguous_rows(value);
   p.v = operand(operands.value);
   if (sinks.has_value()) {
     TORCH_CHECK_TYPE(sinks->is_floating_point(), "attention: sinks must be floating, got ", sinks->scalar_type(), ".");

@@ -266,6 +266,7 @@ const char* attention_fwd_cuda(const AttentionParams& p, const DeviceLaunch& lau
   auto* mask_states = reinterpret_cast<MaskTileState*>(workspace + plan.partial_out_bytes + plan.partial_lse_bytes);
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   args.cache = p.cache;
+  args.cache_is_aligned = rows_are_aligned(p.k, p.head_dim) && rows_are_aligned(p.v, p.head_dim_v);
   args.mask_tiles = mask_tiles(plan.mask_tiles, p, mask_states);
   if (const char* error = launch_mask_tiles(plan.mask_tiles, args.scores, mask_states, stream)) return error;
   if (const char* error = clear_forward_gaps(p, stream)) return error;

@@ -7,11 +7,11 @@
 // Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 1.
 #pragma once
 
+#include "attention/attention_cached_sm80.cuh"
 #include "attention/attention_fwd_order.cuh"
 #include "attention/attention_mask_tiles.cuh"
 #include "attention/attention_packed.cuh"
 #include "attention/attention_products_sm80.cuh"
-#include "attention/kv_cache.h"
 #include "attention/mask.h"
 #include "attention/softmax.cuh"
 
@@ -36,7 +36,9 @@ struct AttentionFwdTraits {
 // The traits of a kernel that reads keys and values where a cache has them.
 template <typename Traits>
 struct CachedTraits : Traits {
-  static constexpr bool kCached = true;
+  static constexpr bool kCached = true, kNoMask = true;
+  // One more block of the smallest tile with everything would make the compiler spill.
+  static constexpr int kMinBlocks = Traits::kKind == ScoreKind::kEverything ? 2 : Traits::kMinBlocks;
 };
 
 struct AttentionFwdArgs {
@@ -57,6 +59,7 @@ struct AttentionFwdArgs {
   int partial_stride = 0;
   MaskTiles mask_tiles;
   KvCache cache;
+  bool cache_is_aligned = false;  // its rows can be read 16 bytes at a time
   PackedSequences packed;
 };
 
@@ -92,30 +95,6 @@ FASTATTN_DEVICE KeyTiles key_tiles(const ScoreArgs& scores, IndexRange queries, 
   tiles.end = tiles.begin + static_cast<int>(int64_t{count} * (split + 1) / splits);
   tiles.begin += static_cast<int>(int64_t{count} * split / splits);
   return tiles;
-}
-
-// ---- a key/value cache
-
-// Makes args those of sequence `batch`, whose last query stands at its last key.
-FASTATTN_DEVICE void narrow_to_cached(AttentionFwdArgs& args, int batch) {
-  args.scores.seqlen_k = tokens_before(args.cache, batch) + args.cache.appended;
-  args.scores.diagonal = args.scores.seqlen_k - args.scores.seqlen_q;
-}
-
-// load_tile of tokens [token, token + rows) of sequence `batch`: each row lies in the entry of the cache that the
-// table names. One look at the table for a row, which follows on others of the same line.
-template <int kThreads, typename Tile, typename Element>
-FASTATTN_DEVICE void load_cached_tile(Tile tile, const KvCache& cache, const Element* head_gmem,
-                                      const AttentionTensor& tensor, int batch, int token, int rows, int cols) {
-  const int first = token + static_cast<int>(threadIdx.x) / 8;
-  int block = first / cache.block_size, within = first - block * cache.block_size;
-  load_tile_rows<kThreads>(tile, rows, cols, [&](int row) {
-    // Rows past the end are not read, and may lie past the end of the table, too.
-    const int64_t entry = row < rows ? cache_entry(cache, batch, block) : 0;
-    const Element* row_gmem = head_gmem + entry * tensor.stride_batch + within * tensor.stride_row;
-    for (within += kThreads / 8; within >= cache.block_size; within -= cache.block_size) ++block;
-    return row_gmem;
-  });
 }
 
 // ---- scores
@@ -250,7 +229,12 @@ FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args, const Att
   const auto load_keys = [&](auto dst, const Element* gmem, const AttentionTensor& tensor, int tile, int cols) {
     const int key = tile * kBlockK, rows = scores.seqlen_k - key;
     if constexpr (Traits::kCached) {
-      load_cached_tile<Traits::kThreads>(dst, args.cache, gmem, tensor, batch, key, rows, cols);
+      const CachedRows<Element> cached = {args.cache, gmem, tensor.stride_batch, tensor.stride_row, batch, key};
+      if (args.cache_is_aligned) {
+        load_cached_tile<Traits::kThreads>(dst, cached, rows, cols);
+      } else {
+        load_unaligned_cached_tile<Traits::kThreads>(dst, smem + (dst.address - q_tile.address), cached, rows, cols);
+      }
     } else {
       load_tile<Traits::kThreads>(dst, gmem + key * tensor.stride_row, tensor.stride_row, rows, cols);
     }
@@ -358,8 +342,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     attention_fwd_cached_kernel(const __grid_constant__ AttentionFwdArgs args) {
   const FwdWork work = args.order.work(static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), false);
   AttentionFwdArgs own = args;
-  narrow_to_cached(own, work.batch);
-  attention_fwd_block<Traits>(own, own, work);
+  narrow_to_cached(own.scores, args.cache, work.batch);
+  attention_fwd_block<Traits>(args, own, work);
 }
 
 }  // namespace fastattn

@@ -40,12 +40,15 @@ struct EmulatorSettings {
   // The device that launchers are told of.
   int compute_capability = 80;
   int multiprocessors = 108;
+  // Whether ops look at the values of lengths and tables, as on the CPU, or leave them to the kernels, as on a device.
+  bool checks_values = true;
 };
 
 bool has_cuda_kernels();  // else the emulator
 // Of the nvcc build, as in "80 90a 80+PTX"; empty in an emulated one.
 const char* cuda_architectures();
 void configure_emulator(const EmulatorSettings& settings);  // raises where there is none
+bool emulator_checks_values();                              // true where there is none
 uint64_t emulated_launches();                               // kernels that the emulator has started in this process
 
 // --- Launching -------------------------------------------------------------------------------------------------------

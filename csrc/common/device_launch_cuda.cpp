@@ -32,6 +32,7 @@ const char* cuda_architectures() { return FASTATTN_CUDA_ARCHITECTURES; }
 void configure_emulator(const EmulatorSettings&) {
   TORCH_CHECK_NOT_IMPLEMENTED(false, "this build of fastattn runs its CUDA kernels on a device; it has no emulator.");
 }
+bool emulator_checks_values() { return true; }
 uint64_t emulated_launches() { return 0; }
 
 }  // namespace fastattn

@@ -58,6 +58,7 @@ DeviceLaunch make_launch(const at::Tensor& tensor) {
   return launch;
 }
 
+bool emulator_checks_values() { return current_settings().checks_values; }
 uint64_t emulated_launches() { return emu::launches(); }
 bool has_cuda_kernels() { return false; }
 const char* cuda_architectures() { return ""; }
