@@ -8,7 +8,7 @@ namespace fastattn {
 
 void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kSmallestBuffer = int64_t{4} << 20;
+  constexpr int64_t kSmallestBuffer = int64_t{2} << 20;
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
   if (bytes < kSmallestBuffer) return;
   // Only whole huge pages inside the buffer: the rest may belong to somebody else.
