@@ -47,7 +47,7 @@ TEST_S, ROW_S = 60, 50
 
 
 def test_stage(folder: Path, name: str, files: tuple[str, ...], selection: str, limit_s: float, workers: int) -> Stage:
-    command = [sys.executable, "-m", "pytest", *files, "-p", "no:cacheprovider", "-k", selection, "-q", "-rs",
+    command = [sys.executable, "-m", "pytest", *files, "-p", "no:cacheprovider", "-k", selection,
                "--continue-on-collection-errors", f"--junit-xml={folder / f'tests_{name}.xml'}"]  # fmt: skip
     if missing("xdist") is None:
         # Each process holds a context on the GPU; one that has lost it leaves, and another takes its place.

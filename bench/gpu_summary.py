@@ -68,7 +68,7 @@ def lines(summary: dict) -> Iterable[str]:
         yield f"no CUDA backend: {summary['reason']}"
     for stage in summary["stages"]:
         again = f" (after {len(stage['attempts'])} restarts)" if stage["attempts"] else ""
-        yield f"{stage['name']:<13} {stage['outcome'] + again:<28} {stage['seconds']:5.0f} s  {stage['last_line']}"
+        yield f"{stage['name']:<16} {stage['outcome'] + again:<28} {stage['seconds']:5.0f} s  {stage['last_line']}"
     for name, tests in summary["tests"].items():
         yield f"\ntests {name}: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped"
         yield from few([f"  FAILED {each['test']}: {each['message']}" for each in tests["failures"]], MOST_FAILURES)

@@ -11,6 +11,7 @@ from models.gpt import Gpt, GptConfig, causal_lm_loss, sample
 from models.gpt_weights import config_from_dict, convert_state_dict
 from models.layers import set_backend
 
+pytestmark = pytest.mark.usefixtures("tensors_where_the_backend_runs")
 KERNELS = [name for name in ("cpu", "cuda", "triton") if fastattn.available_backends()[name] is None]
 TINY = {"vocab_size": 61, "max_positions": 48, "dim": 32, "num_heads": 4, "hidden_dim": 48, "dropout": 0.0}
 CONFIGS = {

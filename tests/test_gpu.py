@@ -99,7 +99,7 @@ def test_the_summary_names_failures_and_counts_reasons(tmp_path):
     first = Stage("build", [], 1, seconds=3.0, outcome="ok")
     gpu_summary.write(tmp_path, [first], None)
     text = gpu_summary.write(tmp_path, [Stage("tests cuda", [], 1, outcome="failed (1)", last_line="1 failed")], None)
-    assert "build         ok" in text, "stages of an earlier run in the folder are kept"
+    assert "build            ok" in text, "stages of an earlier run in the folder are kept"
     assert "tests cuda: 1 passed, 1 failed, 2 skipped" in text
     assert "FAILED test_a::test_bad[cuda]: AssertionError: off by one" in text and "more" not in text
     assert "skipped 2: head_dim 80 is refused" in text

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import device_for
 
 import fastattn
 from models import data
@@ -26,7 +27,7 @@ from models.distillation import distillation_loss
 from models.gpt import Gpt, GptConfig, causal_lm_loss
 from models.layers import set_backend
 from models.measures import bleu
-from models.training import TrainingConfig, choose_parameters, train
+from models.training import Processes, TrainingConfig, choose_parameters, train
 from models.transformer import Transformer, TransformerConfig, translation_loss
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +51,11 @@ def fresh(backend: str = "auto", config: GptConfig = TINY) -> Gpt:
     return set_backend(Gpt(config), backend)
 
 
+def where(backend: str) -> Processes:
+    """One process, on the device of ``backend``."""
+    return Processes(device=torch.device(device_for(backend)))
+
+
 # --- The loop --------------------------------------------------------------------------------------------------------
 
 
@@ -61,7 +67,8 @@ def test_kernels_train_as_eager_does(backend):
     config = TrainingConfig(steps=3 if interpreted else 80, learning_rate=3e-3, warmup_steps=10)
     losses = {}
     for name in (backend, "eager"):
-        losses[name] = torch.tensor([row["loss"] for row in train(fresh(name), lm_loss, periodic, config)])
+        rows = train(fresh(name), lm_loss, periodic, config, processes=where(backend))
+        losses[name] = torch.tensor([row["loss"] for row in rows])
     torch.testing.assert_close(losses[backend][:20], losses["eager"][:20], atol=2e-4, rtol=2e-4)
     torch.testing.assert_close(losses[backend], losses["eager"], atol=2e-2, rtol=2e-2)
     assert losses[backend][0] > 3.5 and (interpreted or losses[backend][-5:].mean() < 1.1)
@@ -104,7 +111,9 @@ def test_each_model_trains_as_eager_does(kind, learned, backend):
         model, loss, batch = tiny_models()[kind]
         if interpreted:
             batch = {field: ids[:2] for field, ids in batch.items()}
-        rows = train(set_backend(model, name), loss, lambda generator, batch=batch: batch, config)
+        rows = train(
+            set_backend(model, name), loss, lambda generator, batch=batch: batch, config, processes=where(backend)
+        )
         losses[name] = torch.tensor([row["loss"] for row in rows])
     torch.testing.assert_close(losses[backend][:20], losses["eager"][:20], atol=2e-4, rtol=2e-4)
     torch.testing.assert_close(losses[backend], losses["eager"], atol=2e-2, rtol=2e-2)
@@ -126,7 +135,9 @@ def test_cuda_kernels_train_as_eager_does(kind, precision):
     for name, wanted in ((backend, precision), ("eager", precision), ("eager", "float32")):
         model, loss, batch = tiny_models()[kind]
         config = TrainingConfig(steps=5, learning_rate=3e-3, warmup_steps=1, precision=wanted)
-        rows = train(set_backend(model, name), loss, lambda generator, batch=batch: batch, config)
+        rows = train(
+            set_backend(model, name), loss, lambda generator, batch=batch: batch, config, processes=where(backend)
+        )
         losses[name, wanted] = torch.tensor([row["loss"] for row in rows])
     rounding = (losses["eager", precision] - losses["eager", "float32"]).abs().max()
     difference = (losses[backend, precision] - losses["eager", precision]).abs().max()

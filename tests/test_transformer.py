@@ -14,6 +14,7 @@ from models.layers import set_backend
 from models.training import TrainingConfig, train
 from models.transformer import Transformer, TransformerConfig, sinusoidal_positions, translation_loss
 
+pytestmark = pytest.mark.usefixtures("tensors_where_the_backend_runs")
 KERNELS = [name for name in ("cpu", "cuda", "triton") if fastattn.available_backends()[name] is None]
 TINY = {"vocab_size": 60, "dim": 32, "num_encoder_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "hidden_dim": 48}
 

@@ -6,6 +6,8 @@
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <functional>
+
 #include "common/device.h"
 
 namespace fastattn {
@@ -59,6 +61,11 @@ DeviceLaunch make_launch(const at::Tensor& tensor);
 // Memory for partial results on the tensor's device, noted in `launch`; keep the result until the launcher returned.
 at::Tensor make_workspace(const at::Tensor& tensor, size_t bytes, DeviceLaunch& launch);
 
+// The emulator's stand-in for a CUDA graph (graph_emulated.cpp): while it records, what a call does to memory is kept
+// as steps that can be run again.
+bool recording_graph();
+void record_step(std::function<void()> step);
+
 template <typename Params>
 using Launcher = const char* (*)(const Params& p, const DeviceLaunch& launch);
 template <typename Params>
@@ -74,6 +81,12 @@ void run_on_device(const char* op, const at::Tensor& tensor, Launcher<Params> la
   if (workspace_bytes != nullptr) workspace = make_workspace(tensor, workspace_bytes(p, launch), launch);
   const char* error = launcher(p, launch);
   TORCH_CHECK(error == nullptr, op, ": ", error, ".");
+  if (recording_graph()) {
+    record_step([op, launcher, p, launch, workspace] {
+      const char* later_error = launcher(p, launch);
+      TORCH_CHECK(later_error == nullptr, op, ": ", later_error, ".");
+    });
+  }
 }
 
 }  // namespace fastattn

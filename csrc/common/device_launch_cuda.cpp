@@ -34,5 +34,7 @@ void configure_emulator(const EmulatorSettings&) {
 }
 bool emulator_checks_values() { return true; }
 uint64_t emulated_launches() { return 0; }
+bool recording_graph() { return false; }  // torch.cuda.graph captures the stream itself
+void record_step(std::function<void()>) {}
 
 }  // namespace fastattn
