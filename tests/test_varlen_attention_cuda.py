@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from emulated import MODES, Mode
-from test_varlen_attention import OPTIONS, check, of_head_dim
+from test_varlen_attention import OPTIONS, check, cu_seqlens, of_head_dim
 
 import fastattn
 
@@ -29,9 +29,21 @@ def test_every_tile(options, head_dim):
     check(operands, lengths_q, lengths_k, "emulated", **OPTIONS[options])
 
 
+def test_hoppers_own_kernels_which_see_whole_tensors_are_not_taken():
+    # With one sequence, which the tensors do not end with, they could be.
+    Mode().apply(compute_capability=90, multiprocessors=2)
+    leaves = of_head_dim(64, (200,), (200,), torch.float16)
+    for leaf in leaves:
+        leaf[130:] = float("nan")
+        leaf.requires_grad_()
+    cu = cu_seqlens((130,))
+    out = fastattn.varlen_attention(*leaves, cu, cu, 200, 200, backend="emulated")
+    for result in (out, *torch.autograd.grad(out, leaves, torch.ones_like(out))):
+        assert result.isfinite().all() and (result[130:] == 0).all()
+
+
 @pytest.mark.parametrize("card", [86, 90, 120])
 def test_other_cards_take_other_tiles(card):
-    # Hopper's own kernels see tensors, not sequences.
     Mode().apply(compute_capability=card, multiprocessors=2)
     lengths = (200, 0, 130)
     check(of_head_dim(64, lengths, lengths, torch.float16), lengths, lengths, "emulated", is_causal=True)

@@ -58,9 +58,13 @@ FASTATTN_DEVICE float row_dot(const Element* a, const Element* b, int head_dim, 
 template <typename Element, bool kAligned>
 __global__ void __launch_bounds__(kRowStatisticsThreads)
     attention_bwd_rows_kernel(const __grid_constant__ AttentionBwdParams p, const BwdRowStatistics stats) {
-  const int64_t index = int64_t{blockIdx.x} * kRowsPerBlock + threadIdx.x / kLanesPerRow;
-  const int64_t batch_head = index / stats.padded_rows, row = index % stats.padded_rows;
-  const int64_t batch = batch_head / p.heads, head = batch_head % p.heads;
+  // 64-bit divisions are calls, which registers have to be saved for. No block has rows of two heads.
+  const uint32_t head_blocks = static_cast<uint32_t>(stats.padded_rows / kRowsPerBlock);
+  const uint32_t batch_head = blockIdx.x / head_blocks, heads = static_cast<uint32_t>(p.heads);
+  const int64_t batch = batch_head / heads, head = batch_head % heads;
+  const int row_in_block = static_cast<int>(threadIdx.x) / kLanesPerRow;
+  const int64_t row = int64_t{blockIdx.x % head_blocks} * kRowsPerBlock + row_in_block;
+  const int64_t index = int64_t{blockIdx.x} * kRowsPerBlock + row_in_block;
   const int lane = static_cast<int>(threadIdx.x) % kLanesPerRow;
 
   const StatisticsRows rows = statistics_rows(p, stats, batch, head);

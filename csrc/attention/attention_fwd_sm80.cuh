@@ -28,8 +28,8 @@ struct AttentionFwdTraits {
   using TileQ = SharedTile<kBlockQ, kHeadDim>;  // later the output's
   using TileK = SharedTile<kBlockK, kHeadDim>;
   static constexpr int kSmemBytes = TileQ::kBytes + 2 * TileK::kBytes;
-  // A multiprocessor; 0 leaves it to the compiler, which would spill a few registers here to get three.
-  static constexpr int kMinBlocks = kKind == ScoreKind::kEverything && kHeadDim > 64 ? 2 : 0;
+  // A multiprocessor; 0 leaves it to the compiler, which would spill a few registers here to get one more.
+  static constexpr int kMinBlocks = kKind != ScoreKind::kEverything ? 0 : kHeadDim > 64 ? 2 : 3;
   static_assert(kBlockK % 32 == 0, "a draw of dropout serves 32 columns");
 };
 
