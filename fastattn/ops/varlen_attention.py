@@ -255,7 +255,7 @@ def with_diagonals(call: AttentionCall, visible: Tensor, diagonal: Tensor) -> At
 
 # --- The table -------------------------------------------------------------------------------------------------------
 
-_, _TRITON, _, _EAGER, _ = kernels_around(_run_padded)
+_TRITON, _EAGER = kernels_around(_run_padded)[1:4:2]
 _CUDA, _EMULATED = dispatch.cuda_kernels(compiled.refuses_cuda, compiled.run_varlen)
 dispatch.register(
     "varlen_attention",
