@@ -27,7 +27,8 @@ DEVICE_TESTS = (
     "tests/test_ptx.py", "tests/test_ptx_cluster.py", "tests/test_layer_norm_cuda.py",
     "tests/test_layer_norm_cluster.py", "tests/test_int8_matmul_kernels.py", "tests/test_cuda_inputs.py",
     "tests/test_attention.py", "tests/test_layer_norm.py", "tests/test_int8_matmul.py",
-    "tests/test_varlen_attention.py", "tests/test_attention_with_kv_cache.py", "tests/test_attention_semantics.py",
+    "tests/test_varlen_attention.py", "tests/test_varlen_attention_cuda.py",
+    "tests/test_attention_with_kv_cache.py", "tests/test_kv_cache_cuda.py", "tests/test_attention_semantics.py",
     "tests/test_layer_norm_interface.py", "tests/test_cuda_graphs.py", "tests/test_gpt.py",
     "tests/test_transformer.py", "tests/test_training.py",
 )  # fmt: skip

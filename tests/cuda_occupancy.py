@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -108,7 +109,8 @@ def launch_sizes(names: Sequence[str], sources: Iterable[Path]) -> dict[str, Lau
         # Nothing runs but main, so the emulator's runtime is not linked, and what calls it is dropped.
         linking = ["-ffunction-sections", "-Wl,--gc-sections", "-Wl,--unresolved-symbols=ignore-all"]
         flags = [*HOST_FLAGS, "-O0", "-w", *linking, "-x", "c++", "-"]
-        subprocess.run([compiler, *flags, "-o", program], input="\n".join([*lines, "}"]), text=True, check=True)
+        command = [*shlex.split(compiler), *flags, "-o", program]
+        subprocess.run(command, input="\n".join([*lines, "}"]), text=True, check=True)
         output = subprocess.run([program], capture_output=True, text=True, check=True).stdout
     sizes = [LaunchSize(*map(int, line.split())) for line in output.splitlines()]
     return dict(zip(names, sizes, strict=True))

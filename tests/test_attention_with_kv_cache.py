@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from attention_cases import DTYPES, KERNEL_BACKENDS, dtype_id
@@ -10,6 +12,7 @@ from kv_cache_cases import BATCH, CAPACITY, HEADS, Problem
 
 import fastattn
 
+attention_with_kv_cache = importlib.import_module("fastattn.ops.attention_with_kv_cache")
 pytestmark = pytest.mark.usefixtures("tensors_where_the_backend_runs")
 BACKENDS = [*KERNEL_BACKENDS, "eager"]
 
@@ -155,3 +158,60 @@ def test_explain_writes_nothing():
     )
     assert text.startswith("attention_with_kv_cache: ")
     torch.testing.assert_close(problem.caches, before, equal_nan=True)
+
+
+def step_of(heads: int = 4, heads_kv: int = 2, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """A decoding step's query, caches of 12 tokens, key and value, on the CPU."""
+    caches = torch.randn(2, 2, 12, heads_kv, 16, device="cpu", dtype=dtype)
+    caches[:, :, 7:] = float("nan")
+    query, *new = (torch.randn(2, 1, n, 16, device="cpu", dtype=dtype) for n in (heads, heads_kv, heads_kv))
+    return [query, *caches, *new]
+
+
+@pytest.mark.skipif("cpu" not in KERNEL_BACKENDS, reason="the extension was not built")
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("heads_kv", [1, 2, 4])
+def test_one_token_s_short_way_is_the_long_way(heads_kv, dtype, monkeypatch):
+    short = step_of(heads_kv=heads_kv, dtype=dtype)
+    long = [tensor.clone() for tensor in short]
+    # A window as wide as the cache changes nothing but the way.
+    expected = fastattn.attention_with_kv_cache(*long, cache_seqlens=7, window=(12, 0), scale=0.3)
+    monkeypatch.setattr(attention_with_kv_cache, "_prepare", None)
+    actual = fastattn.attention_with_kv_cache(*short, cache_seqlens=7, scale=0.3)
+    assert actual.shape == (2, 1, 4, 16) and torch.equal(actual, expected)
+    for mine, theirs in zip(short, long, strict=True):
+        assert torch.equal(mine.nan_to_num(9.0), theirs.nan_to_num(9.0))
+
+
+@pytest.mark.parametrize("change, error", [
+    ({"cache_seqlens": 12}, ValueError), ({"cache_seqlens": -1}, ValueError), ({"scale": "wide"}, TypeError),
+    ({0: torch.randn(2, 1, 3, 16)}, ValueError), ({3: torch.randn(2, 1, 2, 8)}, ValueError),
+    ({4: torch.randn(2, 1, 2, 16).double()}, TypeError), ({3: torch.randn(3, 1, 2, 16)}, ValueError),
+    ({3: torch.randn(2, 1, 2, 16, requires_grad=True)}, NotImplementedError),
+])  # fmt: skip
+def test_one_token_s_mistakes_write_nothing(change, error):
+    arguments, options = step_of(), {"cache_seqlens": 7}
+    for key, value in change.items():
+        if isinstance(key, int):
+            arguments[key] = value.to("cpu")
+        else:
+            options[key] = value
+    before = [tensor.detach().clone() for tensor in arguments]
+    with pytest.raises(error):
+        fastattn.attention_with_kv_cache(*arguments, **options)
+    for mine, theirs in zip(arguments, before, strict=True):
+        assert torch.equal(mine.detach().nan_to_num(9.0), theirs.nan_to_num(9.0))
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_one_token_goes_where_the_preference_says(backend, monkeypatch):
+    if fastattn.available_backends()[backend] is not None:
+        pytest.skip(fastattn.available_backends()[backend])
+    taken = []
+    original = attention_with_kv_cache._one_token_if_plain
+    monkeypatch.setattr(
+        attention_with_kv_cache, "_one_token_if_plain", lambda *call: taken.append(1) or original(*call)
+    )
+    with fastattn.use_backend(backend):
+        fastattn.attention_with_kv_cache(*step_of(), cache_seqlens=7)
+    assert len(taken) == (backend == "cpu")

@@ -6,6 +6,7 @@ Run by ``make sanitize``: the kernels are built with -fsanitize=thread and run i
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from contextlib import suppress
@@ -54,7 +55,8 @@ def run_all() -> None:
 @pytest.fixture(scope="module")
 def statuses() -> dict[str, int]:
     """Exit statuses by "kernel bug mode"."""
-    runtime = subprocess.run([host_compiler(), "-print-file-name=libtsan.so"], capture_output=True, text=True)
+    command = [*shlex.split(host_compiler()), "-print-file-name=libtsan.so"]
+    runtime = subprocess.run(command, capture_output=True, text=True)
     environment = {
         **os.environ,
         "LD_PRELOAD": runtime.stdout.strip(),

@@ -13,6 +13,7 @@ from fastattn.dispatch import cuda_kernels, select
 from fastattn.ops import attention_checks as checks
 from fastattn.ops import attention_compiled as compiled
 from fastattn.ops.attention import AttentionCall, kernels_around
+from fastattn.ops.attention_compiled import attention_if_plain
 from fastattn.ops.varlen_attention import with_diagonals
 
 
@@ -88,6 +89,16 @@ def attention_with_kv_cache(
 
     Source: Kwon et al. 2023 (arXiv:2309.06180) for the paged form; Su et al. 2021 (arXiv:2104.09864) for the rotation.
     """
+    plain = type(cache_seqlens) is int and block_table is None and rotary_cos is None and rotary_sin is None
+    plain = plain and window is None and softcap == 0.0 and alibi_slopes is None and sinks is None and not return_lse
+    if (
+        plain
+        and not torch.compiler.is_compiling()
+        and (backend if backend != "auto" else dispatch.preference()) in ("auto", "cpu")
+    ):
+        out = _one_token_if_plain(query, key_cache, value_cache, key, value, cache_seqlens, scale)
+        if out is not None:
+            return out
     call = _prepare(
         query, key_cache, value_cache, key, value, cache_seqlens=cache_seqlens, block_table=block_table,
         rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved, is_causal=is_causal,
@@ -95,6 +106,41 @@ def attention_with_kv_cache(
     )  # fmt: skip
     out, lse = select("attention_with_kv_cache", call, backend).run(call)
     return (out, lse) if return_lse else out
+
+
+def _one_token_if_plain(
+    query: Any, key_cache: Any, value_cache: Any, key: Any, value: Any, length: Any, scale: float | None
+) -> Tensor | None:
+    """A decoding step, one query behind one number of tokens, by attention's short way; None where an argument wants a
+    closer look. The one query is the last key's: it sees them all, causal or not.
+
+    Nothing is written before everything is checked. Should attention decline in the end, the long way writes the same.
+    """
+    tensors = (query, key_cache, value_cache, key, value)
+    if not all(type(tensor) is Tensor and tensor.dim() == 4 and tensor.device.type == "cpu" for tensor in tensors):
+        return None
+    dtype, (batch, seqlen_q, heads, head_dim) = query.dtype, query.shape
+    _, capacity, heads_kv, head_dim_v = value_cache.shape
+    fits = (
+        seqlen_q == 1
+        and key_cache.shape == (batch, capacity, heads_kv, head_dim)
+        and value_cache.shape[0] == batch
+        and key.shape == (batch, 1, heads_kv, head_dim)
+        and value.shape == (batch, 1, heads_kv, head_dim_v)
+        and heads_kv > 0
+        and heads % heads_kv == 0
+        and 0 <= length < capacity
+        and all(tensor.dtype == dtype for tensor in tensors)
+        and (scale is None or type(scale) in (int, float))
+    )
+    if not fits or torch.is_autocast_enabled("cpu"):
+        return None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return None
+    key_cache[:, length : length + 1], value_cache[:, length : length + 1] = key, value
+    keys, values = key_cache[:, : length + 1].transpose(1, 2), value_cache[:, : length + 1].transpose(1, 2)
+    out = attention_if_plain(query.transpose(1, 2), keys, values, False, scale, True)
+    return None if out is None else out.transpose(1, 2)
 
 
 def _prepare(
