@@ -72,8 +72,7 @@ ScoreKind score_kind(const AttentionParams& p) {
 // Heads that share k and v are packed into the rows that a short sequence would leave empty.
 int heads_packed(const AttentionParams& p) {
   constexpr int64_t kShort = 32;
-  constexpr int64_t kMostHeads = 8192;  // whose rows are divided exactly (inverse_of_group)
-  return p.seqlen_q <= kShort && p.heads / p.heads_kv <= kMostHeads ? static_cast<int>(p.heads / p.heads_kv) : 1;
+  return p.seqlen_q <= kShort ? static_cast<int>(p.heads / p.heads_kv) : 1;
 }
 
 // A tile of 64 rows where there are no more or where heads are packed: half of a larger one would be idle. Kernels for

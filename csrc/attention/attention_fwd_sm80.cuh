@@ -213,9 +213,9 @@ FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args, const Att
   const int head_kv = group > 1 ? work.tile_head : work.tile_head / (args.heads / args.heads_kv);
   const int first_row = work.row_tile * kBlockQ;
   const int rows = min(kBlockQ, scores.seqlen_q * group - first_row);
-  const QueryRows tile_rows = {first_row, work.tile_head * group, group, args.group_inverse};
+  const QueryRows tile_rows = {first_row, work.tile_head * group, group};
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16 * kRowTiles;
-  const QueryRows lane_rows = {first_row + warp_row + lane / 4, tile_rows.head, group, args.group_inverse};
+  const QueryRows lane_rows = {first_row + warp_row + lane / 4, tile_rows.head, group};
   const IndexRange queries = {tile_rows.query_of(first_row), tile_rows.query_of(first_row + rows - 1) + 1};
   const KeyTiles tiles = key_tiles<kBlockK>(scores, queries, work.split, args.splits);
 

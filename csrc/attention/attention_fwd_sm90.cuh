@@ -32,7 +32,7 @@ struct AttentionFwdSm90Traits {
   // Rows from `first` on of a head or of packed heads.
   FASTATTN_DEVICE static QueryRows query_rows(const AttentionFwdArgs& args, int first, int tile_head) {
     if constexpr (!fwd_sm90_packs_heads(kHeadDim, kKind)) return {first, tile_head};
-    return {first, tile_head * args.group, args.group, args.group_inverse};
+    return {first, tile_head * args.group, args.group, args.group_inverse | 1};  // known not to be 0
   }
   using TileQ = TileSm90<64, kHeadDim>;  // of one warpgroup, as is the output's
   using TileK = TileSm90<kBlockK, kHeadDim>;

@@ -91,8 +91,7 @@ class MaskTileReader<true> {
 struct MaskTilesArgs {
   ScoreArgs scores;
   MaskTileState* state = nullptr;
-  int block_q = 0, block_k = 0, group = 1;  // rows and keys of a tile; heads packed into its rows
-  uint32_t group_inverse = 0;
+  int block_q = 0, block_k = 0, group = 1;                      // rows and keys of a tile; heads packed into its rows
   int key_tiles = 0, row_tiles = 0, tile_heads = 0, batch = 0;  // of `state`: 1 where the mask broadcasts
   bool one_row = false;                                         // every row of a tile has the same mask
 };
@@ -124,7 +123,7 @@ __global__ void __launch_bounds__(32 * kMaskTilesWarps) mask_tiles_kernel(const 
   const int tile_head = static_cast<int>(index % args.tile_heads), batch = static_cast<int>(index / args.tile_heads);
 
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const QueryRows tile_rows = {0, tile_head * args.group, args.group, args.group_inverse};
+  const QueryRows tile_rows = {0, tile_head * args.group, args.group};
   const int first_row = row_tile * args.block_q, first_key = key_tile * args.block_k;
   const int end_row = args.one_row ? 1 : min(first_row + args.block_q, scores.seqlen_q * args.group);
   const int end_key = min(first_key + args.block_k, scores.seqlen_k);

@@ -48,7 +48,6 @@ inline const char* launch_mask_tiles(const MaskTilesPlan& plan, const ScoreArgs&
   args.scores = scores;
   args.state = state;
   args.block_q = plan.block_q, args.block_k = plan.block_k, args.group = plan.group;
-  args.group_inverse = inverse_of_group(plan.group);
   args.batch = static_cast<int>(plan.batch), args.tile_heads = static_cast<int>(plan.tile_heads);
   args.row_tiles = static_cast<int>(plan.row_tiles), args.key_tiles = static_cast<int>(plan.key_tiles);
   args.one_row = plan.one_row;

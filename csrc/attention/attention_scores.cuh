@@ -83,10 +83,10 @@ inline const char* make_score_args(ScoreArgs& args, const AttentionParams& p) {
   return nullptr;
 }
 
-// 2^32 / group, rounded up; multiplying by it divides rows below 2^32 / group exactly, for a power of two all of them.
-// A division by a variable would take a dozen registers of kernels that have none to spare.
+// A little more than 2^32 / group, never 0: multiplying by it divides rows below 2^32 / group exactly, for a power of
+// two.
 inline uint32_t inverse_of_group(int group) {
-  return group == 1 ? 0 : static_cast<uint32_t>(((uint64_t{1} << 32) + static_cast<uint32_t>(group) - 1) / group);
+  return static_cast<uint32_t>((uint64_t{1} << 32) / static_cast<uint32_t>(group)) | 1;
 }
 
 // Which query and head a row of a tile is. Without packing, row r is query r of one head; with `group` heads packed
@@ -95,14 +95,19 @@ struct QueryRows {
   int first = 0;  // this lane's first row
   int head = 0;   // of row 0
   int group = 1;
-  uint32_t group_inverse = 0;
+  uint32_t group_inverse = 0;  // 0: divisions instead, which some kernels have the registers for, and others need
 
   FASTATTN_DEVICE int row(int m, int half) const { return first + 16 * m + 8 * half; }
   FASTATTN_DEVICE int query_of(int row) const {
-    return group == 1 ? row : static_cast<int>(uint64_t{static_cast<uint32_t>(row)} * group_inverse >> 32);
+    if (group == 1) return row;
+    if (group_inverse == 0) return row / group;
+    return static_cast<int>(uint64_t{static_cast<uint32_t>(row)} * group_inverse >> 32);
   }
-  FASTATTN_DEVICE int head_in_group(int row) const { return row - query_of(row) * group; }
-  FASTATTN_DEVICE int head_of(int row) const { return head + head_in_group(row); }
+  FASTATTN_DEVICE int head_in_group(int row) const {
+    if (group == 1) return 0;
+    return group_inverse == 0 ? row % group : row - query_of(row) * group;
+  }
+  FASTATTN_DEVICE int head_of(int row) const { return group == 1 ? head : head + head_in_group(row); }
 };
 
 FASTATTN_DEVICE int lane_column() { return static_cast<int>(threadIdx.x) % 4 * 2; }
