@@ -12,17 +12,24 @@ from fastattn.ops.triton_launch import Launch
 HEAD_DIMS = (16, 32, 64, 80, 128, 192, 256)
 # What shapes the scores; the last, which has all of it, needs the most registers.
 VARIANTS = ("plain", "causal", "bool_mask", "float_mask", "softcap", "alibi", "dropout", "everything")
+# Packed sequences have no masks. (head_dims that share tiles, once.)
+PACKED_VARIANTS = ("packed_causal", "packed_softcap", "packed_alibi", "packed_dropout", "packed_everything")
+PACKED_HEAD_DIMS = (64, 80, 128, 192, 256)
 TUNED_VARIANTS = ("causal", "bool_mask", "float_mask", "softcap", "alibi", "dropout")
 
 
 def _scoring(variant: str, batch: int, heads: int, seqlen: int):
-    from fastattn.ops.attention_triton_plan import Scoring
+    from fastattn.ops.attention_triton_plan import Packing, Scoring
 
+    packed, variant = variant.startswith("packed"), variant.removeprefix("packed_")
     everything = variant == "everything"
-    mask = slopes = sinks = rng_state = None
+    mask = slopes = sinks = rng_state = packing = None
+    if packed:
+        cu_seqlens = torch.empty(batch + 1, dtype=torch.int32, device="meta")
+        packing = Packing(cu_seqlens, cu_seqlens, seqlen, seqlen)
     if variant == "bool_mask":
         mask = torch.empty(batch, 1, seqlen, seqlen, dtype=torch.bool, device="meta")
-    if variant in ("float_mask", "everything"):
+    if variant == "float_mask" or (everything and not packed):
         mask = torch.empty(1, heads, seqlen, seqlen, device="meta")
     if variant in ("alibi", "everything"):
         slopes = torch.empty(heads, device="meta")
@@ -32,7 +39,7 @@ def _scoring(variant: str, batch: int, heads: int, seqlen: int):
         rng_state = torch.empty(2, dtype=torch.int64, device="meta")
     dropout_p, softcap = 0.0 if rng_state is None else 0.1, 30.0 if variant in ("softcap", "everything") else 0.0
     causal, window_left = variant in ("causal", "everything"), 500 if everything else -1
-    return Scoring(mask, slopes, sinks, rng_state, dropout_p, causal, 0.125, window_left, -1, True, softcap)
+    return Scoring(mask, slopes, sinks, rng_state, dropout_p, causal, 0.125, window_left, -1, True, softcap, packing)
 
 
 def launches(
@@ -46,6 +53,7 @@ def launches(
     from fastattn.ops import attention_triton_tuning as tuning
     from fastattn.ops.attention_triton_mask import plan_mask_states
     from fastattn.ops.attention_triton_tiles import Gpu
+    from fastattn.ops.varlen_attention_triton import as_entry
 
     batch, heads, heads_kv, seqlen = 4, 16, 4, 4096
     query, out, dout, dq = (
@@ -56,6 +64,12 @@ def launches(
     )
     lse, row_lse, delta = (torch.empty(batch, heads, seqlen, device="meta") for _ in range(3))
     scoring, gpu = _scoring(variant, batch, heads, seqlen), Gpu(capability)
+    if scoring.packing is not None:
+        operands = query, out, dout, dq, key, value, dk, dv
+        query, out, dout, dq, key, value, dk, dv = (as_entry(x.transpose(1, 2).flatten(0, 1)) for x in operands)
+        padded = plan.padded_rows(batch * seqlen, scoring.packing)
+        lse = torch.empty(heads, batch * seqlen, device="meta")
+        row_lse, delta = (torch.empty(1, heads, padded, device="meta") for _ in range(2))
     mask_launches, states = plan_mask_states(query, value, scoring.attn_mask, gpu)
     inputs = plan.BackwardInputs(query, key, value, dout, row_lse, delta, states)
     for planned in (
@@ -71,9 +85,11 @@ def launches(
     if candidates:
         return
     yield from mask_launches
-    yield plan.plan_delta(out, dout, lse, lse, row_lse, delta, scoring.sinks)[0]
+    yield plan.plan_delta(out, dout, lse, lse, row_lse, delta, scoring.sinks, scoring.packing)[0]
     if scoring.attn_mask is not None and scoring.attn_mask.is_floating_point():
         yield plan.plan_dmask(inputs, scoring, gpu)[0]
+    if scoring.packing is not None:
+        return
     weights = torch.empty(batch, seqlen, seqlen, dtype=dtype, device="meta")
     yield plan.plan_weights(query, key, lse, weights, scoring, True, gpu)
 
@@ -82,7 +98,8 @@ def aot_cases(capability: tuple[int, int], quick: bool) -> Iterator[tuple[str, L
     """Each kernel in each of the tables' tiles; head_dims that share one, in float16 alone."""
     for dtype in (torch.float16, torch.float32) if quick else (torch.float16, torch.bfloat16, torch.float32):
         for head_dim in (64,) if quick else HEAD_DIMS if dtype == torch.float16 else (64, 128, 256):
-            for variant in ("everything",) if quick else VARIANTS:
+            packed = PACKED_VARIANTS if head_dim in PACKED_HEAD_DIMS else ()
+            for variant in ("everything",) if quick else (*VARIANTS, *packed):
                 for launch in launches(capability, dtype, head_dim, variant):
                     yield _name(launch, dtype, head_dim, variant), launch
 

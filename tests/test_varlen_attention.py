@@ -14,8 +14,18 @@ import fastattn
 
 pytestmark = pytest.mark.usefixtures("tensors_where_the_backend_runs")
 INF = float("inf")
-# Triton pads.
-PACKED_BACKENDS = [backend for backend in KERNEL_BACKENDS if backend != "triton"]
+TRITON_RUNS = fastattn.available_backends()["triton"] is None
+# Triton also where it is interpreted: most shapes are small enough.
+MATRIX_BACKENDS = list(dict.fromkeys([*KERNEL_BACKENDS, *(["triton"] if TRITON_RUNS else [])]))
+# Interpreted, one half precision does for both.
+MATRIX = [
+    (backend, dtype)
+    for backend in (*MATRIX_BACKENDS, "eager")
+    for dtype in DTYPES
+    if backend != "triton" or backend in KERNEL_BACKENDS or dtype != torch.bfloat16
+]
+# Those whose ops are called directly; the one of emulated and CUDA is the CPU's.
+OPS_BACKENDS = ["cpu", *(["triton"] if TRITON_RUNS else [])]
 HEADS, HEADS_KV, HEAD_DIM, HEAD_DIM_V = 4, 2, 24, 16
 # Empty sequences of either kind, more queries than keys and fewer, one token.
 LENGTHS_Q, LENGTHS_K = (5, 0, 33, 1, 17, 4), (5, 7, 20, 65, 40, 0)
@@ -81,8 +91,7 @@ def _cotangents(out, lse):
     return torch.randn(out.shape).to(torch.bfloat16).to(out.dtype), torch.randn(lse.shape).to(lse.dtype)
 
 
-@pytest.mark.parametrize("backend", [*KERNEL_BACKENDS, "eager"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize(("backend", "dtype"), MATRIX, ids=lambda x: x if isinstance(x, str) else dtype_id(x))
 @pytest.mark.parametrize("options", OPTIONS)
 def test_matches_one_call_for_each_sequence(options, dtype, backend):
     check(inputs(dtype), LENGTHS_Q, LENGTHS_K, backend, **moved_for(backend, OPTIONS[options]))
@@ -143,16 +152,16 @@ def test_results_do_not_depend_on_the_number_of_threads():
         assert torch.equal(alone, one) and torch.equal(alone, two)
 
 
-@pytest.mark.parametrize("backend", PACKED_BACKENDS)
+@pytest.mark.parametrize("backend", MATRIX_BACKENDS)
 def test_slices_of_one_packed_tensor(backend):
     lengths = (30, 1, 65)
     dtype = torch.float32 if backend == "cpu" else torch.float16
     torch.manual_seed(1)
     qkv = torch.randn(96, 3, HEADS, 32).to(dtype).requires_grad_()
     cu = cu_seqlens(lengths)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         out = fastattn.varlen_attention(*qkv.unbind(1), cu, cu, 65, 65, backend=backend)
-    called = {event.key for event in profile.key_averages()}
+    called = called_on_operands(profile)
     assert not called & {"aten::copy_", "aten::clone", "aten::contiguous", "aten::index_copy"}, called
     assert out.is_contiguous()
     cotangent = torch.randn(out.shape).to(dtype)
@@ -163,19 +172,29 @@ def test_slices_of_one_packed_tensor(backend):
     assert torch.equal(gradient, torch.stack(torch.autograd.grad(expected, leaves, cotangent), dim=1))
 
 
-@pytest.mark.parametrize("backend", PACKED_BACKENDS)
+@pytest.mark.parametrize("backend", MATRIX_BACKENDS)
 def test_no_step_pads_or_copies(backend):
     lengths = (5, 70, 0, 3)
     dtype = torch.float32 if backend == "cpu" else torch.float16
     leaves = [operand.requires_grad_() for operand in of_head_dim(32, lengths, lengths, dtype)]
     cu, sinks = cu_seqlens(lengths), torch.zeros(HEADS, requires_grad=True)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         out = fastattn.varlen_attention(*leaves, cu, cu, 70, 70, is_causal=True, sinks=sinks, backend=backend)
         torch.autograd.grad(out, [*leaves, sinks], torch.ones_like(out))
-    called = {event.key for event in profile.key_averages()}
-    assert "fastattn::varlen_attention" in called and "fastattn::varlen_attention_backward" in called
+    called = called_on_operands(profile)
+    suffix = "_triton" if backend == "triton" else ""
+    assert called >= {f"fastattn::varlen_attention{suffix}", f"fastattn::varlen_attention{suffix}_backward"}
     moves = {"aten::copy_", "aten::clone", "aten::constant_pad_nd", "aten::index_copy", "aten::index_select"}
-    assert not called & {*moves, "fastattn::padded_rows", "fastattn::attention"}, called
+    assert not called & {*moves, "fastattn::padded_rows", "fastattn::attention", "fastattn::attention_triton"}, called
+
+
+def called_on_operands(profile):
+    """The ops that got something of three dims or more. (Lengths are looked at, and Triton's interpreter copies.)"""
+    return {
+        event.key
+        for event in profile.key_averages(group_by_input_shape=True)
+        if any(isinstance(shape, list) and len(shape) >= 3 for shape in event.input_shapes)
+    }
 
 
 def of_head_dim(head_dim, lengths_q, lengths_k, dtype):
@@ -184,7 +203,7 @@ def of_head_dim(head_dim, lengths_q, lengths_k, dtype):
     return [torch.randn(*shape, head_dim).to(dtype) for shape in heads]
 
 
-@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("backend", MATRIX_BACKENDS)
 def test_a_sequence_of_nan_stays_alone(backend):
     lengths = (20, 33, 11)
     dtype = torch.float32 if backend == "cpu" else torch.float16
@@ -199,7 +218,7 @@ def test_a_sequence_of_nan_stays_alone(backend):
         assert y[20:53].isnan().all(), name
 
 
-@pytest.mark.parametrize("backend", [*KERNEL_BACKENDS, "eager"])
+@pytest.mark.parametrize("backend", [*MATRIX_BACKENDS, "eager"])
 def test_self_attention_with_one_tensor_of_lengths(backend):
     lengths = (7, 65, 0, 30)
     operands = inputs(torch.float64, lengths, lengths)
@@ -213,7 +232,7 @@ def test_self_attention_with_one_tensor_of_lengths(backend):
     )
 
 
-@pytest.mark.parametrize("backend", [*KERNEL_BACKENDS, "eager"])
+@pytest.mark.parametrize("backend", [*MATRIX_BACKENDS, "eager"])
 def test_drops_the_same_elements_as_a_padded_batch(backend):
     lengths = (30, 17, 40)
     q, k, v = inputs(torch.float64, lengths, lengths)
@@ -228,7 +247,7 @@ def test_drops_the_same_elements_as_a_padded_batch(backend):
     torch.testing.assert_close(packed, expected)
 
 
-@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("backend", MATRIX_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 def test_gradients_drop_the_same_elements_as_eager(dtype, backend):
     lengths_q, lengths_k = (30, 0, 17, 40), (37, 5, 70, 33)
@@ -241,7 +260,12 @@ def test_gradients_drop_the_same_elements_as_eager(dtype, backend):
         assert_as_accurate_as_eager(actual, eager, reference, name, terms=1.0 if name.startswith("d") else 0.0)
 
 
-@pytest.mark.parametrize("backend", PACKED_BACKENDS)
+def ops_of(backend):
+    name = "varlen_attention_triton" if backend == "triton" else "varlen_attention"
+    return getattr(torch.ops.fastattn, name), getattr(torch.ops.fastattn, f"{name}_backward")
+
+
+@pytest.mark.parametrize("backend", MATRIX_BACKENDS)
 @pytest.mark.parametrize(
     ("cu", "longest"),
     [
@@ -263,14 +287,14 @@ def test_kernels_stay_inside_the_tensors(cu, longest, backend):
     ]
     options = (None, None, None, 0.0, True, 0.2, -1, -1, True, 0.0)
     wrong = torch.tensor(cu, dtype=torch.int32)
-    out, lse = torch.ops.fastattn.varlen_attention(*operands, whole, whole, 15, 15, *options)
-    backward = torch.ops.fastattn.varlen_attention_backward
+    forward, backward = ops_of(backend)
+    out, lse = forward(*operands, whole, whole, 15, 15, *options)
     with fastattn._extension.extension.Emulation() if backend == "emulated" else contextlib.nullcontext():
         gradients = backward(out, lse, *operands, out, lse, wrong, wrong, longest, longest, *options, False)
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("backend", PACKED_BACKENDS)
+@pytest.mark.parametrize("backend", MATRIX_BACKENDS)
 @pytest.mark.parametrize("cu", [[0], [0, 0, 0]], ids=["no sequence", "empty ones"])
 def test_rows_without_any_sequence(cu, backend):
     dtype = torch.float32 if backend == "cpu" else torch.float16
@@ -283,7 +307,7 @@ def test_rows_without_any_sequence(cu, backend):
     assert all((gradient == 0).all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("backend", [*KERNEL_BACKENDS, "eager"])
+@pytest.mark.parametrize("backend", [*MATRIX_BACKENDS, "eager"])
 def test_rows_past_the_last_sequence_are_zero_and_get_no_gradient(backend):
     operands = inputs(torch.float32, (3, 5), (4, 6), tail=2)
     operands = [torch.cat((operand[:-2], torch.full_like(operand[-2:], float("nan")))) for operand in operands]
@@ -294,7 +318,7 @@ def test_rows_past_the_last_sequence_are_zero_and_get_no_gradient(backend):
         assert (gradient[-2:] == 0).all() and gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", [*KERNEL_BACKENDS, "eager"])
+@pytest.mark.parametrize("backend", [*MATRIX_BACKENDS, "eager"])
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0)])
 def test_nothing_to_attend_to(lengths, backend):
     q, k, v = inputs(torch.float32, lengths, lengths)
@@ -303,13 +327,14 @@ def test_nothing_to_attend_to(lengths, backend):
     assert out.shape == (0, HEADS, HEAD_DIM_V) and lse.shape == (HEADS, 0)
 
 
+@pytest.mark.parametrize("backend", OPS_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=dtype_id)
-def test_compiles_without_a_graph_break(dtype):
+def test_compiles_without_a_graph_break(dtype, backend):
     q, k, v = (x.requires_grad_() for x in inputs(torch.float32))
     cu_q, cu_k = cu_seqlens(LENGTHS_Q, dtype), cu_seqlens(LENGTHS_K, dtype)
 
     def step(q, k, v):
-        return fastattn.varlen_attention(q, k, v, cu_q, cu_k, 33, 65, is_causal=True, return_lse=True)
+        return fastattn.varlen_attention(q, k, v, cu_q, cu_k, 33, 65, is_causal=True, return_lse=True, backend=backend)
 
     expected = step(q, k, v)
     actual = torch.compile(step, fullgraph=True, backend="aot_eager")(q, k, v)
@@ -324,21 +349,24 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.fastattn.padded_rows, (cu_seqlens((2, 0, 3)), 4, 6, "cu_seqlens_q"))
 
 
+@pytest.mark.parametrize("backend", OPS_BACKENDS)
 @pytest.mark.parametrize("layout", ["rows hold heads", "heads hold rows"])
-def test_opcheck_of_the_kernels(layout):
-    q, k, v = inputs(torch.float32)
+def test_opcheck_of_the_kernels(layout, backend):
+    forward, backward = ops_of(backend)
+    lengths_q, lengths_k = (LENGTHS_Q, LENGTHS_K) if backend == "cpu" else ((5, 0, 4), (6, 3, 0))
+    q, k, v = inputs(torch.float32, lengths_q, lengths_k)
     if layout == "heads hold rows":
         q, k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))
-    lengths = (cu_seqlens(LENGTHS_Q), cu_seqlens(LENGTHS_K), 33, 65)
+    lengths = (cu_seqlens(lengths_q), cu_seqlens(lengths_k), max(lengths_q), max(lengths_k))
     sinks, rng_state = torch.randn(HEADS), torch.tensor([3, 5])
     options = (None, sinks.requires_grad_(), rng_state, 0.1, True, 0.3, 9, -1, True, 0.0)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(torch.ops.fastattn.varlen_attention, (*leaves, *lengths, *options))
+    torch.library.opcheck(forward, (*leaves, *lengths, *options))
     q, k, v, sinks = (x.detach() for x in (q, k, v, sinks))
     options = (None, sinks, *options[2:])
-    out, lse = torch.ops.fastattn.varlen_attention(q, k, v, *lengths, *options)
+    out, lse = forward(q, k, v, *lengths, *options)
     arguments = (out, lse.nan_to_num(neginf=0.0), q, k, v, out, lse, *lengths, *options, True)
-    torch.library.opcheck(torch.ops.fastattn.varlen_attention_backward, arguments)
+    torch.library.opcheck(backward, arguments)
 
 
 def test_gradcheck():

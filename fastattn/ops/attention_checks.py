@@ -248,3 +248,19 @@ def integers_on_device(op: str, name: str, tensor: Any, query: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be an int32 or int64 Tensor, got {got}.")
     if tensor.device != query.device:
         raise ValueError(f"{op}: query is on {query.device} but {name} on {tensor.device}; move it there.")
+
+
+def sequence_lengths(op: str, name: str, cu_seqlens: Tensor, max_seqlen: int, total: int) -> None:
+    """Raises where the values of ``cu_seqlens``, on the CPU, do not fit ``max_seqlen`` and ``total`` rows."""
+    if cu_seqlens[0] != 0:
+        raise ValueError(f"{op}: {name} must start with 0, got {int(cu_seqlens[0])}.")
+    lengths = cu_seqlens.diff()
+    if (lengths < 0).any():
+        raise ValueError(f"{op}: {name} must not fall, but sequence {int(lengths.argmin())} has a negative length.")
+    if cu_seqlens[-1] > total:
+        raise ValueError(f"{op}: {name} ends at {int(cu_seqlens[-1])}, but there are only {total} rows.")
+    if lengths.numel() and lengths.max() > max_seqlen:
+        raise ValueError(
+            f"{op}: max_seqlen_{name[-1]} is {max_seqlen}, but sequence {int(lengths.argmax())} of {name} has "
+            f"{int(lengths.max())} rows; pass at least that."
+        )

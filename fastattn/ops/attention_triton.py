@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastattn.ops.attention import AttentionCall
 
 # 128 rows of a tile, at 32-bit offsets.
-_MAX_STRIDE = 2**24
+MAX_STRIDE = 2**24
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -72,11 +72,11 @@ _library.define(
 
 def _rows(tensor: Tensor) -> Tensor:
     """Kernels read the elements of a row as neighbours, and rows at strides that keep a tile's offsets in 32 bits."""
-    return tensor if tensor.stride(3) == 1 and tensor.stride(2) < _MAX_STRIDE else tensor.contiguous()
+    return tensor if tensor.stride(3) == 1 and tensor.stride(2) < MAX_STRIDE else tensor.contiguous()
 
 
 def _addressable(mask: Tensor | None) -> Tensor | None:
-    return mask if mask is None or max(mask.stride()[-2:], default=0) < _MAX_STRIDE else mask.contiguous()
+    return mask if mask is None or max(mask.stride()[-2:], default=0) < MAX_STRIDE else mask.contiguous()
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, alibi_slopes: Tensor | None,
@@ -114,15 +114,9 @@ def _backward(dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, val
             dsinks = total.masked_fill(lse == float("-inf"), 0.0).sum((0, 2)).to(learned_sinks.dtype)
         return dq, dk, dv, dmask, dsinks
 
-    out, dout = _rows(out), _rows(dout)
-    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-    row_lse, delta = (lse.new_empty(*lse.shape[:2], plan.padded_rows(lse.shape[2])) for _ in range(2))
     states = tuning.mask_states(query, value, call.attn_mask)
-    inputs = plan.BackwardInputs(_rows(query), _rows(key), _rows(value), dout, row_lse, delta, states)
-    launch, sink_sums = plan.plan_delta(out, dout, dlse, lse, row_lse, delta, learned_sinks)
-    launch.run(query)
-    tuning.run(query, plan.plan_dkdv, inputs, dk, dv, call)
-    tuning.run(query, plan.plan_dq, inputs, dq, call)
+    operands = (_rows(operand) for operand in (query, key, value, out, dout))
+    inputs, sink_sums = tuning.run_backward(*operands, dlse, lse, (dq, dk, dv), call, states, learned_sinks)
     if learned_mask is not None:
         launch, partial, sums = plan.plan_dmask(inputs, call, tiles.gpu_of(query))
         launch.run(query)
@@ -206,7 +200,7 @@ def _differentiate_attention(ctx: Any, dout: Tensor | None, dlse: Tensor | None)
     return tuple(gradients)
 
 
-def _refuse_second_derivatives(ctx: Any, *gradients: Any) -> tuple:
+def refuse_second_derivatives(ctx: Any, *gradients: Any) -> tuple:
     raise NotImplementedError(
         "attention: the backward of a fastattn kernel cannot be differentiated again. Use backend='eager' for second "
         "derivatives."
@@ -250,7 +244,7 @@ def _differentiate_weights(ctx: Any, dweights: Tensor) -> tuple:
 torch.library.register_autograd(
     "fastattn::attention_triton", _differentiate_attention, setup_context=_save_attention, lib=_library
 )
-torch.library.register_autograd("fastattn::attention_triton_backward", _refuse_second_derivatives, lib=_library)
+torch.library.register_autograd("fastattn::attention_triton_backward", refuse_second_derivatives, lib=_library)
 torch.library.register_autograd(
     "fastattn::attention_triton_weights", _differentiate_weights, setup_context=_save_weights, lib=_library
 )

@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastattn.ops.attention_triton_packed import STATISTICS_ROWS, fill_gaps, packed_sequence, statistics_row
 from fastattn.ops.attention_triton_scores import (
     MASK_NONE,
     WHOLE_WALK,
@@ -33,15 +34,25 @@ from fastattn.ops.attention_triton_scores import (
 )
 from fastattn.ops.philox_triton import dropout_keep
 
-_LENGTHS = ["seqlen_q", "seqlen_k", "diagonal", "window_left", "window_right", "threshold"]
+_LENGTHS = ["seqlen_q", "seqlen_k", "diagonal", "window_left", "window_right", "threshold", "total_q", "total_k"]
 
 
-@triton.jit(do_not_specialize=["seqlen_q"])
+@triton.jit
+def _lse_offset(batch_head, head, entry_q, seqlen_q, total_q, PACKED: tl.constexpr):
+    """Where the lse of (batch, head) starts: (batch, heads, seqlen_q), packed (heads, total_q)."""
+    if PACKED:
+        return head * total_q + entry_q
+    else:
+        return batch_head.to(tl.int64) * seqlen_q
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "total_q"])
 def attention_delta_kernel(
-    out_ptr, dout_ptr, dlse_ptr, lse_ptr, row_lse_ptr, delta_ptr, sinks_ptr, dsinks_ptr,
+    out_ptr, dout_ptr, dlse_ptr, lse_ptr, row_lse_ptr, delta_ptr, sinks_ptr, dsinks_ptr, cu_seqlens_q_ptr,
     stride_out_batch, stride_out_head, stride_out_row, stride_dout_batch, stride_dout_head, stride_dout_row,
-    heads, seqlen_q, padded_rows,
+    heads, seqlen_q, padded_rows, total_q,
     HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_DV: tl.constexpr, DLSE: tl.constexpr, SINKS: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """delta and lse of each row as the other kernels want them: (batch * heads, padded_rows) float32, with lse +inf, so
     that every probability is 0, where a row sees nothing or does not exist.
@@ -49,21 +60,33 @@ def attention_delta_kernel(
     With SINKS also each program's share of the sink's gradient, to be added up. Grid: (batch * heads * row tiles,).
     """
     row_tiles = padded_rows // BLOCK_Q
+    if PACKED:
+        row_tiles = tl.cdiv(seqlen_q, STATISTICS_ROWS) * (STATISTICS_ROWS // BLOCK_Q)
     batch_head = tl.program_id(0) // row_tiles
     first_row = tl.program_id(0) % row_tiles * BLOCK_Q
     batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
-    out = load_tile(out_ptr + batch * stride_out_batch + head * stride_out_head, first_row, seqlen_q, stride_out_row,
+    entry_q = batch
+    if PACKED:
+        entry_q, seqlen_q = packed_sequence(cu_seqlens_q_ptr, batch, total_q, seqlen_q)
+        if first_row >= tl.cdiv(seqlen_q, STATISTICS_ROWS) * STATISTICS_ROWS:
+            return
+    out = load_tile(out_ptr + entry_q * stride_out_batch + head * stride_out_head, first_row, seqlen_q, stride_out_row,
                     BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True).to(tl.float32)  # fmt: skip
-    dout = load_tile(dout_ptr + batch * stride_dout_batch + head * stride_dout_head, first_row, seqlen_q,
+    dout = load_tile(dout_ptr + entry_q * stride_dout_batch + head * stride_dout_head, first_row, seqlen_q,
                      stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True).to(tl.float32)  # fmt: skip
     delta = tl.sum(out * dout, 1)
     rows = first_row + tl.arange(0, BLOCK_Q)
     if DLSE:
-        delta -= tl.load(dlse_ptr + batch_head.to(tl.int64) * seqlen_q + rows, mask=rows < seqlen_q, other=0.0)
+        offset = _lse_offset(batch_head, head, entry_q, seqlen_q, total_q, PACKED)
+        delta -= tl.load(dlse_ptr + offset + rows, mask=rows < seqlen_q, other=0.0)
     # A row that sees nothing passes nothing on, whatever reaches it.
-    lse = load_lse(lse_ptr + batch_head.to(tl.int64) * seqlen_q, rows, seqlen_q)
+    offset = _lse_offset(batch_head, head, entry_q, seqlen_q, total_q, PACKED)
+    lse = load_lse(lse_ptr + offset, rows, seqlen_q)
     delta = tl.where(lse == float("inf"), 0.0, delta)
-    statistics = batch_head.to(tl.int64) * padded_rows + rows
+    statistics = batch_head.to(tl.int64) * padded_rows
+    if PACKED:
+        statistics = head * padded_rows + statistics_row(entry_q, batch)
+    statistics += rows
     tl.store(row_lse_ptr + statistics, lse)
     tl.store(delta_ptr + statistics, delta)
     if SINKS:
@@ -77,26 +100,38 @@ def attention_delta_kernel(
 @triton.jit(do_not_specialize=_LENGTHS)
 def attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, row_lse_ptr, delta_ptr, dq_ptr, mask_ptr, lists_ptr, alibi_ptr, rng_state_ptr,
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
     stride_v_batch, stride_v_head, stride_v_row, stride_dout_batch, stride_dout_head, stride_dout_row,
     stride_dq_batch, stride_dq_head, stride_dq_row,
     stride_mask_batch, stride_mask_head, stride_mask_q, stride_mask_k, stride_lists_batch, stride_lists_head,
     stride_alibi_batch, heads, group, seqlen_q, seqlen_k, padded_rows, diagonal, window_left, window_right,
-    scale, unit, softcap, threshold, keep_scale,
+    scale, unit, softcap, threshold, keep_scale, total_q, total_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     PLAIN: tl.constexpr, PRECISION: tl.constexpr, SLICE: tl.constexpr, ONE_WALK: tl.constexpr, LISTED: tl.constexpr,
+    PACKED: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch * heads * row tiles,), the last rows first."""
     row_tiles = tl.cdiv(seqlen_q, BLOCK_Q)
     batch_head = tl.program_id(0) // row_tiles
     first_row = (row_tiles - 1 - tl.program_id(0) % row_tiles) * BLOCK_Q
     batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
-    q_ptr += batch * stride_q_batch + head * stride_q_head
-    dout_ptr += batch * stride_dout_batch + head * stride_dout_head
-    k_ptr += batch * stride_k_batch + head // group * stride_k_head
-    v_ptr += batch * stride_v_batch + head // group * stride_v_head
+    entry_q, entry_k = batch, batch
+    if PACKED:
+        fill_gaps(dq_ptr + head * stride_dq_head, stride_dq_row, 0.0, cu_seqlens_q_ptr, batch,
+                  tl.num_programs(0) // (row_tiles * heads), total_q, seqlen_q, tl.program_id(0) % row_tiles, row_tiles,
+                  BLOCK_Q, HEAD_DIM, BLOCK_D)  # fmt: skip
+        entry_q, seqlen_q = packed_sequence(cu_seqlens_q_ptr, batch, total_q, seqlen_q)
+        entry_k, seqlen_k = packed_sequence(cu_seqlens_k_ptr, batch, total_k, seqlen_k)
+        if first_row >= seqlen_q:
+            return
+        diagonal = seqlen_k - seqlen_q if BOTTOM_RIGHT else 0
+    q_ptr += entry_q * stride_q_batch + head * stride_q_head
+    dout_ptr += entry_q * stride_dout_batch + head * stride_dout_head
+    k_ptr += entry_k * stride_k_batch + head // group * stride_k_head
+    v_ptr += entry_k * stride_v_batch + head // group * stride_v_head
     slope = 0.0
     if MASK != MASK_NONE:
         mask_ptr += batch * stride_mask_batch + head * stride_mask_head
@@ -110,8 +145,11 @@ def attention_dq_kernel(
     if SLICE == 0:
         q = load_tile(q_ptr, first_row, seqlen_q, stride_q_row, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
         dout = load_tile(dout_ptr, first_row, seqlen_q, stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True)
-    lse = tl.load(row_lse_ptr + batch_head.to(tl.int64) * padded_rows + rows)
-    delta = tl.load(delta_ptr + batch_head.to(tl.int64) * padded_rows + rows)
+    statistics = batch_head.to(tl.int64) * padded_rows
+    if PACKED:
+        statistics = head * padded_rows + statistics_row(entry_q, batch)
+    lse = tl.load(row_lse_ptr + statistics + rows)
+    delta = tl.load(delta_ptr + statistics + rows)
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
 
     last_row = tl.minimum(first_row + BLOCK_Q, seqlen_q)
@@ -158,7 +196,7 @@ def attention_dq_kernel(
             if SOFTCAP:
                 ds *= 1.0 - ratio * ratio
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    store_tile(dq_ptr + batch * stride_dq_batch + head * stride_dq_head, dq * scale, first_row, seqlen_q,
+    store_tile(dq_ptr + entry_q * stride_dq_batch + head * stride_dq_head, dq * scale, first_row, seqlen_q,
                stride_dq_row, BLOCK_Q, HEAD_DIM, BLOCK_D)  # fmt: skip
 
 
@@ -168,18 +206,18 @@ def attention_dq_kernel(
 @triton.jit(do_not_specialize=_LENGTHS)
 def attention_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, row_lse_ptr, delta_ptr, dk_ptr, dv_ptr, mask_ptr, lists_ptr, alibi_ptr,
-    rng_state_ptr,
+    rng_state_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
     stride_v_batch, stride_v_head, stride_v_row, stride_dout_batch, stride_dout_head, stride_dout_row,
     stride_dk_batch, stride_dk_head, stride_dk_row, stride_dv_batch, stride_dv_head, stride_dv_row,
     stride_mask_batch, stride_mask_head, stride_mask_q, stride_mask_k, stride_lists_batch, stride_lists_head,
     stride_alibi_batch, heads, group, seqlen_q, seqlen_k, padded_rows, diagonal, window_left, window_right,
-    scale, unit, softcap, threshold, keep_scale,
+    scale, unit, softcap, threshold, keep_scale, total_q, total_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     PLAIN: tl.constexpr, PRECISION: tl.constexpr, SLICE: tl.constexpr, ONE_WALK: tl.constexpr, LISTED: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr,
+    PACKED: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """Writes dk if DK, dv if DV: where the sums of both do not fit the registers, two launches share the work.
 
@@ -194,8 +232,27 @@ def attention_dkdv_kernel(
     batch, head_kv = (batch_head_kv // heads_kv).to(tl.int64), (batch_head_kv % heads_kv).to(tl.int64)
     row, col = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     cols = first_col + col
-    k_ptr += batch * stride_k_batch + head_kv * stride_k_head
-    v_ptr += batch * stride_v_batch + head_kv * stride_v_head
+    entry_k = batch
+    if PACKED:
+        tile, batches = tl.program_id(0) % key_tiles, tl.num_programs(0) // (key_tiles * heads_kv)
+        if DK:
+            fill_gaps(dk_ptr + head_kv * stride_dk_head, stride_dk_row, 0.0, cu_seqlens_k_ptr, batch, batches, total_k,
+                      seqlen_k, tile, key_tiles, BLOCK_K, HEAD_DIM, BLOCK_D)  # fmt: skip
+        if DV:
+            fill_gaps(dv_ptr + head_kv * stride_dv_head, stride_dv_row, 0.0, cu_seqlens_k_ptr, batch, batches, total_k,
+                      seqlen_k, tile, key_tiles, BLOCK_K, HEAD_DIM_V, BLOCK_DV)  # fmt: skip
+        entry_q, seqlen_q = packed_sequence(cu_seqlens_q_ptr, batch, total_q, seqlen_q)
+        entry_k, seqlen_k = packed_sequence(cu_seqlens_k_ptr, batch, total_k, seqlen_k)
+        if first_col >= seqlen_k:
+            return
+        diagonal = seqlen_k - seqlen_q if BOTTOM_RIGHT else 0
+        # Once, not for each head: the loop over heads would hold the offsets in registers.
+        q_ptr += entry_q * stride_q_batch
+        dout_ptr += entry_q * stride_dout_batch
+        row_lse_ptr += statistics_row(entry_q, batch)
+        delta_ptr += statistics_row(entry_q, batch)
+    k_ptr += entry_k * stride_k_batch + head_kv * stride_k_head
+    v_ptr += entry_k * stride_v_batch + head_kv * stride_v_head
     if SLICE == 0:
         k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, True)
         if DK:
@@ -220,10 +277,16 @@ def attention_dkdv_kernel(
     for member in range(0, group):
         head = head_kv * group + member
         batch_head = batch * heads + head
-        q_head_ptr = q_ptr + batch * stride_q_batch + head * stride_q_head
-        dout_head_ptr = dout_ptr + batch * stride_dout_batch + head * stride_dout_head
-        row_lse_head_ptr = row_lse_ptr + batch_head * padded_rows
-        delta_head_ptr = delta_ptr + batch_head * padded_rows
+        if PACKED:
+            q_head_ptr = q_ptr + head * stride_q_head
+            dout_head_ptr = dout_ptr + head * stride_dout_head
+            row_lse_head_ptr = row_lse_ptr + head * padded_rows
+            delta_head_ptr = delta_ptr + head * padded_rows
+        else:
+            q_head_ptr = q_ptr + batch * stride_q_batch + head * stride_q_head
+            dout_head_ptr = dout_ptr + batch * stride_dout_batch + head * stride_dout_head
+            row_lse_head_ptr = row_lse_ptr + batch_head * padded_rows
+            delta_head_ptr = delta_ptr + batch_head * padded_rows
         mask_head_ptr = mask_ptr
         slope = 0.0
         if MASK != MASK_NONE:
@@ -290,8 +353,8 @@ def attention_dkdv_kernel(
                         ds *= 1.0 - ratio * ratio
                     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     if DK:
-        store_tile(dk_ptr + batch * stride_dk_batch + head_kv * stride_dk_head, dk * scale, first_col, seqlen_k,
+        store_tile(dk_ptr + entry_k * stride_dk_batch + head_kv * stride_dk_head, dk * scale, first_col, seqlen_k,
                    stride_dk_row, BLOCK_K, HEAD_DIM, BLOCK_D)  # fmt: skip
     if DV:
-        store_tile(dv_ptr + batch * stride_dv_batch + head_kv * stride_dv_head, dv, first_col, seqlen_k,
+        store_tile(dv_ptr + entry_k * stride_dv_batch + head_kv * stride_dv_head, dv, first_col, seqlen_k,
                    stride_dv_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV)  # fmt: skip

@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastattn.ops.attention_triton_packed import fill_gaps, packed_sequence
 from fastattn.ops.attention_triton_scores import (
     MASK_NONE,
     WHOLE_WALK,
@@ -85,30 +86,49 @@ def _visit_keys(acc, row_max, row_sum, q, begin, end, list_ptr, first_row, k_ptr
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "diagonal", "window_left", "window_right", "threshold"])
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "diagonal", "window_left", "window_right", "threshold",
+                               "total_q", "total_k"])  # fmt: skip
 def attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, lists_ptr, alibi_ptr, sinks_ptr, rng_state_ptr,
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
     stride_v_batch, stride_v_head, stride_v_row, stride_out_batch, stride_out_head, stride_out_row,
     stride_mask_batch, stride_mask_head, stride_mask_q, stride_mask_k, stride_lists_batch, stride_lists_head,
     stride_alibi_batch, heads, group, seqlen_q, seqlen_k, diagonal, window_left, window_right,
-    scale, unit, softcap, threshold, keep_scale,
+    scale, unit, softcap, threshold, keep_scale, total_q, total_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     PLAIN: tl.constexpr, PRECISION: tl.constexpr, SLICE: tl.constexpr, ONE_WALK: tl.constexpr, LISTED: tl.constexpr,
+    PACKED: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch * heads * row tiles,). Parameters: attention_triton.py; PLAIN, unit: attention_triton_scores.py;
-    LISTED, lists_ptr: attention_triton_mask_tiles.py."""
+    LISTED, lists_ptr: attention_triton_mask_tiles.py. PACKED: attention_triton_packed.py; the lengths are then those of
+    the longest sequences, and ``diagonal`` is found here."""
     row_tiles = tl.cdiv(seqlen_q, BLOCK_Q)
     batch_head = tl.program_id(0) // row_tiles
     first_row = (row_tiles - 1 - tl.program_id(0) % row_tiles) * BLOCK_Q
     batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
-    q_ptr += batch * stride_q_batch + head * stride_q_head
-    k_ptr += batch * stride_k_batch + head // group * stride_k_head
-    v_ptr += batch * stride_v_batch + head // group * stride_v_head
-    out_ptr += batch * stride_out_batch + head * stride_out_head
-    lse_ptr += batch_head.to(tl.int64) * seqlen_q
+    entry_q, entry_k = batch, batch
+    if PACKED:
+        out_head_ptr, lse_head_ptr = out_ptr + head * stride_out_head, lse_ptr + head * total_q
+        tile, batches = tl.program_id(0) % row_tiles, tl.num_programs(0) // (row_tiles * heads)
+        fill_gaps(out_head_ptr, stride_out_row, 0.0, cu_seqlens_q_ptr, batch, batches, total_q, seqlen_q, tile,
+                  row_tiles, BLOCK_Q, HEAD_DIM_V, BLOCK_DV)  # fmt: skip
+        fill_gaps(lse_head_ptr, 1, float("-inf"), cu_seqlens_q_ptr, batch, batches, total_q, seqlen_q, tile,
+                  row_tiles, BLOCK_Q, 1, 1)  # fmt: skip
+        entry_q, seqlen_q = packed_sequence(cu_seqlens_q_ptr, batch, total_q, seqlen_q)
+        entry_k, seqlen_k = packed_sequence(cu_seqlens_k_ptr, batch, total_k, seqlen_k)
+        if first_row >= seqlen_q:
+            return
+        diagonal = seqlen_k - seqlen_q if BOTTOM_RIGHT else 0
+        lse_ptr = lse_head_ptr + entry_q
+    else:
+        lse_ptr += batch_head.to(tl.int64) * seqlen_q
+    q_ptr += entry_q * stride_q_batch + head * stride_q_head
+    k_ptr += entry_k * stride_k_batch + head // group * stride_k_head
+    v_ptr += entry_k * stride_v_batch + head // group * stride_v_head
+    out_ptr += entry_q * stride_out_batch + head * stride_out_head
     slope = 0.0
     if MASK != MASK_NONE:
         mask_ptr += batch * stride_mask_batch + head * stride_mask_head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +92,7 @@ class _Side(NamedTuple):
 
 
 def plan_lists(
-    mask_states: Tensor | None, tile: Tile, seqlens: tuple[int, int], head_dim: int, by_keys: bool = False
+    mask_states: Tensor | None, tile: Tile, seqlens: Sequence[int], head_dim: int, by_keys: bool = False
 ) -> tuple[list[Launch], dict[str, Any]]:
     """(launches, what they give the kernel of these tiles: the keys that its rows see or, ``by_keys``, the reverse).
 

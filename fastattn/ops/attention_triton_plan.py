@@ -16,6 +16,7 @@ from fastattn.ops.attention_triton_bwd import attention_delta_kernel, attention_
 from fastattn.ops.attention_triton_dmask import attention_dmask_kernel
 from fastattn.ops.attention_triton_fwd import attention_fwd_kernel, attention_weights_kernel
 from fastattn.ops.attention_triton_mask import ceil_div, mask_arguments, plan_lists
+from fastattn.ops.attention_triton_packed import STATISTICS_ROWS
 from fastattn.ops.attention_triton_scores import MASK_ADD, MASK_NONE
 from fastattn.ops.attention_triton_tiles import Tile, Tiling
 from fastattn.ops.triton_launch import Launch
@@ -24,6 +25,20 @@ LOG2_E = math.log2(math.e)
 # How many programs share the batches and heads that add to one tile of a mask's gradient, so that a small mask fills a
 # GPU. A constant, not the GPU's size: the order of sums is the same on every machine.
 _DMASK_PROGRAMS = 512
+
+
+class Packing(NamedTuple):
+    """Of operands that are packed sequences, as one batch entry: (1, heads, total, head_dim), whose stride of batches
+    is that of rows (attention_triton_packed.py)."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+    @property
+    def batch(self) -> int:
+        return self.cu_seqlens_q.shape[0] - 1
 
 
 class Scoring(NamedTuple):
@@ -40,6 +55,14 @@ class Scoring(NamedTuple):
     window_right: int
     bottom_right: bool
     softcap: float
+    packing: Packing | None = None
+
+    def extent(self, query: Tensor, key: Tensor) -> tuple[int, int, int]:
+        """(batch, seqlen_q, seqlen_k); of packed sequences, their number and the longest."""
+        packing = self.packing
+        if packing is None:
+            return query.shape[0], query.shape[2], key.shape[2]
+        return packing.batch, packing.max_seqlen_q, packing.max_seqlen_k
 
 
 def _padded(head_dim: int) -> int:
@@ -55,8 +78,8 @@ def _strides(name: str, tensor: Tensor) -> dict[str, int]:
 
 def _scoring_arguments(query: Tensor, key: Tensor, scoring: Scoring) -> dict[str, Any]:
     """Arguments of every kernel that computes scores."""
-    _, heads, seqlen_q, head_dim = query.shape
-    heads_kv, seqlen_k = key.shape[1], key.shape[2]
+    heads, heads_kv, head_dim = query.shape[1], key.shape[1], query.shape[3]
+    _, seqlen_q, seqlen_k = scoring.extent(query, key)
     mask = mask_arguments(scoring.attn_mask)
     # A side of the window that reaches past every key limits nothing.
     longest = seqlen_q + seqlen_k
@@ -71,7 +94,7 @@ def _scoring_arguments(query: Tensor, key: Tensor, scoring: Scoring) -> dict[str
         "group": heads // max(heads_kv, 1),
         "seqlen_q": seqlen_q,
         "seqlen_k": seqlen_k,
-        "diagonal": seqlen_k - seqlen_q if scoring.bottom_right else 0,
+        "diagonal": seqlen_k - seqlen_q if scoring.bottom_right and scoring.packing is None else 0,
         "window_left": min(max(scoring.window_left, 0), longest),
         "window_right": min(max(right, 0), longest),
         "LEFT": 0 <= scoring.window_left < longest,
@@ -87,6 +110,19 @@ def _scoring_arguments(query: Tensor, key: Tensor, scoring: Scoring) -> dict[str
         "DROPOUT": scoring.rng_state is not None,
         "PLAIN": plain,
         "PRECISION": "tf32" if _allows_tf32(query) else "ieee",
+    }
+
+
+def _packing_arguments(query: Tensor, key: Tensor, scoring: Scoring) -> dict[str, Any]:
+    """Those of the forward's and backward's kernels: absent, they become constants of the compiled kernel."""
+    packing = scoring.packing
+    return {
+        "cu_seqlens_q_ptr": None if packing is None else packing.cu_seqlens_q,
+        "cu_seqlens_k_ptr": None if packing is None else packing.cu_seqlens_k,
+        "total_q": None if packing is None else query.shape[2],
+        "total_k": None if packing is None else key.shape[2],
+        "PACKED": packing is not None,
+        "BOTTOM_RIGHT": packing is not None and scoring.bottom_right,
     }
 
 
@@ -106,12 +142,14 @@ def _features(arguments: dict[str, Any]) -> int:
     return max(sum(costly), int(not arguments["PLAIN"] or arguments["MASK"] != MASK_NONE.value))
 
 
-def _one_walk(arguments: dict[str, Any]) -> bool:
+def _one_walk(arguments: dict[str, Any], packed_head_dim: int) -> bool:
     """Whether a kernel has one loop that compares positions in every tile, not one for the cut and one for the full.
 
-    What loops share stays in registers through all of them: more than there are where scores take many to compute.
+    What loops share stays in registers through all of them: more than there are where scores take many to compute. So
+    do the lengths of packed sequences, which are no arguments: above ``packed_head_dim`` there is no room for them.
     """
-    return _features(arguments) > 1
+    _, head_dim, features = shape_of_tiles(arguments)
+    return features > 1 or (arguments["PACKED"] and head_dim > packed_head_dim)
 
 
 def _blocks(tile: Tile) -> dict[str, int]:
@@ -147,18 +185,19 @@ def plan_forward(
 ) -> list[Launch]:
     """Writes out and lse. ``mask_states``, here and below: of attention_triton_mask.py."""
     arguments = _scoring_arguments(query, key, scoring) | _whole_rows(query, value)
+    arguments |= _packing_arguments(query, key, scoring) | {"q_ptr": query}
     if scoring.sinks is not None:
         # The sink is a natural logit, so the others are too.
         arguments |= {"PLAIN": False, "unit": LOG2_E}
     arguments |= {
-        "q_ptr": query, "k_ptr": key, "v_ptr": value, "out_ptr": out, "lse_ptr": lse, "sinks_ptr": scoring.sinks,
+        "k_ptr": key, "v_ptr": value, "out_ptr": out, "lse_ptr": lse, "sinks_ptr": scoring.sinks,
         **_strides("q", query), **_strides("k", key), **_strides("v", value), **_strides("out", out),
-        "KEY_MASK": _key_mask(arguments), "ONE_WALK": _one_walk(arguments), "SINKS": scoring.sinks is not None,
+        "KEY_MASK": _key_mask(arguments), "ONE_WALK": _one_walk(arguments, 128), "SINKS": scoring.sinks is not None,
     }  # fmt: skip
     (tile,) = tiling or tiles.forward(gpu, *shape_of_tiles(arguments))
-    batch, heads, seqlen_q, _ = query.shape
-    programs = batch * heads * ceil_div(seqlen_q, tile.block_q)
-    launches, lists = plan_lists(mask_states, tile, (seqlen_q, key.shape[2]), shape_of_tiles(arguments)[1])
+    batch, seqlen_q, seqlen_k = scoring.extent(query, key)
+    programs = batch * query.shape[1] * ceil_div(seqlen_q, tile.block_q)
+    launches, lists = plan_lists(mask_states, tile, (seqlen_q, seqlen_k), shape_of_tiles(arguments)[1])
     arguments |= _blocks(tile) | lists
     return [*launches, Launch(attention_fwd_kernel, (programs,), arguments, tile.launch_options())]
 
@@ -169,7 +208,7 @@ def plan_weights(
     arguments = _scoring_arguments(query, key, scoring)
     tile = tiles.scores(gpu, query.dtype, _padded(query.shape[3]))
     arguments |= {
-        "q_ptr": query, "k_ptr": key, "lse_ptr": lse, "weights_ptr": weights,
+        "k_ptr": key, "lse_ptr": lse, "weights_ptr": weights,
         **_strides("q", query), **_strides("k", key), **_blocks(tile), "AVERAGE": average_heads,
     }  # fmt: skip
     batch, heads, seqlen_q, _ = query.shape
@@ -178,26 +217,41 @@ def plan_weights(
     return Launch(attention_weights_kernel, (programs,), arguments, tile.launch_options())
 
 
-def padded_rows(seqlen_q: int) -> int:
-    """How many rows the backward's statistics have: every kernel's tiles of rows divide it."""
-    return ceil_div(seqlen_q, 256) * 256
+def padded_rows(seqlen_q: int, packing: Packing | None = None) -> int:
+    """How many rows the backward's statistics have for each (batch, head), or head of packed sequences: every kernel's
+    tiles of rows divide those of a sequence."""
+    sequences = 0 if packing is None else packing.batch
+    return (ceil_div(seqlen_q, STATISTICS_ROWS.value) + sequences) * STATISTICS_ROWS.value
 
 
 def plan_delta(
-    out: Tensor, dout: Tensor, dlse: Tensor | None, lse: Tensor, row_lse: Tensor, delta: Tensor, sinks: Tensor | None
+    out: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    lse: Tensor,
+    row_lse: Tensor,
+    delta: Tensor,
+    sinks: Tensor | None,
+    packing: Packing | None = None,
 ) -> tuple[Launch, Tensor | None]:
     """Writes row_lse and delta; with sinks, the second result then holds what to sum for their gradient."""
     batch, heads, seqlen_q, head_dim_v = out.shape
+    if packing is not None:
+        batch, seqlen_q = packing.batch, packing.max_seqlen_q
     block_dv = _padded(head_dim_v)
     # 4096 elements of each operand: 32 a thread, which keeps enough loads in flight.
     block_q = max(16, 4096 // block_dv)
-    row_tiles = delta.shape[2] // block_q
-    dsinks = None if sinks is None else lse.new_empty(batch, heads, row_tiles)
+    row_tiles = padded_rows(seqlen_q) // block_q
+    # Programs past the end of their packed sequence write no share.
+    allocate = lse.new_empty if packing is None else lse.new_zeros
+    dsinks = None if sinks is None else allocate((batch, heads, row_tiles))
     arguments = {
         "out_ptr": out, "dout_ptr": dout, "dlse_ptr": dlse, "lse_ptr": lse, "row_lse_ptr": row_lse, "delta_ptr": delta,
         "sinks_ptr": sinks, "dsinks_ptr": dsinks, **_strides("out", out), **_strides("dout", dout), "heads": heads,
         "seqlen_q": seqlen_q, "padded_rows": delta.shape[2], "HEAD_DIM_V": head_dim_v, "BLOCK_Q": block_q,
-        "BLOCK_DV": block_dv, "DLSE": dlse is not None, "SINKS": sinks is not None,
+        "BLOCK_DV": block_dv, "DLSE": dlse is not None, "SINKS": sinks is not None, "PACKED": packing is not None,
+        "cu_seqlens_q_ptr": None if packing is None else packing.cu_seqlens_q,
+        "total_q": None if packing is None else out.shape[2],
     }  # fmt: skip
     # With all registers: for one more block of 64 each, ptxas would spill some.
     options = Tile(block_q, 0, 4, 1, True).launch_options()
@@ -205,7 +259,8 @@ def plan_delta(
 
 
 class BackwardInputs(NamedTuple):
-    """What every kernel of the backward reads. row_lse, delta: (batch, heads, padded_rows), from ``plan_delta``."""
+    """What every kernel of the backward reads. row_lse, delta: (batch, heads, padded_rows), from ``plan_delta``; the
+    batch is 1 for packed sequences."""
 
     query: Tensor
     key: Tensor
@@ -228,16 +283,16 @@ def plan_dq(
     inputs: BackwardInputs, dq: Tensor, scoring: Scoring, gpu: tiles.Gpu, tiling: Tiling | None = None
 ) -> list[Launch]:
     arguments = inputs.arguments(scoring) | _whole_rows(inputs.query, inputs.value)
+    arguments |= _packing_arguments(inputs.query, inputs.key, scoring)
     arguments |= {
         "dq_ptr": dq,
         **_strides("dq", dq),
         "KEY_MASK": _key_mask(arguments),
-        "ONE_WALK": _one_walk(arguments),
+        "ONE_WALK": _one_walk(arguments, 256),
     }
     (tile,) = tiling or tiles.dq(gpu, *shape_of_tiles(arguments))
-    batch, heads, seqlen_q, _ = dq.shape
-    programs = batch * heads * ceil_div(seqlen_q, tile.block_q)
-    seqlens = seqlen_q, inputs.key.shape[2]
+    batch, *seqlens = scoring.extent(inputs.query, inputs.key)
+    programs = batch * dq.shape[1] * ceil_div(seqlens[0], tile.block_q)
     launches, lists = plan_lists(inputs.mask_states, tile, seqlens, shape_of_tiles(arguments)[1])
     arguments |= _blocks(tile) | lists
     return [*launches, Launch(attention_dq_kernel, (programs,), arguments, tile.launch_options())]
@@ -252,17 +307,18 @@ def plan_dkdv(
     tiling: Tiling | None = None,
 ) -> list[Launch]:
     arguments = inputs.arguments(scoring) | _whole_rows(inputs.query, inputs.value)
+    arguments |= _packing_arguments(inputs.query, inputs.key, scoring)
     arguments |= {
         "dk_ptr": dk, "dv_ptr": dv, **_strides("dk", dk), **_strides("dv", dv),
-        "KEY_MASK": _key_mask(arguments), "ONE_WALK": _one_walk(arguments),
+        "KEY_MASK": _key_mask(arguments), "ONE_WALK": _one_walk(arguments, 0),
     }  # fmt: skip
     passes = tiling or tiles.dkdv(gpu, *shape_of_tiles(arguments))
-    batch, heads_kv, seqlen_k, _ = dk.shape
+    batch, *seqlens = scoring.extent(inputs.query, inputs.key)
     written = ((True, True),) if len(passes) == 1 else ((False, True), (True, False))
-    launches, seqlens = [], (inputs.query.shape[2], seqlen_k)
+    launches = []
     for tile, (DK, DV) in zip(passes, written, strict=True):
         listing, lists = plan_lists(inputs.mask_states, tile, seqlens, shape_of_tiles(arguments)[1], by_keys=True)
-        programs = batch * heads_kv * ceil_div(seqlen_k, tile.block_k)
+        programs = batch * dk.shape[1] * ceil_div(seqlens[1], tile.block_k)
         of_pass = arguments | _blocks(tile) | lists | {"DK": DK, "DV": DV}
         launches += [*listing, Launch(attention_dkdv_kernel, (programs,), of_pass, tile.launch_options())]
     return launches

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.ops import attention_triton_plan as plans
 from fastattn.ops import attention_triton_tiles as tiles
 from fastattn.ops import triton_autotune
 from fastattn.ops.attention_triton_mask import plan_mask_states
@@ -37,6 +38,33 @@ def run(on: Tensor, plan: Callable[..., list[Launch]], *arguments: Any) -> None:
     if triton_autotune.is_on():
         launches = _fastest(on, gpu, partial(plan, *arguments, gpu), launches)
     _run_all(launches, on)
+
+
+def run_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    lse: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    call: plans.Scoring,
+    states: Tensor | None,
+    sinks: Tensor | None,
+) -> tuple[plans.BackwardInputs, Tensor | None]:
+    """Writes dq, dk and dv. Gives what the kernel of the mask's gradient reads too and what adds up to that of
+    ``sinks``."""
+    dq, dk, dv = gradients
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+    batch, heads, seqlen_q, _ = out.shape
+    row_lse, delta = (lse.new_empty(batch, heads, plans.padded_rows(seqlen_q, call.packing)) for _ in range(2))
+    inputs = plans.BackwardInputs(query, key, value, dout, row_lse, delta, states)
+    launch, sink_sums = plans.plan_delta(out, dout, dlse, lse, row_lse, delta, sinks, call.packing)
+    launch.run(query)
+    run(query, plans.plan_dkdv, inputs, dk, dv, call)
+    run(query, plans.plan_dq, inputs, dq, call)
+    return inputs, sink_sums
 
 
 def mask_states(query: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor | None:
@@ -65,8 +93,10 @@ def _fastest(
 def _key(arguments: dict[str, Any]) -> tuple[Any, ...]:
     constants = {name: value for name, value in arguments.items() if name.isupper() and name not in _TILE}
     lengths = {name: next_power_of_2(arguments[name]) for name in _LENGTHS}
-    query = arguments["q_ptr"]
-    return query.dtype, next_power_of_2(query.shape[0]), *sorted((constants | lengths).items())
+    query, cu_seqlens = arguments["q_ptr"], arguments["cu_seqlens_q_ptr"]
+    # Of packed sequences, how many, and of how many rows in all.
+    batch = (query.shape[0],) if cu_seqlens is None else (cu_seqlens.shape[0] - 1, query.shape[2])
+    return query.dtype, *map(next_power_of_2, batch), *sorted((constants | lengths).items())
 
 
 # --- What is timed ---------------------------------------------------------------------------------------------------

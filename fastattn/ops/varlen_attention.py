@@ -13,7 +13,9 @@ from fastattn.dispatch import Kernel, select
 from fastattn.ops import attention_checks as checks
 from fastattn.ops import attention_compiled as compiled
 from fastattn.ops.attention import AttentionCall, kernels_around
+from fastattn.ops.attention_triton import refuses_triton
 from fastattn.ops.philox import draw_rng_state
+from fastattn.ops.varlen_attention_triton import run_varlen_triton
 
 
 class VarlenCall(NamedTuple):
@@ -156,7 +158,7 @@ def padded_rows(cu_seqlens: Tensor, max_seqlen: int, total: int, name: str) -> t
     starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     lengths, batch = ends - starts, len(starts)
     if cu_seqlens.device.type == "cpu":
-        _check_cu_seqlens(cu_seqlens, lengths, max_seqlen, total, name)
+        checks.sequence_lengths("varlen_attention", name, cu_seqlens, max_seqlen, total)
     lengths = lengths.clamp(0, max_seqlen)
     row = torch.arange(total, device=cu_seqlens.device)
     if batch == 0:
@@ -172,21 +174,6 @@ def _(cu_seqlens: Tensor, max_seqlen: int, total: int, name: str) -> tuple[Tenso
     return cu_seqlens.new_empty(total, dtype=torch.int64), cu_seqlens.new_empty(
         cu_seqlens.shape[0] - 1, dtype=torch.int64
     )
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor, lengths: Tensor, max_seqlen: int, total: int, name: str) -> None:
-    op, suffix = "varlen_attention", name[-1]
-    if cu_seqlens[0] != 0:
-        raise ValueError(f"{op}: {name} must start with 0, got {int(cu_seqlens[0])}.")
-    if (lengths < 0).any():
-        raise ValueError(f"{op}: {name} must not fall, but sequence {int(lengths.argmin())} has a negative length.")
-    if cu_seqlens[-1] > total:
-        raise ValueError(f"{op}: {name} ends at {int(cu_seqlens[-1])}, but there are only {total} rows.")
-    if lengths.numel() and lengths.max() > max_seqlen:
-        raise ValueError(
-            f"{op}: max_seqlen_{suffix} is {max_seqlen}, but sequence {int(lengths.argmax())} of {name} has "
-            f"{int(lengths.max())} rows; pass at least that."
-        )
 
 
 def _pad(packed: Tensor, rows: Tensor, batch: int, max_seqlen: int) -> Tensor:
@@ -255,12 +242,12 @@ def with_diagonals(call: AttentionCall, visible: Tensor, diagonal: Tensor) -> At
 
 # --- The table -------------------------------------------------------------------------------------------------------
 
-_TRITON, _EAGER = kernels_around(_run_padded)[1:4:2]
+_EAGER = kernels_around(_run_padded)[3]
 _CUDA, _EMULATED = dispatch.cuda_kernels(compiled.refuses_cuda, compiled.run_varlen)
 dispatch.register(
     "varlen_attention",
     _CUDA,
-    _TRITON,
+    Kernel("triton", refuses_triton, run_varlen_triton),
     Kernel("cpu", compiled.refuses_cpu, compiled.run_varlen),
     _EAGER,
     _EMULATED,
