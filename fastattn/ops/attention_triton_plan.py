@@ -152,6 +152,13 @@ def _one_walk(arguments: dict[str, Any], packed_head_dim: int) -> bool:
     return features > 1 or (arguments["PACKED"] and head_dim > packed_head_dim)
 
 
+def _with_lengths(tile: Tile, arguments: dict[str, Any]) -> Tile:
+    """Of the widest float32 sums, half as many rows leave registers for the lengths of packed sequences."""
+    dtype, head_dim, _ = shape_of_tiles(arguments)
+    wide = arguments["PACKED"] and dtype == torch.float32 and head_dim > 128
+    return tile._replace(block_q=min(tile.block_q, 32)) if wide else tile
+
+
 def _blocks(tile: Tile) -> dict[str, int]:
     return {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k, "SLICE": tile.head_dim_slice}
 
@@ -186,15 +193,18 @@ def plan_forward(
     """Writes out and lse. ``mask_states``, here and below: of attention_triton_mask.py."""
     arguments = _scoring_arguments(query, key, scoring) | _whole_rows(query, value)
     arguments |= _packing_arguments(query, key, scoring) | {"q_ptr": query}
+    packed_head_dim = 128 if gpu.capability[0] == 9 else 256
     if scoring.sinks is not None:
         # The sink is a natural logit, so the others are too.
         arguments |= {"PLAIN": False, "unit": LOG2_E}
     arguments |= {
         "k_ptr": key, "v_ptr": value, "out_ptr": out, "lse_ptr": lse, "sinks_ptr": scoring.sinks,
         **_strides("q", query), **_strides("k", key), **_strides("v", value), **_strides("out", out),
-        "KEY_MASK": _key_mask(arguments), "ONE_WALK": _one_walk(arguments, 128), "SINKS": scoring.sinks is not None,
+        "KEY_MASK": _key_mask(arguments), "ONE_WALK": _one_walk(arguments, packed_head_dim),
+        "SINKS": scoring.sinks is not None,
     }  # fmt: skip
     (tile,) = tiling or tiles.forward(gpu, *shape_of_tiles(arguments))
+    tile = _with_lengths(tile, arguments)
     batch, seqlen_q, seqlen_k = scoring.extent(query, key)
     programs = batch * query.shape[1] * ceil_div(seqlen_q, tile.block_q)
     launches, lists = plan_lists(mask_states, tile, (seqlen_q, seqlen_k), shape_of_tiles(arguments)[1])
@@ -208,7 +218,7 @@ def plan_weights(
     arguments = _scoring_arguments(query, key, scoring)
     tile = tiles.scores(gpu, query.dtype, _padded(query.shape[3]))
     arguments |= {
-        "k_ptr": key, "lse_ptr": lse, "weights_ptr": weights,
+        "q_ptr": query, "k_ptr": key, "lse_ptr": lse, "weights_ptr": weights,
         **_strides("q", query), **_strides("k", key), **_blocks(tile), "AVERAGE": average_heads,
     }  # fmt: skip
     batch, heads, seqlen_q, _ = query.shape
@@ -291,6 +301,7 @@ def plan_dq(
         "ONE_WALK": _one_walk(arguments, 256),
     }
     (tile,) = tiling or tiles.dq(gpu, *shape_of_tiles(arguments))
+    tile = _with_lengths(tile, arguments)
     batch, *seqlens = scoring.extent(inputs.query, inputs.key)
     programs = batch * dq.shape[1] * ceil_div(seqlens[0], tile.block_q)
     launches, lists = plan_lists(inputs.mask_states, tile, seqlens, shape_of_tiles(arguments)[1])
