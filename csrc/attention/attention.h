@@ -58,8 +58,8 @@ struct AttentionParams {
   // there is no mask. packed.h has what kernels need.
   PackedRows packed_q, packed_k;
   bool packed_bottom_right = false;
-  // Then a batch entry has keys of its own number, at most seqlen_k; k and v are the cache, whose entries take the place
-  // of batch entries, and the last query stands at the last key.
+  // Then a batch entry has keys of its own number, at most seqlen_k; k and v are the cache, whose entries take the
+  // place of batch entries, and the last query stands at the last key.
   KvCache cache;
 
   double scale = 1.0;
@@ -129,8 +129,8 @@ struct KvAppendParams {
 };
 
 // CUDA, fp16 and bf16; they return null, or why the launch failed. Rows of q, k, v (and dout) are 16-byte aligned and
-// are zero up to the next multiple of eight elements. alibi_slopes, sinks and lse are fp32. Positions are 32-bit
-// numbers, sums of a few of them included.
+// are zero up to the next multiple of eight elements, but for a cache's, which may be any. alibi_slopes, sinks and lse
+// are fp32. Positions are 32-bit numbers, sums of a few of them included.
 constexpr int64_t kMaxCudaSeqlen = int64_t{1} << 28;
 struct DeviceLaunch;
 size_t attention_fwd_cuda_workspace_bytes(const AttentionParams& p, const DeviceLaunch& launch);

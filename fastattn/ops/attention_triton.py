@@ -115,7 +115,7 @@ def _backward(dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, val
         return dq, dk, dv, dmask, dsinks
 
     states = tuning.mask_states(query, value, call.attn_mask)
-    operands = (_rows(operand) for operand in (query, key, value, out, dout))
+    operands = _rows(query), _rows(key), _rows(value), _rows(out), _rows(dout)
     inputs, sink_sums = tuning.run_backward(*operands, dlse, lse, (dq, dk, dv), call, states, learned_sinks)
     if learned_mask is not None:
         launch, partial, sums = plan.plan_dmask(inputs, call, tiles.gpu_of(query))

@@ -61,7 +61,8 @@ def _scoring(packing: tuple[Tensor, Tensor, int, int], scoring: tuple[Any, ...])
     from fastattn.ops import attention_triton_plan as plan
 
     cu_seqlens_q, cu_seqlens_k, *longest = packing
-    return plan.Scoring(None, *scoring, plan.Packing(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), *longest))
+    packing = plan.Packing(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), *longest)
+    return plan.Scoring(None, *scoring)._replace(packing=packing)
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
@@ -95,7 +96,7 @@ def _backward(dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, val
     dsinks = call.sinks.new_zeros(call.sinks.shape) if need_dsinks else query.new_empty(0)
     if call.packing.batch == 0 or max_seqlen_q == 0 or lse.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dsinks
-    operands = (as_entry(operand) for operand in (query, key, value, out, dout))
+    operands = as_entry(query), as_entry(key), as_entry(value), as_entry(out), as_entry(dout)
     gradients = as_entry(dq), as_entry(dk), as_entry(dv)
     _, sums = tuning.run_backward(*operands, dlse, lse, gradients, call, None, call.sinks if need_dsinks else None)
     return dq, dk, dv, dsinks if sums is None else sums.sum((0, 2)).to(call.sinks.dtype)
