@@ -67,7 +67,8 @@ class Stage:
     def _attempt(self, command: list[str], file, environment: dict[str, str], start: float) -> int | None:
         """The exit status, None if the command was ended here; ``outcome`` says in words."""
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
-                                   stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+                                   stdin=subprocess.DEVNULL, start_new_session=True,
+                                   preexec_fn=_hear_ctrl_c)  # fmt: skip
         size, heard = -1, time.monotonic()
         while process.poll() is None:
             now, grown = time.monotonic(), os.fstat(file.fileno()).st_size
@@ -94,3 +95,8 @@ class Stage:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _hear_ctrl_c() -> None:
+    """A shell starts what runs in the background deaf to SIGINT, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -28,6 +28,9 @@ class FakeGpu:
     def building(self):
         return nullcontext()
 
+    def is_lost(self):
+        return False
+
     def capture(self, callees):
         if any(getattr(callee, "uncapturable", False) for callee in callees):
             raise RuntimeError("operation not permitted when stream is capturing")

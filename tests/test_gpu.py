@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -48,9 +49,13 @@ try:
 except KeyboardInterrupt:
     print("the report")
 """
-    stage = python("tests", code, 2, grace_s=20)
-    assert not stage.run(tmp_path / "log.txt", ENVIRONMENT)
-    assert stage.last_line == "the report" and stage.outcome == "stopped after 2 s"
+    stage = python("tests", code, 4, grace_s=20)
+    hears = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as what a shell runs in the background
+    try:
+        assert not stage.run(tmp_path / "log.txt", ENVIRONMENT)
+    finally:
+        signal.signal(signal.SIGINT, hears)
+    assert stage.last_line == "the report" and stage.outcome == "stopped after 4 s"
     status = Path("/proc") / (tmp_path / "child").read_text() / "status"
     deadline = time.monotonic() + 10
     while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < deadline:
