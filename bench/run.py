@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -54,11 +55,11 @@ class Row:
     headline: str = ""
 
     @classmethod
-    def of(cls, case: Case, backend: str, status: str, note: str) -> Row:
-        """A row without times."""
+    def of(cls, case: Case, backend: str, status: str, note: str, **measured: Any) -> Row:
+        """The row of ``case``, without times but for those in ``measured``."""
         return cls(
             case.group, case.op, case.shape, case.dtype, backend, status, note, seqlen=case.seqlen,
-            variant=case.variant, headline=case.headline,
+            variant=case.variant, headline=case.headline, **measured,
         )  # fmt: skip
 
     @property
@@ -112,32 +113,32 @@ def run_case(case: Case, backend: str, effort: Effort, gpu: Gpu | None = None) -
 
     A backend that refuses the case gives a row that says so. A wrong answer and an error of any kind give a FAILED row.
     """
-    facts = {"group": case.group, "op": case.op, "shape": case.shape, "dtype": case.dtype, "backend": backend}
-    facts |= {"seqlen": case.seqlen, "variant": case.variant, "headline": case.headline}
     try:
         with fastattn.use_backend(backend), warnings.catch_warnings():
             # torch announces prototypes (nested tensors) and successors on the peers' side.
             warnings.simplefilter("ignore")
-            return _check_and_time(case, effort, facts) if gpu is None else _check_and_time_on(gpu, case, effort, facts)
+            if gpu is None:
+                return _check_and_time(case, backend, effort)
+            return _check_and_time_on(gpu, case, backend, effort)
     except NotImplementedError as refusal:
-        return Row(**facts, status=REFUSED, note=str(refusal))
+        return Row.of(case, backend, REFUSED, str(refusal))
     except AssertionError as wrong:
-        return Row(**facts, status=FAILED, note=f"wrong answer: {wrong}")
+        return Row.of(case, backend, FAILED, f"wrong answer: {wrong}")
     except Exception as error:
-        return Row(**facts, status=FAILED, note=f"{type(error).__name__}: {error}")
+        return Row.of(case, backend, FAILED, f"{type(error).__name__}: {error}")
 
 
-def _check_and_time(case: Case, effort: Effort, facts: dict) -> Row:
+def _check_and_time(case: Case, backend: str, effort: Effort) -> Row:
     subject = case.build()
     verdict = subject.check()
     comparison = compare(
         {"fastattn": subject.ours, **subject.peers}, budget_s=effort.budget_s, retries=effort.retries
     )  # fmt: skip
     one_thread = _one_thread_ratio(subject.ours, subject.peers, comparison, effort)
-    return _row(case, facts, verdict, comparison, [verdict.note], one_thread)
+    return _row(case, backend, verdict, comparison, [verdict.note], one_thread)
 
 
-def _check_and_time_on(gpu: Gpu, case: Case, effort: Effort, facts: dict) -> Row:
+def _check_and_time_on(gpu: Gpu, case: Case, backend: str, effort: Effort) -> Row:
     count = copies(case.bytes, gpu.l2_bytes)
     with gpu.building():
         subjects = [case.build() for _ in range(count)]
@@ -152,16 +153,17 @@ def _check_and_time_on(gpu: Gpu, case: Case, effort: Effort, facts: dict) -> Row
         if not is_cold(case.bytes, count, gpu.l2_bytes):
             notes.append("operands fit in L2")
         del subjects, rotations
-    return _row(case, facts, verdict, comparison, notes, None)
+    return _row(case, backend, verdict, comparison, notes, None)
 
 
 def _row(
-    case: Case, facts: dict, verdict: Verdict, comparison: Comparison, notes: list[str], one_thread: float | None
+    case: Case, backend: str, verdict: Verdict, comparison: Comparison, notes: list[str], one_thread: float | None
 ) -> Row:
-    return Row(
-        **facts,
-        status=OK,
-        note="; ".join(note for note in (*notes, comparison.disturbance) if note),
+    return Row.of(
+        case,
+        backend,
+        OK,
+        "; ".join(note for note in (*notes, comparison.disturbance) if note),
         times=comparison.subject,
         peers=[
             Peer(

@@ -173,6 +173,11 @@ def preference() -> str:
     return _traced.backend if torch.compiler.is_compiling() else _preferred.get()
 
 
+def takes_cpu(backend: str) -> bool:
+    """Whether a call that says ``backend`` may go to the CPU's kernel without a look at the table."""
+    return (preference() if backend == "auto" else backend) in ("auto", "cpu")
+
+
 def _set_preference(name: str) -> None:
     if not torch.compiler.is_compiling():
         _preferred.set(name)

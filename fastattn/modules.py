@@ -88,10 +88,9 @@ class Int8Linear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         # At one row the general way costs half of what the product does. This is the shortcut for the usual case: the
         # weight is packed, and nobody asked for another backend than the CPU's. The op checks its arguments.
-        if self._packed is not None and not torch.compiler.is_compiling():
-            wanted = dispatch.preference() if self.backend == "auto" else self.backend
+        if self._packed is not None and not torch.compiler.is_compiling() and dispatch.takes_cpu(self.backend):
             activation_name = int8_ops.ACTIVATIONS.get(self.activation)
-            if (wanted == "auto" or wanted == "cpu") and activation_name is not None:
+            if activation_name is not None:
                 buffers: dict[str, Any] = self._buffers
                 out = int8_matmul_compiled.int8_linear_if_packed(
                     input, self._packed, buffers["weight"], buffers["weight_scale"], self._parameters["bias"],

@@ -35,8 +35,6 @@ void check_dense(const char* name, const Tensor& tensor, const Tensor& query) {
                     tensor.device(), ".");
 }
 
-}  // namespace
-
 void check_tensor(const char* name, const Tensor& tensor, const Tensor& query, at::ScalarType dtype,
                   at::IntArrayRef shape) {
   check_dense(name, tensor, query);
@@ -44,8 +42,6 @@ void check_tensor(const char* name, const Tensor& tensor, const Tensor& query, a
                    tensor.scalar_type(), ".");
   TORCH_CHECK_VALUE(tensor.sizes() == shape, "attention: ", name, " must be ", shape, ", got ", tensor.sizes(), ".");
 }
-
-namespace {
 
 // No block of the CUDA kernels is for fewer rows or keys of one head.
 constexpr int64_t kFewestRows = 16;

@@ -21,10 +21,6 @@ struct Scoring {
   const KvCache* cache = nullptr;
 };
 
-// Raises unless the tensor has this dtype and shape and is on the device of `query`, the op's first tensor.
-void check_tensor(const char* name, const at::Tensor& tensor, const at::Tensor& query, at::ScalarType dtype,
-                  at::IntArrayRef shape);
-
 // (out, lse) of checked operands (batch, heads, seqlen, head_dim). With scoring.cache, key and value are the cache,
 // (entries, heads_kv, block_size, head_dim), on CUDA kernels alone.
 std::tuple<at::Tensor, at::Tensor> attention_forward(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -99,11 +97,7 @@ def attention(
     """
     plain = attn_mask is None and window is None and alibi_slopes is None and sinks is None and not return_lse
     plain = plain and dropout_p == 0.0 and softcap == 0.0 and alignment == "top_left"
-    if (
-        plain
-        and not torch.compiler.is_compiling()
-        and (backend if backend != "auto" else dispatch.preference()) in ("auto", "cpu")
-    ):
+    if plain and not torch.compiler.is_compiling() and dispatch.takes_cpu(backend):
         out = compiled.attention_if_plain(query, key, value, is_causal, scale, enable_gqa)
         if out is not None:
             return out
@@ -228,21 +222,6 @@ def prepare(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         window, alignment, softcap, alibi_slopes, sinks,
     )[0]  # fmt: skip
-
-
-def kernels_around(step: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Kernel, ...]:
-    """The table of an op that prepares operands and then attends: ``step(call, attend=...)`` on attention's backends.
-
-    Its calls have ``query``, ``value`` and ``alibi_slopes``, which the kernels of attention decide by.
-    """
-    cuda, emulated = dispatch.cuda_kernels(compiled.refuses_cuda, partial(step, attend=compiled.run))
-    return (
-        cuda,
-        Kernel("triton", refuses_triton, partial(step, attend=run_triton)),
-        Kernel("cpu", compiled.refuses_cpu, partial(step, attend=compiled.run)),
-        Kernel("eager", never_refuses, partial(step, attend=run_eager)),
-        emulated,
-    )
 
 
 _CUDA, _EMULATED = dispatch.cuda_kernels(compiled.refuses_cuda, compiled.run)

@@ -76,11 +76,10 @@ def attention_delta_kernel(
                      stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True).to(tl.float32)  # fmt: skip
     delta = tl.sum(out * dout, 1)
     rows = first_row + tl.arange(0, BLOCK_Q)
+    offset = _lse_offset(batch_head, head, entry_q, seqlen_q, total_q, PACKED)
     if DLSE:
-        offset = _lse_offset(batch_head, head, entry_q, seqlen_q, total_q, PACKED)
         delta -= tl.load(dlse_ptr + offset + rows, mask=rows < seqlen_q, other=0.0)
     # A row that sees nothing passes nothing on, whatever reaches it.
-    offset = _lse_offset(batch_head, head, entry_q, seqlen_q, total_q, PACKED)
     lse = load_lse(lse_ptr + offset, rows, seqlen_q)
     delta = tl.where(lse == float("inf"), 0.0, delta)
     statistics = batch_head.to(tl.int64) * padded_rows

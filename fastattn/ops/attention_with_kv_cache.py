@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.dispatch import cuda_kernels, select
+from fastattn.dispatch import Kernel, cuda_kernels, never_refuses, select
 from fastattn.ops import attention_checks as checks
 from fastattn.ops import attention_compiled as compiled
-from fastattn.ops.attention import AttentionCall, kernels_around
+from fastattn.ops.attention import AttentionCall, run_eager
 from fastattn.ops.attention_compiled import attention_if_plain
+from fastattn.ops.attention_triton import refuses_triton, run_triton
 from fastattn.ops.varlen_attention import with_diagonals
 
 
@@ -91,11 +93,7 @@ def attention_with_kv_cache(
     """
     plain = type(cache_seqlens) is int and block_table is None and rotary_cos is None and rotary_sin is None
     plain = plain and window is None and softcap == 0.0 and alibi_slopes is None and sinks is None and not return_lse
-    if (
-        plain
-        and not torch.compiler.is_compiling()
-        and (backend if backend != "auto" else dispatch.preference()) in ("auto", "cpu")
-    ):
+    if plain and not torch.compiler.is_compiling() and dispatch.takes_cpu(backend):
         out = _one_token_if_plain(query, key_cache, value_cache, key, value, cache_seqlens, scale)
         if out is not None:
             return out
@@ -383,4 +381,12 @@ def _append(cache: Tensor, rows: Tensor, lengths: int | Tensor, table: Tensor | 
 
 # The CUDA kernels append and rotate in one launch and read keys and values where they are; the others prepare them.
 _CUDA, _EMULATED = cuda_kernels(compiled.refuses_cuda, compiled.run_with_kv_cache)
-dispatch.register("attention_with_kv_cache", _CUDA, *kernels_around(_step)[1:-1], _EMULATED, prepare=_prepare)
+dispatch.register(
+    "attention_with_kv_cache",
+    _CUDA,
+    Kernel("triton", refuses_triton, partial(_step, attend=run_triton)),
+    Kernel("cpu", compiled.refuses_cpu, partial(_step, attend=compiled.run)),
+    Kernel("eager", never_refuses, partial(_step, attend=run_eager)),
+    _EMULATED,
+    prepare=_prepare,
+)

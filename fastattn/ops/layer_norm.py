@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import Kernel, cuda_kernels, never_refuses, preference, register, select
+from fastattn.dispatch import Kernel, cuda_kernels, never_refuses, register, select, takes_cpu
 from fastattn.ops import layer_norm_compiled, layer_norm_eager, layer_norm_triton
 from fastattn.ops.tensor_checks import check_dense
 
@@ -51,7 +51,7 @@ def layer_norm(
         NotImplementedError, with the reason, if ``backend`` cannot run the inputs.
     Source: Ba, Kiros, Hinton 2016 (arXiv:1607.06450).
     """
-    if not torch.compiler.is_compiling() and (backend if backend != "auto" else preference()) in ("auto", "cpu"):
+    if not torch.compiler.is_compiling() and takes_cpu(backend):
         out = layer_norm_compiled.layer_norm_if_plain(input, normalized_shape, weight, bias, eps)
         if out is not None:
             return out
@@ -77,7 +77,7 @@ def rms_norm(
     Raises: as :func:`layer_norm`.
     Source: Zhang, Sennrich 2019 (arXiv:1910.07467).
     """
-    if not torch.compiler.is_compiling() and (backend if backend != "auto" else preference()) in ("auto", "cpu"):
+    if not torch.compiler.is_compiling() and takes_cpu(backend):
         out = layer_norm_compiled.rms_norm_if_plain(input, normalized_shape, weight, eps)
         if out is not None:
             return out

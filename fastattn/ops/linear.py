@@ -41,8 +41,7 @@ def linear(
     Returns: (..., out_features).
     Raises: KeyError for an unknown activation; and what ``F.linear`` raises.
     """
-    wanted = dispatch.preference() if backend == "auto" else backend
-    if wanted in ("auto", "cpu") and extension is not None:
+    if dispatch.takes_cpu(backend) and extension is not None:
         if torch.compiler.is_compiling():
             if _compiled_runs(input, weight, bias):
                 return torch.ops.fastattn.linear.default(input, weight, bias, activation)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.dispatch import Kernel, select
+from fastattn.dispatch import Kernel, never_refuses, select
 from fastattn.ops import attention_checks as checks
 from fastattn.ops import attention_compiled as compiled
-from fastattn.ops.attention import AttentionCall, kernels_around
+from fastattn.ops.attention import AttentionCall, run_eager
 from fastattn.ops.attention_triton import refuses_triton
 from fastattn.ops.philox import draw_rng_state
 from fastattn.ops.varlen_attention_triton import run_varlen_triton
@@ -191,8 +190,8 @@ def _unpad(padded: Tensor, rows: Tensor, fill: float) -> Tensor:
     return packed.masked_fill((rows == slots).view(-1, *(1,) * (packed.dim() - 1)), fill)
 
 
-def _run_padded(call: VarlenCall, attend: Callable[[AttentionCall], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Pads, attends with a mask that hides the padding, and packs again: hidden tiles cost the kernels nothing."""
+def _run_padded(call: VarlenCall) -> tuple[Tensor, Tensor]:
+    """Pads, attends with a mask that hides the padding, and packs again."""
     query, key, value = call.query, call.key, call.value
     batch, longest_q, longest_k = call.cu_seqlens_q.shape[0] - 1, call.max_seqlen_q, call.max_seqlen_k
     rows_q, lengths_q = padded_rows(call.cu_seqlens_q, longest_q, query.shape[0], "cu_seqlens_q")
@@ -212,7 +211,7 @@ def _run_padded(call: VarlenCall, attend: Callable[[AttentionCall], tuple[Tensor
     else:
         diagonal = lengths_k - lengths_q
         padded = with_diagonals(padded, visible, diagonal)
-    out, lse = attend(padded)
+    out, lse = run_eager(padded)
     return _unpad(out.transpose(1, 2), rows_q, 0.0), _unpad(lse.transpose(1, 2), rows_q, float("-inf")).T
 
 
@@ -242,14 +241,13 @@ def with_diagonals(call: AttentionCall, visible: Tensor, diagonal: Tensor) -> At
 
 # --- The table -------------------------------------------------------------------------------------------------------
 
-_EAGER = kernels_around(_run_padded)[3]
 _CUDA, _EMULATED = dispatch.cuda_kernels(compiled.refuses_cuda, compiled.run_varlen)
 dispatch.register(
     "varlen_attention",
     _CUDA,
     Kernel("triton", refuses_triton, run_varlen_triton),
     Kernel("cpu", compiled.refuses_cpu, compiled.run_varlen),
-    _EAGER,
+    Kernel("eager", never_refuses, _run_padded),
     _EMULATED,
     prepare=_prepare,
 )
