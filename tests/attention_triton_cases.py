@@ -11,7 +11,7 @@ from fastattn.ops.triton_launch import Launch
 
 HEAD_DIMS = (16, 32, 64, 80, 128, 192, 256)
 # What shapes the scores; the last, which has all of it, needs the most registers.
-VARIANTS = ("plain", "causal", "bool_mask", "float_mask", "softcap", "alibi", "dropout", "everything")
+VARIANTS = ("plain", "causal", "key_mask", "bool_mask", "float_mask", "softcap", "alibi", "dropout", "everything")
 # Packed sequences have no masks. (head_dims that share tiles, once.)
 PACKED_VARIANTS = ("packed_causal", "packed_softcap", "packed_alibi", "packed_dropout", "packed_everything")
 PACKED_HEAD_DIMS = (64, 80, 128, 192, 256)
@@ -27,6 +27,8 @@ def _scoring(variant: str, batch: int, heads: int, seqlen: int):
     if packed:
         cu_seqlens = torch.empty(batch + 1, dtype=torch.int32, device="meta")
         packing = Packing(cu_seqlens, cu_seqlens, seqlen, seqlen)
+    if variant == "key_mask":
+        mask = torch.empty(batch, 1, 1, seqlen, dtype=torch.bool, device="meta")
     if variant == "bool_mask":
         mask = torch.empty(batch, 1, seqlen, seqlen, dtype=torch.bool, device="meta")
     if variant == "float_mask" or (everything and not packed):

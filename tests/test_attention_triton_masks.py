@@ -35,6 +35,9 @@ LISTED = {
     "documents": ({"attn_mask": DOCUMENTS}, slice(32, 96)),
     "hidden_in_between": ({"attn_mask": FAR_APART}, slice(32, 64)),
     "float": ({"attn_mask": torch.zeros(96, 96).masked_fill(~FAR_APART, -INF)}, slice(32, 64)),
+    "float_per_head": (
+        {"attn_mask": torch.randn(4, 96, 96).masked_fill(~FAR_APART, -INF)}, slice(32, 64),
+    ),
     "causal": ({"attn_mask": DOCUMENTS, "is_causal": True}, slice(32, 96)),
     "window": ({"attn_mask": FAR_APART, "window": (80, 80)}, slice(32, 64)),
     "several_features": ({"attn_mask": FAR_APART, "softcap": 3.0, "dropout_p": 0.3}, slice(32, 64)),
@@ -42,13 +45,14 @@ LISTED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("head_dim", [16, 160])
 @pytest.mark.parametrize("name", LISTED)
-def test_tiles_that_a_mask_hides_are_not_visited(name):
+def test_tiles_that_a_mask_hides_are_not_visited(name, head_dim):
     """Neither the keys, by the first rows, nor the rows behind them, by the first keys: all of those are NaN."""
     options, hidden = LISTED[name]
     options = {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
-    q, k, v = (torch.randn(1, 4, 96, 16) for _ in range(3))
-    dout = torch.randn(1, 4, 96, 16)
+    q, k, v = (torch.randn(1, 4, 96, head_dim) for _ in range(3))
+    dout = torch.randn(1, 4, 96, head_dim)
     expected = _first_rows(q, k, v, dout, options)
     for tensor in (q, k, v, dout):
         tensor[:, :, hidden] = float("nan")
@@ -113,11 +117,13 @@ def test_lists_of_visible_tiles(tile):
 
     q, k = torch.empty(2, 3, 300, 8), torch.empty(2, 3, 5000, 8)
     mask = _block_sparse((2, 1, 300, 5000)) & _block_sparse((2, 1, 300, 5000))
+    # What the first of 16 rows hides, another may show.
+    mask[..., ::16, 1000:3000] = False
     launches, states = masks.plan_mask_states(q, k, mask, INTERPRETER)
     for launch in launches:
         launch.run(mask)
     for by_keys in (False, True):
-        (launch,), arguments = masks.plan_lists(states, Tile(*tile, 4, 1), (300, 5000), 64, by_keys)
+        (launch,), arguments = masks.plan_lists(states, Tile(*tile, 4, 1), (300, 5000), by_keys)
         launch.run(mask)
         lists = arguments["lists_ptr"]
         padded = torch.nn.functional.pad(mask, (0, -5000 % tile[1], 0, -300 % tile[0]))
@@ -132,17 +138,37 @@ def test_lists_of_visible_tiles(tile):
             assert torch.equal(row[tiles + 1 :][: len(found)].long(), found)
 
 
-def test_where_reading_a_mask_once_more_would_not_pay_it_is_not_looked_at():
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32], ids=str)
+def test_every_kernel_of_every_gpu_skips_hidden_tiles(mask_dtype, head_dim, dtype, capability):
+    from fastattn.ops import attention_triton_plan as plan
     from fastattn.ops.attention_triton_mask import plan_mask_states
     from fastattn.ops.attention_triton_tiles import Gpu
 
-    def looks(mask, seqlen=1024, heads=4, head_dim=64):
-        q = torch.empty(1, heads, seqlen, head_dim, device="meta")
+    with torch.device("meta"):
+        operand = torch.empty(2, 4, 512, head_dim, dtype=dtype)
+        lse = torch.empty(2, 4, 512)
+        mask = torch.empty(2, 4, 512, 512, dtype=mask_dtype)
+    gpu, scoring = Gpu(capability), plan.Scoring(mask, None, None, None, 0.0, False, 0.1, -1, -1, False, 0.0)
+    _, states = plan_mask_states(operand, operand, mask, gpu)
+    inputs = plan.BackwardInputs(operand, operand, operand, operand, lse, lse, states)
+    launches = plan.plan_forward(operand, operand, operand, operand, lse, scoring, states, gpu)
+    launches += plan.plan_dq(inputs, operand, scoring, gpu)
+    launches += plan.plan_dkdv(inputs, operand, operand, scoring, gpu)
+    visits = [launch.arguments["LISTED"] for launch in launches if "q_ptr" in launch.arguments]
+    assert len(visits) >= 3 and all(visits)
+
+
+def test_small_masks_and_those_of_one_row_are_not_looked_at_before():
+    from fastattn.ops.attention_triton_mask import plan_mask_states
+    from fastattn.ops.attention_triton_tiles import Gpu
+
+    def looks(mask, seqlen=1024):
+        q = torch.empty(1, 4, seqlen, 64, device="meta")
         return plan_mask_states(q, q, mask.to("meta"), Gpu((9, 0)))[1] is not None
 
     visible = torch.ones(1024, 1024, dtype=torch.bool)
-    assert looks(visible) and looks(visible[None, None].expand(1, 4, 1024, 1024))
-    assert looks(torch.empty(4, 1024, 1024, dtype=torch.bool)) and looks(visible.float())
-    assert not looks(torch.empty(4, 1024, 1024)) and not looks(visible.float(), heads=3)
-    assert looks(visible, head_dim=256) and not looks(visible.float(), head_dim=256)
+    assert looks(visible) and looks(visible.float())
     assert not looks(visible[:1]) and not looks(visible[:256, :256], seqlen=256)

@@ -16,11 +16,8 @@ from fastattn.ops.triton_launch import Launch
 
 # What attention_mask_states_kernel looks at: the rows and keys of a state, and the states of a program.
 _STATE_Q, _STATE_K, _STATES_Q, _STATES_K = 16, 32, 4, 8
-# Below so many elements of a mask, two more launches cost more than its empty tiles; and reading it once more pays for
-# bool masks, which often hide whole tiles, and for those of floats that this many heads share, as in CUDA.
-_LISTED_ELEMENTS, _LISTED_SHARERS = 1 << 18, 4
-# The widest heads leave the kernels of additive masks, and those of dk and dv, no registers to walk a list.
-_LISTED_HEAD_DIM = 128
+# Below so many elements of a mask, two more launches cost more than its empty tiles.
+_LISTED_ELEMENTS = 1 << 18
 _LIST_CHUNK = 128
 _OPTIONS = {"num_warps": 4, "num_stages": 1}
 
@@ -60,13 +57,10 @@ def plan_mask_states(
     # A mask of one row has no need of states: see ``clip_to_visible_keys``.
     if attn_mask is None or mask["stride_mask_q"] == 0:
         return [], None
+    if gpu is not tiles.INTERPRETER and seqlen_q * seqlen_k < _LISTED_ELEMENTS:
+        return [], None
     mask_batches = 1 if mask["stride_mask_batch"] == 0 else batch
     mask_heads = 1 if mask["stride_mask_head"] == 0 else heads
-    shared = mask["MASK"] == MASK_BOOL.value or batch * heads >= _LISTED_SHARERS * mask_batches * mask_heads
-    is_large = gpu is tiles.INTERPRETER or seqlen_q * seqlen_k >= _LISTED_ELEMENTS
-    fits = mask["MASK"] == MASK_BOOL.value or max(query.shape[3], value.shape[3]) <= _LISTED_HEAD_DIM
-    if not (shared and is_large and fits):
-        return [], None
     rows, cols = ceil_div(seqlen_q, _STATE_Q), ceil_div(seqlen_k, _STATE_K)
     states = torch.empty(mask_batches, mask_heads, rows, cols, dtype=torch.int8, device=query.device)
     arguments = mask | {
@@ -92,13 +86,10 @@ class _Side(NamedTuple):
 
 
 def plan_lists(
-    mask_states: Tensor | None, tile: Tile, seqlens: Sequence[int], head_dim: int, by_keys: bool = False
+    mask_states: Tensor | None, tile: Tile, seqlens: Sequence[int], by_keys: bool = False
 ) -> tuple[list[Launch], dict[str, Any]]:
-    """(launches, what they give the kernel of these tiles: the keys that its rows see or, ``by_keys``, the reverse).
-
-    head_dim: the larger of key's and value's, padded.
-    """
-    if mask_states is None or (by_keys and head_dim > _LISTED_HEAD_DIM):
+    """(launches, what they give the kernel of these tiles: the keys that its rows see or, ``by_keys``, the reverse)."""
+    if mask_states is None:
         return [], {"lists_ptr": None, "stride_lists_batch": 0, "stride_lists_head": 0, "LISTED": False}
     mask_batches, mask_heads, rows, cols = mask_states.shape
     own = _Side(seqlens[0], tile.block_q, rows, cols, tile.block_q // _STATE_Q)

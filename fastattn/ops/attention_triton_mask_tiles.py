@@ -1,7 +1,8 @@
 """Which tiles of attn_mask leave a key visible: found before attention's Triton kernels run, which visit no others.
 
-Work:    attention_mask_states_kernel reads the mask once, in its own broadcast shape, and writes a byte for every
-         STATE_Q x STATE_K elements, of which the tiles of all kernels are made: dq, dk and dv share them.
+Work:    attention_mask_states_kernel reads the mask, in its own broadcast shape, and writes a byte for every
+         STATE_Q x STATE_K elements, of which the tiles of all kernels are made: dq, dk and dv share them. It reads no
+         more than a row of each where that shows a visible key, so that masks without hidden tiles cost little.
          attention_mask_lists_kernel turns them into what a kernel walks: for each of its own tiles the visible ones of
          the other side. Lists, rather than a test in each tile, let the compiler load ahead of the products.
 Memory:  of each own tile, in int32: for every tile of the other side and for the end how many visible ones come before
@@ -14,6 +15,18 @@ import triton
 import triton.language as tl
 
 from fastattn.ops.attention_triton_scores import mask_hides
+
+
+@triton.jit
+def _visible_states(mask_ptr, q, k, seqlen_q, seqlen_k, stride_mask_q, stride_mask_k, MASK: tl.constexpr,
+                    ROWS: tl.constexpr, STATES_Q: tl.constexpr, STATES_K: tl.constexpr):  # fmt: skip
+    """(STATES_Q, STATES_K) int8: 1 where one of a state's keys is visible to one of its rows; it has ROWS of ``q``."""
+    inside = (q < seqlen_q)[:, None] & (k < seqlen_k)[None, :]
+    ptrs = mask_ptr + q.to(tl.int64)[:, None] * stride_mask_q + k.to(tl.int64)[None, :] * stride_mask_k
+    mask = tl.load(ptrs, mask=inside, other=0)
+    visible = (inside & ~mask_hides(mask, MASK)).to(tl.int8)
+    visible = tl.max(tl.reshape(visible, (STATES_Q, ROWS, k.shape[0])), 1)
+    return tl.max(tl.reshape(visible, (STATES_Q, STATES_K, k.shape[0] // STATES_K)), 2)
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k"])
@@ -31,18 +44,19 @@ def attention_mask_states_kernel(
     row_block = tl.program_id(0) // col_blocks % row_blocks
     matrix = (tl.program_id(0) // (col_blocks * row_blocks)).to(tl.int64)
     mask_ptr += matrix // mask_heads * stride_mask_batch + matrix % mask_heads * stride_mask_head
-    q = row_block * STATES_Q * STATE_Q + tl.arange(0, STATES_Q * STATE_Q)
-    k = col_block * STATES_K * STATE_K + tl.arange(0, STATES_K * STATE_K)
-    inside = (q < seqlen_q)[:, None] & (k < seqlen_k)[None, :]
-    ptrs = mask_ptr + q.to(tl.int64)[:, None] * stride_mask_q + k.to(tl.int64)[None, :] * stride_mask_k
-    mask = tl.load(ptrs, mask=inside, other=0)
-    visible = (inside & ~mask_hides(mask, MASK)).to(tl.int8)
-    visible = tl.max(tl.reshape(visible, (STATES_Q, STATE_Q, STATES_K * STATE_K)), 1)
-    visible = tl.max(tl.reshape(visible, (STATES_Q, STATES_K, STATE_K)), 2)
     row = row_block * STATES_Q + tl.arange(0, STATES_Q)
     col = col_block * STATES_K + tl.arange(0, STATES_K)
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    k = col_block * STATES_K * STATE_K + tl.arange(0, STATES_K * STATE_K)
+    # One row of a mask that hides nothing, such as a bias, shows that: the others stay unread.
+    visible = _visible_states(mask_ptr, row * STATE_Q, k, seqlen_q, seqlen_k, stride_mask_q, stride_mask_k, MASK, 1,
+                              STATES_Q, STATES_K)  # fmt: skip
+    if tl.min(tl.where(inside, visible, 1)) == 0:
+        q = row_block * STATES_Q * STATE_Q + tl.arange(0, STATES_Q * STATE_Q)
+        visible = _visible_states(mask_ptr, q, k, seqlen_q, seqlen_k, stride_mask_q, stride_mask_k, MASK, STATE_Q,
+                                  STATES_Q, STATES_K)  # fmt: skip
     ptrs = states_ptr + (matrix * rows + row[:, None]) * cols + col[None, :]
-    tl.store(ptrs, visible, mask=(row < rows)[:, None] & (col < cols)[None, :])
+    tl.store(ptrs, visible, mask=inside)
 
 
 @triton.jit

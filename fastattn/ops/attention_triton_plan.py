@@ -142,14 +142,20 @@ def _features(arguments: dict[str, Any]) -> int:
     return max(sum(costly), int(not arguments["PLAIN"] or arguments["MASK"] != MASK_NONE.value))
 
 
-def _one_walk(arguments: dict[str, Any], packed_head_dim: int) -> bool:
+def _one_walk(arguments: dict[str, Any], mask_states: Tensor | None, widest: int) -> bool:
     """Whether a kernel has one loop that compares positions in every tile, not one for the cut and one for the full.
 
     What loops share stays in registers through all of them: more than there are where scores take many to compute. So
-    do the lengths of packed sequences, which are no arguments: above ``packed_head_dim`` there is no room for them.
+    do the lengths of packed sequences, which are no arguments, and where a list of tiles is: above head_dim ``widest``
+    there is no room for them.
     """
     _, head_dim, features = shape_of_tiles(arguments)
-    return features > 1 or (arguments["PACKED"] and head_dim > packed_head_dim)
+    return features > 1 or ((arguments["PACKED"] or mask_states is not None) and head_dim > widest)
+
+
+def _widest_of_two_walks(gpu: tiles.Gpu) -> int:
+    """Of the forward, and of dk and dv of a mask's listed tiles."""
+    return 128 if gpu.capability[0] == 9 else 256
 
 
 def _with_lengths(tile: Tile, arguments: dict[str, Any]) -> Tile:
@@ -193,21 +199,20 @@ def plan_forward(
     """Writes out and lse. ``mask_states``, here and below: of attention_triton_mask.py."""
     arguments = _scoring_arguments(query, key, scoring) | _whole_rows(query, value)
     arguments |= _packing_arguments(query, key, scoring) | {"q_ptr": query}
-    packed_head_dim = 128 if gpu.capability[0] == 9 else 256
     if scoring.sinks is not None:
         # The sink is a natural logit, so the others are too.
         arguments |= {"PLAIN": False, "unit": LOG2_E}
     arguments |= {
         "k_ptr": key, "v_ptr": value, "out_ptr": out, "lse_ptr": lse, "sinks_ptr": scoring.sinks,
         **_strides("q", query), **_strides("k", key), **_strides("v", value), **_strides("out", out),
-        "KEY_MASK": _key_mask(arguments), "ONE_WALK": _one_walk(arguments, packed_head_dim),
+        "KEY_MASK": _key_mask(arguments), "ONE_WALK": _one_walk(arguments, mask_states, _widest_of_two_walks(gpu)),
         "SINKS": scoring.sinks is not None,
     }  # fmt: skip
     (tile,) = tiling or tiles.forward(gpu, *shape_of_tiles(arguments))
     tile = _with_lengths(tile, arguments)
     batch, seqlen_q, seqlen_k = scoring.extent(query, key)
     programs = batch * query.shape[1] * ceil_div(seqlen_q, tile.block_q)
-    launches, lists = plan_lists(mask_states, tile, (seqlen_q, seqlen_k), shape_of_tiles(arguments)[1])
+    launches, lists = plan_lists(mask_states, tile, (seqlen_q, seqlen_k))
     arguments |= _blocks(tile) | lists
     return [*launches, Launch(attention_fwd_kernel, (programs,), arguments, tile.launch_options())]
 
@@ -298,13 +303,13 @@ def plan_dq(
         "dq_ptr": dq,
         **_strides("dq", dq),
         "KEY_MASK": _key_mask(arguments),
-        "ONE_WALK": _one_walk(arguments, 256),
+        "ONE_WALK": _one_walk(arguments, inputs.mask_states, 256),
     }
     (tile,) = tiling or tiles.dq(gpu, *shape_of_tiles(arguments))
     tile = _with_lengths(tile, arguments)
     batch, *seqlens = scoring.extent(inputs.query, inputs.key)
     programs = batch * dq.shape[1] * ceil_div(seqlens[0], tile.block_q)
-    launches, lists = plan_lists(inputs.mask_states, tile, seqlens, shape_of_tiles(arguments)[1])
+    launches, lists = plan_lists(inputs.mask_states, tile, seqlens)
     arguments |= _blocks(tile) | lists
     return [*launches, Launch(attention_dq_kernel, (programs,), arguments, tile.launch_options())]
 
@@ -319,16 +324,17 @@ def plan_dkdv(
 ) -> list[Launch]:
     arguments = inputs.arguments(scoring) | _whole_rows(inputs.query, inputs.value)
     arguments |= _packing_arguments(inputs.query, inputs.key, scoring)
+    widest = _widest_of_two_walks(gpu) if scoring.packing is None else 0
     arguments |= {
         "dk_ptr": dk, "dv_ptr": dv, **_strides("dk", dk), **_strides("dv", dv),
-        "KEY_MASK": _key_mask(arguments), "ONE_WALK": _one_walk(arguments, 0),
+        "KEY_MASK": _key_mask(arguments), "ONE_WALK": _one_walk(arguments, inputs.mask_states, widest),
     }  # fmt: skip
     passes = tiling or tiles.dkdv(gpu, *shape_of_tiles(arguments))
     batch, *seqlens = scoring.extent(inputs.query, inputs.key)
     written = ((True, True),) if len(passes) == 1 else ((False, True), (True, False))
     launches = []
     for tile, (DK, DV) in zip(passes, written, strict=True):
-        listing, lists = plan_lists(inputs.mask_states, tile, seqlens, shape_of_tiles(arguments)[1], by_keys=True)
+        listing, lists = plan_lists(inputs.mask_states, tile, seqlens, by_keys=True)
         programs = batch * dk.shape[1] * ceil_div(seqlens[1], tile.block_k)
         of_pass = arguments | _blocks(tile) | lists | {"DK": DK, "DV": DV}
         launches += [*listing, Launch(attention_dkdv_kernel, (programs,), of_pass, tile.launch_options())]

@@ -71,7 +71,7 @@ _DQ: _Table = {
         128: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 64, 8, 1)),
         256: (Tile(32, 64, 8, 1),)},
     9: {64: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)), 128: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
-        256: (Tile(128, 32, 8, 2),)},
+        256: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 1, True, 64))},
 }  # fmt: skip
 _DQ[10] = _DQ[9] | {64: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 1))}
 # dk and dv are two sums as wide as head_dim: the tile of one pass that makes both or, where the registers do not hold
