@@ -35,8 +35,9 @@ test: build  ## runs every test (ARGS="tests/test_attention.py -k causal" for a 
 bench: build  ## checks and times every kernel against PyTorch (ARGS="attention --quick" for a part)
 	$(BIN)/python -m bench $(ARGS)
 
-cuda: $(VENV)/.installed  ## compiles every kernel for every GPU generation, without a GPU: registers, spills (ARGS="layer_norm": of CUDA alone)
+cuda: $(VENV)/.installed  ## compiles every kernel for every GPU generation, without a GPU: registers, spills, build times (ARGS="layer_norm": of CUDA alone)
 	$(BIN)/python tests/cuda_report.py $(ARGS)
+	$(if $(strip $(ARGS)),,$(BIN)/python tests/build_time.py)
 	$(if $(strip $(ARGS)),,TRITON_INTERPRET=0 $(BIN)/python -m tests.triton_aot)
 
 triton: $(VENV)/.installed  ## compiles the Triton kernels for sm_80, sm_90 and sm_100, without a GPU (ARGS="--filter int8")

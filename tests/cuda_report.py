@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cuda_occupancy import LaunchSize, launch_sizes, resident_warps
-from emulated import BUILD, NVCC_FLAGS, ROOT, ninja
+from emulated import BUILD, ROOT, ninja
 from rich.console import Console
 from rich.table import Table
+from setup_script import setup_script
 
 ARCHITECTURES = ("80", "86", "89", "90a", "120")
 REPORT = BUILD.parent / "cuda_report"
+CONSOLE_WIDTH = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "180"))
 
 
 @dataclass(frozen=True)
@@ -89,25 +91,46 @@ def readable(name: str) -> str:
     return re.sub(r"\([^()]*\)$", "", name).replace("> >", ">>").replace("> >", ">>")
 
 
-def compile_all(
-    sources: Sequence[Path], wanted: Sequence[str], directory: Path = REPORT
-) -> list[tuple[Path, str, str]]:
-    """(source, architecture, nvcc's messages) for each; raises RuntimeError with the messages if one fails."""
-    nvcc = shutil.which("nvcc")
+# A compilation by ninja that leaves its messages and its processor time beside the object.
+TIMED = f"{sys.executable} {ROOT / 'tests' / 'cpu_seconds.py'} $out.seconds"
+
+
+def seconds_of(target: Path) -> float:
+    """The processor time that making it took."""
+    return float(Path(f"{target}.seconds").read_text())
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """A source that nvcc compiled for one architecture."""
+
+    source: Path
+    architecture: str
+    object: Path
+
+    @property
+    def log(self) -> str:
+        return Path(f"{self.object}.log").read_text()
+
+
+def compile_all(jobs: Sequence[tuple[Path, str]], directory: Path = REPORT) -> list[Compilation]:
+    """Compiles each (source, architecture) with the flags of setup.py; raises RuntimeError with the messages if one
+    fails."""
+    setup = setup_script()
+    nvcc = setup.find_nvcc()
     if nvcc is None:
-        raise SystemExit("cuda_report: nvcc is not on PATH.")
-    flags = " ".join([*NVCC_FLAGS, "-Xcompiler", "-Wall", "-Xptxas", "-v"])
-    lines = ["rule nvcc", f"  command = {nvcc} {flags} $arch -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 "
+        raise SystemExit("cuda_report: nvcc was not found.")
+    flags = setup.ninja_flags([*setup.NVCC_FLAGS, "-Xcompiler", "-Wall", "-Xptxas", "-v"])
+    lines = ["rule nvcc", f"  command = {TIMED} {nvcc} {flags} $arch -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 "
              "|| { cat $out.log; exit 1; }", "  depfile = $out.d", "  deps = gcc"]  # fmt: skip
-    jobs = []
-    for source in sources:
-        for architecture in architectures_of(source, wanted):
-            name = f"{'_'.join(source.relative_to(ROOT).with_suffix('').parts)}.sm_{architecture}.o"
-            jobs.append((source, architecture, directory / f"{name}.log"))
-            lines += [f"build {name}: nvcc {source}",
-                      f"  arch = -gencode=arch=compute_{architecture},code=sm_{architecture}"]  # fmt: skip
+    compilations = []
+    for source, architecture in jobs:
+        name = f"{'_'.join(source.relative_to(ROOT).with_suffix('').parts)}.sm_{architecture}.o"
+        compilations.append(Compilation(source, architecture, directory / name))
+        lines += [f"build {name}: nvcc {source}",
+                  f"  arch = -gencode=arch=compute_{architecture},code=sm_{architecture}"]  # fmt: skip
     ninja(directory, "\n".join(lines) + "\n")
-    return [(source, architecture, log.read_text()) for source, architecture, log in jobs]
+    return compilations
 
 
 def table(uses: Sequence[KernelUse], wanted: Sequence[str], sources: Sequence[Path]) -> Table:
@@ -160,11 +183,11 @@ def main() -> None:
     ]
     if not sources:
         raise SystemExit(f"cuda_report: no source has {' or '.join(arguments.words)} in its path.")
-    logs = compile_all(sources, wanted)
-    uses = [use for source, architecture, log in logs for use in parse(log, source.stem, architecture)]
-    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "180"))
-    Console(width=width).print(table(uses, wanted, sources))
-    warnings = sorted({line for _, _, log in logs for line in complaints(log)})
+    jobs = [(source, each) for source in sources for each in architectures_of(source, wanted)]
+    compilations = compile_all(jobs)
+    uses = [use for each in compilations for use in parse(each.log, each.source.stem, each.architecture)]
+    Console(width=CONSOLE_WIDTH).print(table(uses, wanted, sources))
+    warnings = sorted({line for each in compilations for line in complaints(each.log)})
     spilling = [use for use in uses if use.spill_bytes]
     print(f"{len(uses)} kernels, {len(spilling)} spill registers, {len(warnings)} warnings")
     print("\n".join(warnings), end="\n" if warnings else "")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import build_time
 import pytest
-import setuptools
+from setup_script import setup_script
 
 from fastattn import _extension, dispatch
 
@@ -20,15 +19,9 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 @pytest.fixture
 def build(monkeypatch):
-    """The module setup.py, which sets nothing up."""
-    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
     for variable in ("FASTATTN_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(variable, raising=False)
-    spec = importlib.util.spec_from_file_location("fastattn_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "fastattn_setup", module)
-    spec.loader.exec_module(module)
-    return module
+    return setup_script()
 
 
 def torch_with(cuda: str | None, capabilities: tuple[tuple[int, int], ...] = ()) -> SimpleNamespace:
@@ -116,6 +109,20 @@ def test_a_build_has_the_device_or_the_emulator(build):
         assert {unit.rule for unit in units if unit.source.suffix == ".cu"} == {rule}
         assert ("device_launch_cuda.cpp" in names) == (given is not None)
         assert ("device_launch_emulated.cpp" in names) == ("scheduler.cpp" in names) == (given is None)
+
+
+def test_the_schedule_of_a_build():
+    # Two cores: the longest first leaves them 5 3 | 4 3 3. At the latest 5 starts when 13 others are shared evenly.
+    assert build_time.longest_first([3, 4, 3, 5, 3], 2) == 10
+    assert build_time.any_order([3, 4, 3, 5, 3], 2) == 11.5
+    assert build_time.longest_first([], 2) == build_time.any_order([], 2) == 0
+
+
+@needs_nvcc
+def test_a_build_for_one_card_has_hoppers_units_too(build):
+    jobs = set(map(build_time.job_of, build_time.nvcc_units(build_time.units_for(build, "86"))))
+    assert {source for source, _ in jobs} == set((ROOT / "csrc").rglob("*.cu"))
+    assert {"_sm90" in source.name: architecture for source, architecture in jobs} == {False: "86", True: "90a"}
 
 
 @pytest.mark.skipif(_extension.extension is None, reason=str(_extension.missing_reason))

@@ -29,7 +29,9 @@ CASES = [(source, architecture) for source in SOURCES for architecture in _archi
 @pytest.mark.parametrize("source, architecture", CASES, ids=[f"{s.stem}-sm_{a}" for s, a in CASES])
 def test_nvcc_compiles_without_warnings(source, architecture):
     # One folder a source: test processes run at the same time, and a second run compiles what changed.
-    ((*_, log),) = cuda_report.compile_all([source], [architecture], cuda_report.REPORT / "tests" / source.stem)
+    folder = cuda_report.REPORT / "tests" / source.stem
+    (compilation,) = cuda_report.compile_all([(source, architecture)], folder)
+    log = compilation.log
     assert not cuda_report.complaints(log), log
     uses = cuda_report.parse(log, source.stem, architecture)
     assert uses
