@@ -208,10 +208,8 @@ def test_one_token_goes_where_the_preference_says(backend, monkeypatch):
     if fastattn.available_backends()[backend] is not None:
         pytest.skip(fastattn.available_backends()[backend])
     taken = []
-    original = attention_with_kv_cache._one_token_if_plain
-    monkeypatch.setattr(
-        attention_with_kv_cache, "_one_token_if_plain", lambda *call: taken.append(1) or original(*call)
-    )
+    original = attention_with_kv_cache.one_token_if_plain
+    monkeypatch.setattr(attention_with_kv_cache, "one_token_if_plain", lambda *call: taken.append(1) or original(*call))
     with fastattn.use_backend(backend):
         fastattn.attention_with_kv_cache(*step_of(), cache_seqlens=7)
     assert len(taken) == (backend == "cpu")

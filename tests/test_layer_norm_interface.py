@@ -12,7 +12,12 @@ from torch.overrides import TorchFunctionMode
 import fastattn
 from fastattn.dispatch import TABLE, available_backends
 from fastattn.ops import layer_norm_compiled
-from fastattn.ops.layer_norm_compiled import layer_norm_if_plain, rms_norm_if_plain
+from fastattn.ops.layer_norm_compiled import (
+    add_layer_norm_if_plain,
+    add_rms_norm_if_plain,
+    layer_norm_if_plain,
+    rms_norm_if_plain,
+)
 
 pytestmark = pytest.mark.usefixtures("tensors_where_the_backend_runs")
 
@@ -96,12 +101,52 @@ def test_the_short_way_of_rms_norm_computes_what_the_op_does(dtype, eps):
 
 
 @needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_id)
+def test_the_short_ways_of_the_fused_norms_compute_what_the_op_does(dtype):
+    # Rows as small as a usual epsilon, so that the one chosen for None shows.
+    inputs = {name: tensor * 1e-4 for name, tensor in make_inputs("add_layer_norm", (3, 97), dtype).items()}
+    x, residual, weight, bias = (inputs[name] for name in ("input", "residual", "weight", "bias"))
+    x.requires_grad_()
+    default = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    short = [
+        (add_layer_norm_if_plain(x, residual, 97, weight, bias, 1e-3), (bias, 1e-3, False)),
+        (add_rms_norm_if_plain(x, residual, (97,), weight, None), (None, default, True)),
+        (add_rms_norm_if_plain(x, residual, (97,), weight, 1e-3), (None, 1e-3, True)),
+    ]
+    for outputs, (b, eps, rms) in short:
+        expected = torch.ops.fastattn.add_layer_norm(x, residual, weight, b, None, 0.0, 1, eps, rms)[:2]
+        assert len(outputs) == 2
+        for mine, theirs in zip(outputs, expected, strict=True):
+            assert torch.equal(mine, theirs) and mine.grad_fn is not None
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    "changed",
+    [{"input": torch.ones(3, 8).as_subclass(Subclass)}, {"input": torch.ones(3, 8, dtype=torch.bfloat16)},
+     {"input": torch.ones(2, 8)}, {"residual": torch.ones(3, 8).to_sparse()}, {"residual": torch.ones(1, 8)},
+     {"residual": torch.ones(3, 8, device="meta")}, {"residual": None}, {"shape": (9,)}, {"weight": torch.ones(7)},
+     {"eps": 1}],
+    ids=lambda changed: next(iter(changed)),
+)  # fmt: skip
+def test_the_short_ways_of_the_fused_norms_leave_the_unusual(changed):
+    usual = {name: torch.ones(3, 8) for name in ("input", "residual")}
+    usual |= {"shape": (8,), "weight": torch.ones(8), "bias": torch.ones(8), "eps": 1e-5}
+    assert add_layer_norm_if_plain(*usual.values()) is not None
+    assert add_layer_norm_if_plain(*(usual | changed).values()) is None
+    del usual["bias"]
+    assert add_rms_norm_if_plain(*usual.values()) is not None
+    assert add_rms_norm_if_plain(*(usual | changed).values()) is None
+
+
+@needs_cpu
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_the_short_way_is_left_to_those_who_watch():
     x = torch.randn(3, 8)
     with Mode():
         assert layer_norm_if_plain(x, (8,), None, None, 1e-5) is None
         assert rms_norm_if_plain(x, 8, None, None) is None
+        assert add_layer_norm_if_plain(x, x, 8, None, None, 1e-5) is None
     traced = torch.jit.trace(lambda y: fastattn.layer_norm(y, (8,)), (torch.ones(3, 8),), check_trace=False)
     assert torch.equal(traced(x), fastattn.layer_norm(x, (8,)))
 
@@ -119,6 +164,20 @@ def test_the_short_way_is_taken_only_to_the_cpu_kernel(op, monkeypatch):
     with fastattn.use_backend("cpu"):
         norm(x, (8,))
     norm(x, (8,))
+    assert len(calls) == 2
+
+
+@needs_cpu
+@pytest.mark.parametrize("op", ["add_layer_norm", "add_rms_norm"])
+def test_the_short_way_of_a_fused_norm_is_taken_only_without_dropout_to_the_cpu_kernel(op, monkeypatch):
+    calls = []
+    monkeypatch.setattr(layer_norm_compiled, f"{op}_if_plain", lambda *args: calls.append(args))
+    norm, x = getattr(fastattn, op), torch.randn(3, 8)
+    norm(x, x, (8,), backend="eager")
+    norm(x, x, (8,), dropout_p=0.5)
+    assert not calls
+    norm(x, x, (8,))
+    norm(x, x, (8,), backend="cpu")
     assert len(calls) == 2
 
 

@@ -35,15 +35,15 @@ inline bool calls_are_watched() {
   return at::impl::torch_function_mode_enabled() || torch::jit::tracer::isTracing() || is_transformed();
 }
 
-// The tensor that `call` gives, for Python, whose other threads run meanwhile.
+// What `call` gives, while Python's other threads run.
 template <typename Call>
-pybind11::object call_without_gil(Call&& call) {
-  at::Tensor out;
-  {
-    const pybind11::gil_scoped_release other_threads_run;
-    out = call();
-  }
-  return pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(std::move(out)));
+auto without_gil(Call&& call) {
+  const pybind11::gil_scoped_release other_threads_run;
+  return call();
+}
+
+inline pybind11::object to_python(at::Tensor tensor) {
+  return pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(std::move(tensor)));
 }
 
 }  // namespace fastattn

@@ -25,7 +25,7 @@ py::object int8_linear_if_packed(const py::handle& input, const Tensor& packed, 
   if (!is_plain_tensor(input) || !is_plain_tensor(weight) || calls_are_watched()) return py::none();
   const Tensor &rows = THPVariable_Unpack(input.ptr()), &q = THPVariable_Unpack(weight.ptr());
   if (rows.is_nested() || !is_packed_form_of(packed, q)) return py::none();
-  return call_without_gil([&] { return op.call(rows, packed, q, weight_scale, bias, activation); });
+  return to_python(without_gil([&] { return op.call(rows, packed, q, weight_scale, bias, activation); }));
 }
 
 }  // namespace

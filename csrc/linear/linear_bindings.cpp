@@ -49,7 +49,7 @@ py::object linear_if_faster(const py::handle& input, const py::handle& weight, c
     b = THPVariable_Unpack(bias.ptr());
     if (!is_taken(*b, dtype)) return py::none();
   }
-  return call_without_gil([&] { return op.call(x, w, b, activation); });
+  return to_python(without_gil([&] { return op.call(x, w, b, activation); }));
 }
 
 }  // namespace

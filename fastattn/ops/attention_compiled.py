@@ -102,6 +102,8 @@ def run_weights(call: AttentionCall, lse: Tensor, average_heads: bool) -> Tensor
 # (query, key, value, is_causal, scale, enable_gqa): attention of plain tensors on the CPU without the general way's
 # checks; None where the call is not one of these, which then says why.
 attention_if_plain: Callable[..., Tensor | None] = short_way("attention_if_plain")
+# (query, key_cache, value_cache, key, value, cache_seqlen, scale): the same for a decoding step, which it appends.
+one_token_if_plain: Callable[..., Tensor | None] = short_way("one_token_if_plain")
 
 
 # --- Fake kernels: the shapes, dtypes and strides of csrc/attention/attention.cpp ------------------------------------

@@ -14,7 +14,7 @@ from fastattn.dispatch import Kernel, cuda_kernels, never_refuses, select
 from fastattn.ops import attention_checks as checks
 from fastattn.ops import attention_compiled as compiled
 from fastattn.ops.attention import AttentionCall, run_eager
-from fastattn.ops.attention_compiled import attention_if_plain
+from fastattn.ops.attention_compiled import one_token_if_plain
 from fastattn.ops.attention_triton import refuses_triton, run_triton
 from fastattn.ops.varlen_attention import with_diagonals
 
@@ -94,7 +94,8 @@ def attention_with_kv_cache(
     plain = type(cache_seqlens) is int and block_table is None and rotary_cos is None and rotary_sin is None
     plain = plain and window is None and softcap == 0.0 and alibi_slopes is None and sinks is None and not return_lse
     if plain and not torch.compiler.is_compiling() and dispatch.takes_cpu(backend):
-        out = _one_token_if_plain(query, key_cache, value_cache, key, value, cache_seqlens, scale)
+        # A decoding step; should it be declined, nothing was written.
+        out = one_token_if_plain(query, key_cache, value_cache, key, value, cache_seqlens, scale)
         if out is not None:
             return out
     call = _prepare(
@@ -104,41 +105,6 @@ def attention_with_kv_cache(
     )  # fmt: skip
     out, lse = select("attention_with_kv_cache", call, backend).run(call)
     return (out, lse) if return_lse else out
-
-
-def _one_token_if_plain(
-    query: Any, key_cache: Any, value_cache: Any, key: Any, value: Any, length: Any, scale: float | None
-) -> Tensor | None:
-    """A decoding step, one query behind one number of tokens, by attention's short way; None where an argument wants a
-    closer look. The one query is the last key's: it sees them all, causal or not.
-
-    Nothing is written before everything is checked. Should attention decline in the end, the long way writes the same.
-    """
-    tensors = (query, key_cache, value_cache, key, value)
-    if not all(type(tensor) is Tensor and tensor.dim() == 4 and tensor.device.type == "cpu" for tensor in tensors):
-        return None
-    dtype, (batch, seqlen_q, heads, head_dim) = query.dtype, query.shape
-    _, capacity, heads_kv, head_dim_v = value_cache.shape
-    fits = (
-        seqlen_q == 1
-        and key_cache.shape == (batch, capacity, heads_kv, head_dim)
-        and value_cache.shape[0] == batch
-        and key.shape == (batch, 1, heads_kv, head_dim)
-        and value.shape == (batch, 1, heads_kv, head_dim_v)
-        and heads_kv > 0
-        and heads % heads_kv == 0
-        and 0 <= length < capacity
-        and all(tensor.dtype == dtype for tensor in tensors)
-        and (scale is None or type(scale) in (int, float))
-    )
-    if not fits or torch.is_autocast_enabled("cpu"):
-        return None
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return None
-    key_cache[:, length : length + 1], value_cache[:, length : length + 1] = key, value
-    keys, values = key_cache[:, : length + 1].transpose(1, 2), value_cache[:, : length + 1].transpose(1, 2)
-    out = attention_if_plain(query.transpose(1, 2), keys, values, False, scale, True)
-    return None if out is None else out.transpose(1, 2)
 
 
 def _prepare(

@@ -112,6 +112,10 @@ def add_layer_norm(
         ``new_residual`` that of ``residual``. What is normalised is ``new_residual`` as it is returned, rounded.
     Raises: as :func:`layer_norm`; ValueError for a ``dropout_p`` outside [0, 1].
     """
+    if dropout_p == 0.0 and not torch.compiler.is_compiling() and takes_cpu(backend):
+        outputs = layer_norm_compiled.add_layer_norm_if_plain(input, residual, normalized_shape, weight, bias, eps)
+        if outputs is not None:
+            return outputs
     call = _prepare_add_layer_norm(input, residual, normalized_shape, weight, bias, eps, dropout_p=dropout_p)
     return select("add_layer_norm", call, backend).run(call)
 
@@ -133,6 +137,10 @@ def add_rms_norm(
 
     Args, returns and raises: as :func:`add_layer_norm`, ``eps`` as in :func:`rms_norm`.
     """
+    if dropout_p == 0.0 and not torch.compiler.is_compiling() and takes_cpu(backend):
+        outputs = layer_norm_compiled.add_rms_norm_if_plain(input, residual, normalized_shape, weight, eps)
+        if outputs is not None:
+            return outputs
     call = _prepare_add_rms_norm(input, residual, normalized_shape, weight, eps, dropout_p=dropout_p)
     return select("add_rms_norm", call, backend).run(call)
 

@@ -77,6 +77,9 @@ def add_norm(call: LayerNormCall, rng_state: Tensor | None = None) -> tuple[Tens
 layer_norm_if_plain: Callable[..., Tensor | None] = short_way("layer_norm_if_plain")
 # (input, normalized_shape, weight, eps), the same for rms_norm.
 rms_norm_if_plain: Callable[..., Tensor | None] = short_way("rms_norm_if_plain")
+# (input, residual, normalized_shape, weight, bias, eps) and, of RMS norm, (…, weight, eps), without dropout.
+add_layer_norm_if_plain: Callable[..., tuple[Tensor, Tensor] | None] = short_way("add_layer_norm_if_plain")
+add_rms_norm_if_plain: Callable[..., tuple[Tensor, Tensor] | None] = short_way("add_rms_norm_if_plain")
 
 
 # --- Fake kernels ----------------------------------------------------------------------------------------------------
