@@ -36,6 +36,8 @@ def cases() -> Iterator[Case]:
     yield dropout((1, 12, 512, 64))
     for batch in (1, 8):
         yield decode(batch, heads=32, heads_kv=8, seqlen_k=4096, head_dim=128)
+    for block_size in (None, 16):
+        yield decode_with_cache(block_size, heads=32, heads_kv=8, seqlen_k=4096, head_dim=128)
 
 
 # --- The forms -------------------------------------------------------------------------------------------------------
@@ -312,6 +314,42 @@ def decode(batch: int, heads: int, heads_kv: int, seqlen_k: int, head_dim: int) 
         GROUP, "attention decode", f"{batch}×{heads}/{heads_kv}×{seqlen_k}×{head_dim}", "float32", build,
         flops=4 * batch * heads * seqlen_k * head_dim, bytes=4 * (cache_elements + 2 * batch * heads * head_dim),
         quick=batch == 1, headline=f"decoding, {seqlen_k} keys, grouped heads" if batch == 1 else "",
+    )  # fmt: skip
+
+
+def decode_with_cache(block_size: int | None, heads: int, heads_kv: int, seqlen_k: int, head_dim: int) -> Case:
+    """One new token, appended to a cache as it lies: contiguous, or in shuffled blocks, which PyTorch has to gather."""
+
+    def build() -> Subject:
+        generator = seeded_generator(0)
+        rows = block_size or seqlen_k
+        q, new = (torch.randn(1, 1, n, head_dim, generator=generator) for n in (heads, heads_kv))
+        caches = [torch.randn(seqlen_k // rows, rows, heads_kv, head_dim, generator=generator) for _ in range(2)]
+        table = torch.randperm(seqlen_k // rows, generator=generator).view(1, -1)
+        last = seqlen_k - 1
+
+        def ours() -> Tensor:
+            lengths = torch.tensor([last])
+            paging = {"block_table": table} if block_size else {}
+            return fastattn.attention_with_kv_cache(q, *caches, new, new, cache_seqlens=lengths, **paging)
+
+        def grouped(form: Callable[..., Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+            for each in caches:
+                each[table[0, last // rows], last % rows] = new[0, 0]
+            k, v = (x[table[0]].flatten(0, 1)[None] if block_size else x for x in caches)
+            k, v = (x.transpose(1, 2).to(dtype) for x in (k, v))
+            out = form(q.view(1, heads_kv, heads // heads_kv, head_dim).to(dtype), k, v)
+            return out.view(1, 1, heads, head_dim)
+
+        sdpa = F.scaled_dot_product_attention
+        check = as_accurate_as_eager(ours, partial(grouped, eager), partial(grouped, eager, torch.float64))
+        return Subject(ours, {"SDPA grouped": partial(grouped, sdpa)}, check)
+
+    return Case(
+        GROUP, "attention decode", f"1×{heads}/{heads_kv}×{seqlen_k}×{head_dim} "
+        f"{f'blocks of {block_size}' if block_size else 'cache'}", "float32", build,
+        flops=4 * heads * seqlen_k * head_dim, bytes=4 * (2 * heads_kv * seqlen_k + 2 * heads) * head_dim,
+        quick=block_size is not None, headline="decoding, paged cache" if block_size else "",
     )  # fmt: skip
 
 

@@ -80,6 +80,41 @@ def test_slopes_per_batch(backend):
         torch.testing.assert_close(out[b], problem.expected(True, alibi_slopes=slopes[b])[0][b])
 
 
+# Blocks of one token, that divide a tile of 64 keys, that straddle tiles, and of several tiles.
+@pytest.mark.skipif("cpu" not in KERNEL_BACKENDS, reason="the extension was not built")
+@pytest.mark.parametrize("block_size", [1, 7, 16, 64, 100, 128])
+@pytest.mark.parametrize("seqlen_q, head_dim", [(1, 32), (4, 16), (9, 16), (70, 20)])
+def test_blocks_of_any_size_are_read_in_place(seqlen_q, head_dim, block_size, cpu_isa, monkeypatch):
+    monkeypatch.setattr(attention_with_kv_cache, "_step", None)
+    capacity, lengths = -(-370 // block_size) * block_size, torch.tensor([300, 0, 129])
+    sizes = {"new": seqlen_q, "seqlen_q": seqlen_q, "head_dim": head_dim, "capacity": capacity}
+    Problem(torch.bfloat16, lengths=(300, 0, 129), block_size=block_size, **sizes).check(
+        "cpu", lengths, window=(150, 0)
+    )
+    Problem(torch.bfloat16, lengths=(200,) * 3, block_size=block_size, heads_kv=1, **sizes).check("cpu", 200)
+    # To the bit what the same tokens give one behind the other.
+    paged, dense = (Problem(torch.float32, (300, 0, 129), block_size=size, **sizes) for size in (block_size, None))
+    outs = [
+        fastattn.attention_with_kv_cache(
+            dense.query, *each.caches, *dense.fresh, cache_seqlens=lengths, block_table=each.table, return_lse=True,
+            backend="cpu"
+        )
+        for each in (paged, dense)
+    ]  # fmt: skip
+    assert torch.equal(outs[0][0], outs[1][0]) and torch.equal(outs[0][1], outs[1][1])
+
+
+def test_writes_are_counted():
+    """As every change in place is: by the version that autograd and our own caches look at."""
+    problem = Problem(torch.float32, block_size=8)
+    caches = [cache.clone() for cache in problem.caches]
+    versions = [cache._version for cache in caches]
+    fastattn.attention_with_kv_cache(
+        problem.query, *caches, *problem.fresh, cache_seqlens=torch.tensor([5, 0, 40]), block_table=problem.table
+    )
+    assert all(cache._version > version for cache, version in zip(caches, versions, strict=True))
+
+
 def test_table_entries_past_the_length_are_not_looked_at():
     problem = Problem(torch.float32, lengths=(5, 0, 20), block_size=8)
     problem.table[0, 1:], problem.table[1, 1:], problem.table[2, 3:] = -1, 10**6, -(2**31)
@@ -100,6 +135,18 @@ def test_compiles_without_a_graph_break(block_size, lengths):
     actual = compiled(second.query, second.caches.unbind(), *second.fresh, second.table)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(second.caches, first.caches, equal_nan=True)
+
+
+@pytest.mark.skipif("cpu" not in KERNEL_BACKENDS, reason="the extension was not built")
+@pytest.mark.parametrize("block_size", [None, 8], ids=["contiguous", "paged"])
+def test_the_op_obeys_the_rules_of_custom_ops(block_size):
+    problem = Problem(torch.float32, lengths=(5, 0, 20), block_size=block_size)
+    caches = problem.caches.nan_to_num().unbind()
+    torch.library.opcheck(
+        torch.ops.fastattn.attention_with_kv_cache.default,
+        (problem.query, *caches, *problem.fresh, torch.tensor([5, 0, 20]), 0, problem.table, None, None, False, None,
+         None, True, 0.25, -1, -1, 0.0),
+    )  # fmt: skip
 
 
 def test_opcheck():

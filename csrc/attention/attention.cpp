@@ -185,6 +185,17 @@ void fill_packing(AttentionParams& p, Operands& operands, const Tensor& query, c
   }
 }
 
+// Keys of the sequence that has most of them; on a device, where lengths are not read, of one that fills the cache.
+int64_t longest_cached(const AttentionParams& p, const Tensor& query) {
+  const KvCache& cache = p.cache;
+  if (cache.lengths != nullptr && runs_cuda_kernels(query)) return cache.capacity;
+  int64_t longest = 0;
+  for (int64_t batch = 0; batch < (cache.lengths != nullptr ? p.batch : 1); ++batch) {
+    longest = std::max<int64_t>(longest, tokens_before(cache, batch));
+  }
+  return longest + cache.appended;
+}
+
 // Checks the operands that scores are made of and fills everything but value, out and lse.
 Operands fill_scores(AttentionParams& p, const Tensor& query, const Tensor& key, const OptionalTensor& attn_mask,
                      const OptionalTensor& alibi_slopes, const OptionalTensor& rng_state, const Scoring& scoring) {
@@ -200,7 +211,7 @@ Operands fill_scores(AttentionParams& p, const Tensor& query, const Tensor& key,
   if (scoring.packing != nullptr) fill_packing(p, operands, query, key, *scoring.packing, scoring.bottom_right);
   if (scoring.cache != nullptr) {
     p.cache = *scoring.cache;
-    p.seqlen_k = p.cache.lengths != nullptr ? p.cache.capacity : tokens_before(p.cache, 0) + p.cache.appended;
+    p.seqlen_k = longest_cached(p, query);
   }
 
   p.scale = scoring.scale;

@@ -143,5 +143,6 @@ const char* kv_append_cuda(const KvAppendParams& p, const DeviceLaunch& launch);
 FASTATTN_DECLARE_BF16_CPU_KERNEL(void, attention_fwd_cpu, (const AttentionParams& p))
 FASTATTN_DECLARE_BF16_CPU_KERNEL(void, attention_bwd_cpu, (const AttentionBwdParams& p))
 FASTATTN_DECLARE_CPU_KERNEL(void, attention_weights_cpu, (const AttentionWeightsParams& p))
+FASTATTN_DECLARE_CPU_KERNEL(void, kv_append_cpu, (const KvAppendParams& p))
 
 }  // namespace fastattn

@@ -10,6 +10,7 @@
 #include "attention/attention_finish_cpu.h"
 #include "attention/attention_pack_cpu.h"
 #include "attention/attention_packed_cpu.h"
+#include "attention/attention_rows_cpu.h"
 #include "attention/attention_scores_cpu.h"
 #include "attention/attention_tile_cpu.h"
 #include "common/parallel.h"
@@ -25,30 +26,43 @@ constexpr int kMostRows = 32;
 constexpr int64_t kWantedTasks = 64;
 constexpr int64_t kShortestSlice = 4 * kTileKeys;
 
+// Where a tile's keys and values are, and the next tile's keys: one behind the other, ...
 template <typename Element>
-struct TileRows {
-  const Element *k, *v, *next_k;  // first rows of the tile's keys and values and of the next tile's keys
+struct StridedTile {
+  const Element *k, *v, *next_k;
   int64_t stride_k, stride_v;
+  FASTATTN_INLINE const Element* k_row(int64_t key) const { return k + key * stride_k; }
+  FASTATTN_INLINE const Element* v_row(int64_t key) const { return v + key * stride_v; }
+  FASTATTN_INLINE const Element* next_k_row(int64_t key) const { return next_k + key * stride_k; }
+};
+
+// ... or anywhere.
+template <typename Element>
+struct ScatteredTile {
+  const Element *k[kTileKeys], *v[kTileKeys], *next_k[kTileKeys];
+  FASTATTN_INLINE const Element* k_row(int64_t key) const { return k[key]; }
+  FASTATTN_INLINE const Element* v_row(int64_t key) const { return v[key]; }
+  FASTATTN_INLINE const Element* next_k_row(int64_t key) const { return next_k[key]; }
 };
 
 // dots[r][key] = q[r] . k[key] for kRows rows and the keys of the tile, read in place: one accumulator a (row, key)
 // pair, as many as a vector has lanes, turned into one vector of sums by a transposition. On the way it asks for what
 // is read next, the tile's values and the next tile's keys: the hardware's own prefetchers miss this pattern, and
 // without the hints a core draws a third of the memory's speed.
-template <int kRows, bool kPrefetch, typename T, typename Element>
-__attribute__((noinline)) void dot_tile(T* dots, const T* q, int depth, const TileRows<Element>& tile, int keys) {
+template <int kRows, bool kPrefetch, typename Element, typename T, typename Tile>
+__attribute__((noinline)) void dot_tile(T* dots, const T* q, int depth, const Tile& tile, int keys) {
   using V = Vec<T>;
   constexpr int kPairs = V::kLanes, kKeys = kPairs / kRows;
   for (int key0 = 0; key0 < keys; key0 += kKeys) {
     V sums[kPairs];
     unroll<kPairs>(FASTATTN_LAMBDA(i) { sums[i] = V::zero(); });
-    const Element *row[kKeys], *next_k[kKeys], *next_v[kKeys];
     // Past the last key the last one is read again: those dots are hidden later.
+    const Element *row[kKeys], *next_k[kKeys], *next_v[kKeys];
     unroll<kKeys>(FASTATTN_LAMBDA(j) {
       const int64_t key = min_of<int64_t>(key0 + j, keys - 1);
-      row[j] = tile.k + key * tile.stride_k;
-      next_k[j] = tile.next_k + key * tile.stride_k;
-      next_v[j] = tile.v + key * tile.stride_v;
+      row[j] = tile.k_row(key);
+      next_k[j] = tile.next_k_row(key);
+      next_v[j] = tile.v_row(key);
     });
     for (int d = 0; d < depth; d += V::kLanes) {
       V q_part[kRows];
@@ -160,9 +174,10 @@ struct Decode {
     const IndexRange seen = make_band(p).keys_seen_by_any({0, p.seqlen_q});
     const int64_t tile_begin = max_of(slice * slice_tiles, seen.begin / kTileKeys);
     const int64_t tile_end = min_of((slice + 1) * slice_tiles, (seen.end + kTileKeys - 1) / kTileKeys);
+    const CachedRows<Element> k(p, p.k, batch, kv_head), v(p, p.v, batch, kv_head);
     bool first = true;
     for (int64_t tile = tile_begin; tile < tile_end; ++tile)
-      first = !visit_tile(w, batch, kv_head, head0, rows, tile, first) && first;
+      first = !visit_tile(w, k, v, batch, head0, rows, tile, first) && first;
     for (int row = 0; row < rows; ++row) {
       const int64_t head = head0 + row / queries, query = row % queries;
       RowStatistics statistics;
@@ -180,8 +195,8 @@ struct Decode {
   }
 
   // Returns whether any row saw a key of the tile.
-  FASTATTN_INLINE bool visit_tile(Workspace<T>& w, int64_t batch, int64_t kv_head, int64_t head0, int rows,
-                                  int64_t tile, bool first) {
+  FASTATTN_INLINE bool visit_tile(Workspace<T>& w, const CachedRows<Element>& k, const CachedRows<Element>& v,
+                                  int64_t batch, int64_t head0, int rows, int64_t tile, bool first) {
     const int64_t key0 = tile * kTileKeys;
     const int keys = static_cast<int>(min_of<int64_t>(kTileKeys, p.seqlen_k - key0));
     const int queries = static_cast<int>(p.seqlen_q);
@@ -195,25 +210,45 @@ struct Decode {
     }
     if (seen_by_any == 0) return false;
 
-    TileRows<Element> here;
-    here.stride_k = p.k.stride_row;
-    here.stride_v = p.v.stride_row;
-    here.k = head_of<const Element>(p.k, batch, kv_head) + key0 * here.stride_k;
-    here.v = head_of<const Element>(p.v, batch, kv_head) + key0 * here.stride_v;
-    // At most this tile's own rows again: nothing past the last key is asked for.
-    here.next_k =
-        here.k + min_of<int64_t>(kTileKeys, max_of<int64_t>(p.seqlen_k - key0 - kTileKeys, 0)) * here.stride_k;
-    dot_all_rows(w, rows, here, keys);
+    dot_tile_at(w, k, v, rows, key0, keys);
     for (int r = 0; r < rows; ++r) probabilities(w, batch, head0 + r / queries, r, key0, visible[r], first);
 
-    int row = 0;
-    for (; row + 4 <= rows; row += 4) accumulate_values<4>(block_at(w, row), here.v, here.stride_v, 0, keys, first);
-    for (; row + 2 <= rows; row += 2) accumulate_values<2>(block_at(w, row), here.v, here.stride_v, 0, keys, first);
-    if (row < rows) accumulate_values<1>(block_at(w, row), here.v, here.stride_v, 0, keys, first);
+    for (int key = 0; key < keys;) {
+      const int end = static_cast<int>(v.run_end(key0 + key, key0 + keys) - key0);
+      add_values(w, rows, {key, end}, v.row(key0 + key), v.stride(), first && key == 0);
+      key = end;
+    }
     return true;
   }
 
-  FASTATTN_INLINE void dot_all_rows(Workspace<T>& w, int rows, const TileRows<Element>& here, int keys) {
+  // Adds the values of some keys of the tile, the first of them at `values`, `stride` apart.
+  FASTATTN_INLINE void add_values(Workspace<T> w, int rows, IndexRange keys, const Element* values, int64_t stride,
+                                  bool first) {
+    const int count = static_cast<int>(keys.end - keys.begin);
+    w.p += keys.begin;
+    int row = 0;
+    for (; row + 4 <= rows; row += 4) accumulate_values<4>(block_at(w, row), values, stride, 0, count, first);
+    for (; row + 2 <= rows; row += 2) accumulate_values<2>(block_at(w, row), values, stride, 0, count, first);
+    if (row < rows) accumulate_values<1>(block_at(w, row), values, stride, 0, count, first);
+  }
+
+  FASTATTN_INLINE void dot_tile_at(Workspace<T>& w, const CachedRows<Element>& k, const CachedRows<Element>& v,
+                                   int rows, int64_t key0, int keys) {
+    // Nothing past the last key is asked for; where few or none follow, some of the tile's own again.
+    const int64_t next = key0 + min_of<int64_t>(kTileKeys, max_of<int64_t>(p.seqlen_k - key0 - kTileKeys, 0));
+    if (k.is_run(key0, keys) && k.is_run(next, keys)) {
+      return dot_all_rows(w, rows, StridedTile<Element>{k.row(key0), v.row(key0), k.row(next), k.stride(), v.stride()},
+                          keys);
+    }
+    ScatteredTile<Element> here;
+    k.addresses(here.k, key0, keys);
+    v.addresses(here.v, key0, keys);
+    k.addresses(here.next_k, next, keys);
+    dot_all_rows(w, rows, here, keys);
+  }
+
+  template <typename Tile>
+  FASTATTN_INLINE void dot_all_rows(Workspace<T>& w, int rows, const Tile& here, int keys) {
     int row = 0;
     if constexpr (V::kLanes >= 4) {
       for (; row + 4 <= rows; row += 4) dot_rows<4>(w, row, here, keys);
@@ -222,13 +257,13 @@ struct Decode {
     if (row < rows) dot_rows<1>(w, row, here, keys);
   }
 
-  template <int kRows>
-  FASTATTN_INLINE void dot_rows(Workspace<T>& w, int row, const TileRows<Element>& here, int keys) {
+  template <int kRows, typename Tile>
+  FASTATTN_INLINE void dot_rows(Workspace<T>& w, int row, const Tile& here, int keys) {
     T *dots = w.p + row * kTileKeys, *q = w.q + row * depth;
     if (row == 0) {
-      dot_tile<kRows, true>(dots, q, depth, here, keys);
+      dot_tile<kRows, true, Element>(dots, q, depth, here, keys);
     } else {
-      dot_tile<kRows, false>(dots, q, depth, here, keys);
+      dot_tile<kRows, false, Element>(dots, q, depth, here, keys);
     }
   }
 

@@ -15,6 +15,7 @@
 #include "attention/attention_finish_cpu.h"
 #include "attention/attention_pack_cpu.h"
 #include "attention/attention_packed_cpu.h"
+#include "attention/attention_rows_cpu.h"
 #include "attention/attention_scores_cpu.h"
 #include "attention/attention_tile_cpu.h"
 #include "common/parallel.h"
@@ -80,13 +81,15 @@ struct Forward {
     group = p.heads / p.heads_kv;
     depth = static_cast<int>(elements_for<Operand>(p.head_dim));
     columns = whole_vectors<T>(p.head_dim_v);
-    // Values can be read in place if their rows are whole vectors of T and lie together.
-    packs_values = !std::is_same_v<Operand, Element> || columns != p.head_dim_v || p.v.stride_row != columns;
+    // Values can be read in place if their rows are whole vectors of T and a tile of them lies together.
+    packs_values = !std::is_same_v<Operand, Element> || columns != p.head_dim_v || p.v.stride_row != columns ||
+                   (p.cache.table != nullptr && p.cache.block_size % kTileKeys != 0);
     const int64_t tile_elements = (depth + (packs_values ? columns / kTerms<Operand> : 0)) * kTileKeys;
     tile_bytes = tile_elements * static_cast<int64_t>(sizeof(Operand));
     plan_keys();
     // A sequence shorter than the longest may keep its tiles where the longest cannot.
-    most_slots = is_packed(p) ? max_of<int64_t>(slots, min_of(tiles, kPackedBytes / tile_bytes)) : slots;
+    most_slots =
+        is_packed(p) || is_cached(p) ? max_of<int64_t>(slots, min_of(tiles, kPackedBytes / tile_bytes)) : slots;
     plan_tasks();
   }
 
@@ -168,8 +171,7 @@ struct Forward {
     const int padded = (rows + kTileRows - 1) / kTileRows * kTileRows;
     for (int64_t i = int64_t{rows} * depth; i < int64_t{padded} * depth; ++i) w.q[i] = {};
 
-    const Element* k = head_of<const Element>(p.k, batch, head / group);
-    const Element* v = head_of<const Element>(p.v, batch, head / group);
+    const CachedRows<Element> k(p, p.k, batch, head / group), v(p, p.v, batch, head / group);
     const IndexRange seen = scores.band.keys_seen_by_any(range);
     bool first = true;
     for (int64_t tile = seen.begin / kTileKeys; tile * kTileKeys < seen.end; ++tile) {
@@ -202,20 +204,24 @@ struct Forward {
   }
 
   // Packs the tile unless that was done; returns its values, row after row of `columns`.
-  FASTATTN_INLINE const Operand* prepare_tile(Arrays& w, const Element* k, const Element* v, int64_t tile) {
+  FASTATTN_INLINE const Operand* prepare_tile(Arrays& w, const CachedRows<Element>& k, const CachedRows<Element>& v,
+                                              int64_t tile) {
     const int64_t slot = slots == 1 ? 0 : tile, key0 = tile * kTileKeys;
     const int keys = static_cast<int>(min_of<int64_t>(kTileKeys, p.seqlen_k - key0));
     Operand* packed_v = packs_values ? w.v + slot * columns * kTileKeys / kTerms<Operand> : nullptr;
     if (slots != tiles || !w.packed[slot]) {
       w.packed[slot] = 1;
-      pack_keys(w.k + slot * depth * kTileKeys, k + key0 * p.k.stride_row, p.k.stride_row, keys,
-                static_cast<int>(p.head_dim));
+      k.with_tile(key0, keys, [&](const auto& rows) __attribute__((always_inline)) {
+        pack_keys(w.k + slot * depth * kTileKeys, rows, keys, static_cast<int>(p.head_dim));
+      });
       if (packs_values) {
-        pack_right(packed_v, columns, v + key0 * p.v.stride_row, p.v.stride_row, keys, static_cast<int>(p.head_dim_v));
+        v.with_tile(key0, keys, [&](const auto& rows) __attribute__((always_inline)) {
+          pack_right(packed_v, columns, rows, keys, static_cast<int>(p.head_dim_v));
+        });
       }
     }
     if constexpr (std::is_same_v<Operand, Element>) {
-      if (!packs_values) return v + key0 * p.v.stride_row;
+      if (!packs_values) return v.row(key0);
     }
     return packed_v;
   }

@@ -22,7 +22,7 @@ struct Scoring {
 };
 
 // (out, lse) of checked operands (batch, heads, seqlen, head_dim). With scoring.cache, key and value are the cache,
-// (entries, heads_kv, block_size, head_dim), on CUDA kernels alone.
+// (entries, heads_kv, block_size, head_dim).
 std::tuple<at::Tensor, at::Tensor> attention_forward(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const std::optional<at::Tensor>& attn_mask,
     const std::optional<at::Tensor>& alibi_slopes, const std::optional<at::Tensor>& sinks,

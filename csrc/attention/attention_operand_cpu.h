@@ -48,9 +48,9 @@ template <typename T, typename Element>
 FASTATTN_INLINE void pack_left(T* dst, int64_t ld, const Element* src, int64_t stride, int rows, int columns) {
   pack_rows(dst, ld, src, stride, rows, columns);
 }
-template <typename T, typename Element>
-FASTATTN_INLINE void pack_right(T* dst, int64_t ld, const Element* src, int64_t stride, int rows, int columns) {
-  pack_rows(dst, ld, src, stride, rows, columns);
+template <typename T, typename Rows>
+FASTATTN_INLINE void pack_right(T* dst, int64_t ld, const Rows& rows, int count, int columns) {
+  pack_rows(dst, ld, rows, count, columns);
 }
 
 #if defined(__AVX512BF16__)
@@ -63,22 +63,23 @@ FASTATTN_INLINE __mmask32 first_words(int n) { return n >= 32 ? ~__mmask32{0} : 
 
 }  // namespace detail
 
-// dst[t * kTileKeys + key] = src[key * stride + (2 t, 2 t + 1)]; keys from `keys` on are 0.
-FASTATTN_INLINE void pack_keys(BFloat16Pair* dst, const BFloat16* src, int64_t stride, int keys, int depth) {
+// dst[t * kTileKeys + key] = rows[key][2 t, 2 t + 1]; keys from `keys` on are 0.
+template <typename Rows>
+FASTATTN_INLINE void pack_keys(BFloat16Pair* dst, const Rows& rows, int keys, int depth) {
   constexpr int kLanes = Vec<BFloat16Pair>::kLanes;
   const int pairs = (depth + 1) / 2;
   for (int key = 0; key < kTileKeys; key += kLanes) {
     for (int pair = 0; pair < pairs; pair += kLanes) {
       const __mmask32 present = detail::first_words(depth - 2 * pair);
       // The shuffles move 32 bits at a time and do not care what they are.
-      Vec<float> rows[kLanes];
+      Vec<float> block[kLanes];
       unroll<kLanes>(FASTATTN_LAMBDA(i) {
         const __mmask32 mask = key + i < keys ? present : 0;
-        rows[i].v = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, src + (key + i) * stride + 2 * pair));
+        block[i].v = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, rows[key + i] + 2 * pair));
       });
-      detail::transpose(rows);
+      detail::transpose(block);
       unroll<kLanes>(FASTATTN_LAMBDA(i) {
-        if (pair + i < pairs) _mm512_storeu_ps(dst + (pair + i) * kTileKeys + key, rows[i].v);
+        if (pair + i < pairs) _mm512_storeu_ps(dst + (pair + i) * kTileKeys + key, block[i].v);
       });
     }
   }
@@ -94,20 +95,28 @@ FASTATTN_INLINE void pack_left(BFloat16Pair* dst, int64_t ld, const BFloat16* sr
   }
 }
 
-FASTATTN_INLINE void pack_right(BFloat16Pair* dst, int64_t ld, const BFloat16* src, int64_t stride, int rows,
-                                int columns) {
-  for (int row = 0; row < rows; row += 2, dst += ld, src += 2 * stride) {
+template <typename Rows>
+FASTATTN_INLINE void pack_right(BFloat16Pair* dst, int64_t ld, const Rows& rows, int count, int columns) {
+  for (int row = 0; row < count; row += 2, dst += ld) {
+    const bool is_pair = row + 1 < count;
+    const BFloat16 *first_row = rows[row], *second_row = rows[is_pair ? row + 1 : row];
     for (int c = 0; c < columns; c += Vec<BFloat16Pair>::kLanes) {
       const __mmask16 present = Vec<float>::first_lanes(columns - c);
-      const __mmask16 second_present = row + 1 < rows ? present : 0;
-      const __m512i first = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(present, src + c));
-      const __m512i second = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second_present, src + stride + c));
+      const __mmask16 second_present = is_pair ? present : 0;
+      const __m512i first = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(present, first_row + c));
+      const __m512i second = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second_present, second_row + c));
       Vec<BFloat16Pair>{_mm512_or_si512(first, _mm512_slli_epi32(second, 16))}.store(dst + c);
     }
   }
 }
 
 #endif
+
+// The same of rows at src, `stride` apart.
+template <typename Operand, typename Element>
+FASTATTN_INLINE void pack_right(Operand* dst, int64_t ld, const Element* src, int64_t stride, int rows, int columns) {
+  pack_right(dst, ld, StridedRows<Element>{src, stride}, rows, columns);
+}
 
 // --- Tiles that were computed: `rows` x kTileKeys of T ---------------------------------------------------------------
 

@@ -87,44 +87,62 @@ FASTATTN_INLINE void transpose(Vec<T> (&r)[Vec<T>::kLanes]) {
 
 }  // namespace detail
 
-// dst[d * kTileKeys + key] = src[key * stride + d] for d < depth; keys from `keys` on are 0.
-template <typename T, typename Element>
-FASTATTN_INLINE void pack_keys(T* dst, const Element* src, int64_t stride, int keys, int depth) {
+// rows[i] is row i, as of an array of addresses.
+template <typename Element>
+struct StridedRows {
+  const Element* first;
+  int64_t stride;
+  FASTATTN_INLINE const Element* operator[](int64_t row) const { return first + row * stride; }
+};
+
+// dst[d * kTileKeys + key] = rows[key][d] for d < depth; keys from `keys` on are 0.
+template <typename T, typename Rows>
+FASTATTN_INLINE void pack_keys(T* dst, const Rows& rows, int keys, int depth) {
   using V = Vec<T>;
   constexpr int kLanes = V::kLanes;
   for (int key = 0; key < kTileKeys; key += kLanes) {
     for (int d = 0; d < depth; d += kLanes) {
-      const Element* block = src + key * stride + d;
       T* columns = dst + d * kTileKeys + key;
-      V rows[kLanes];
+      V block[kLanes];
       if (key + kLanes <= keys && d + kLanes <= depth) {
-        unroll<kLanes>(FASTATTN_LAMBDA(i) { rows[i] = V::load_as(block + i * stride); });
-        detail::transpose(rows);
-        unroll<kLanes>(FASTATTN_LAMBDA(i) { rows[i].store(columns + i * kTileKeys); });
+        unroll<kLanes>(FASTATTN_LAMBDA(i) { block[i] = V::load_as(rows[key + i] + d); });
+        detail::transpose(block);
+        unroll<kLanes>(FASTATTN_LAMBDA(i) { block[i].store(columns + i * kTileKeys); });
       } else {
         unroll<kLanes>(FASTATTN_LAMBDA(i) {
-          rows[i] = key + i < keys ? V::load_as_partial(block + i * stride, depth - d) : V::zero();
+          block[i] = key + i < keys ? V::load_as_partial(rows[key + i] + d, depth - d) : V::zero();
         });
-        detail::transpose(rows);
+        detail::transpose(block);
         unroll<kLanes>(FASTATTN_LAMBDA(i) {
-          if (d + i < depth) rows[i].store(columns + i * kTileKeys);
+          if (d + i < depth) block[i].store(columns + i * kTileKeys);
         });
       }
     }
   }
 }
 
-// dst[row * ld + c] = factor * src[row * stride + c] for c < columns, then 0 up to a whole vector.
-template <typename T, typename Element>
-FASTATTN_INLINE void pack_rows(T* dst, int64_t ld, const Element* src, int64_t stride, int rows, int columns,
-                               T factor = 1) {
+// dst[row * ld + c] = factor * rows[row][c] for row < count, c < columns, then 0 up to a whole vector.
+template <typename T, typename Rows>
+FASTATTN_INLINE void pack_rows(T* dst, int64_t ld, const Rows& rows, int count, int columns, T factor = 1) {
   using V = Vec<T>;
   const V scale = V::set1(factor);
   const int whole = columns / V::kLanes * V::kLanes;
-  for (int row = 0; row < rows; ++row, dst += ld, src += stride) {
+  for (int row = 0; row < count; ++row, dst += ld) {
+    const auto* src = rows[row];
     for (int c = 0; c < whole; c += V::kLanes) (V::load_as(src + c) * scale).store(dst + c);
     if (whole < columns) (V::load_as_partial(src + whole, columns - whole) * scale).store(dst + whole);
   }
+}
+
+// The same of rows at src, `stride` apart.
+template <typename T, typename Element>
+FASTATTN_INLINE void pack_keys(T* dst, const Element* src, int64_t stride, int keys, int depth) {
+  pack_keys(dst, StridedRows<Element>{src, stride}, keys, depth);
+}
+template <typename T, typename Element>
+FASTATTN_INLINE void pack_rows(T* dst, int64_t ld, const Element* src, int64_t stride, int rows, int columns,
+                               T factor = 1) {
+  pack_rows(dst, ld, StridedRows<Element>{src, stride}, rows, columns, factor);
 }
 
 }  // namespace FASTATTN_ISA

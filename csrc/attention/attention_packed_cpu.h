@@ -1,9 +1,11 @@
-// Packed sequences on the CPU: the parameters of one of them, the order of their tasks, and the rows that none has.
+// Batch entries of different lengths on the CPU: the parameters of one of them, the order of packed sequences' tasks,
+// and the rows that no sequence has.
 #pragma once
 
 #include <cstring>
 
 #include "attention/attention.h"
+#include "attention/kv_cache.h"
 #include "attention/packed.h"
 #include "common/scratch.h"
 #include "common/simd.h"
@@ -24,8 +26,13 @@ FASTATTN_INLINE void skip_rows(AttentionTensor& tensor, int64_t rows, DType dtyp
 }
 
 // Makes p the parameters of batch entry `batch` alone: its lengths, its diagonal, and its first rows as row 0. The
-// entry keeps its number, by which dropout and ALiBi know it. Of a dense batch, p is that already.
+// entry keeps its number, by which dropout, ALiBi and a cache know it. Of a dense batch, p is that already.
 FASTATTN_INLINE void narrow_to_entry(AttentionParams& p, int64_t batch) {
+  if (is_cached(p)) {
+    p.seqlen_k = min_of<int64_t>(p.seqlen_k, int64_t{tokens_before(p.cache, batch)} + p.cache.appended);
+    p.diagonal = p.seqlen_k - p.seqlen_q;
+    return;
+  }
   if (!is_packed(p)) return;
   const IndexRange rows = packed_sequence(p.packed_q, batch, p.seqlen_q);
   const IndexRange keys = packed_sequence(p.packed_k, batch, p.seqlen_k);

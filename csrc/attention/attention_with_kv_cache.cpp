@@ -1,6 +1,6 @@
-// Torch glue of attention_with_kv_cache for the CUDA kernels: one launch appends and rotates, then attention reads keys
-// and values where the cache has them. Lengths and tables stay on the device; where that is the CPU (the emulator),
-// their values are checked before anything is written.
+// Torch glue of attention_with_kv_cache: one kernel appends and rotates, then attention reads keys and values where the
+// cache has them. Lengths and tables stay on the device; where that is the CPU, their values are checked before
+// anything is written.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -90,10 +90,10 @@ Indices indices(const Tensor& tensor) {
 
 KvCache make_cache(const Tensor& key_cache, const OptionalTensor& lengths, int64_t length, const OptionalTensor& table,
                    const Step& step) {
+  const int64_t most_tokens = runs_cuda_kernels(key_cache) ? kMaxCudaSeqlen : INT32_MAX;
   TORCH_CHECK_NOT_IMPLEMENTED(
-      step.capacity <= kMaxCudaSeqlen && key_cache.size(0) <= INT32_MAX, kOp,
-      ": the CUDA kernels take caches of up to 2^28 tokens a sequence and 2^31 - 1 blocks, got ", step.capacity,
-      " and ", key_cache.size(0), ".");
+      step.capacity <= most_tokens && key_cache.size(0) <= INT32_MAX, kOp, ": its kernels take caches of up to ",
+      most_tokens, " tokens a sequence and 2^31 - 1 blocks, got ", step.capacity, " and ", key_cache.size(0), ".");
   KvCache cache;
   cache.length = static_cast<int>(length), cache.appended = static_cast<int>(step.appended);
   cache.capacity = static_cast<int>(step.capacity), cache.block_size = static_cast<int>(key_cache.size(1));
@@ -122,9 +122,9 @@ AppendedRows appended_rows(const Tensor& from, const Tensor& to, bool is_rotated
   return {token_rows(from), token_rows(to), from.size(1), from.size(2), from.size(3), is_rotated, to_cache};
 }
 
-// cos and sin in a dtype that the kernel reads, fp32 or the operands' own, whose rows are contiguous.
+// cos and sin in a dtype that the kernel reads, fp32 or the operands' own (fp64 for fp64), whose rows are contiguous.
 std::tuple<Tensor, Tensor> angle_rows(const Tensor& cos, const Tensor& sin, at::ScalarType operands) {
-  const bool own = cos.scalar_type() == operands && sin.scalar_type() == operands;
+  const bool own = operands == at::kDouble || (cos.scalar_type() == operands && sin.scalar_type() == operands);
   const auto rows = [&](const Tensor& angles) {
     const Tensor converted = angles.to(own ? operands : at::kFloat);
     return has_contiguous_rows(converted) ? converted : converted.contiguous();
@@ -157,8 +157,15 @@ Tensor append_and_rotate(const Tensor& query, const Tensor& key_cache, const Ten
     from_value = has_contiguous_rows(*value) ? *value : value->contiguous();
     p.operands[p.operand_count++] = appended_rows(from_key, key_cache, rotary_cos.has_value(), true);
     p.operands[p.operand_count++] = appended_rows(from_value, value_cache, false, true);
+    for (const Tensor& written : {key_cache, value_cache}) {
+      if (!written.is_inference()) written.unsafeGetTensorImpl()->bump_version();
+    }
   }
-  if (p.operand_count > 0) run_on_device(kOp, query, kv_append_cuda, p);
+  if (p.operand_count > 0 && runs_cuda_kernels(query)) {
+    run_on_device(kOp, query, kv_append_cuda, p);
+  } else if (p.operand_count > 0) {
+    FASTATTN_CPU_DISPATCH(kv_append_cpu, p);
+  }
   return to_query;
 }
 
@@ -170,8 +177,6 @@ using Outputs = std::tuple<Tensor, Tensor>;
 Step check_call(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache, const OptionalTensor& key,
                 const OptionalTensor& value, const OptionalTensor& cache_seqlens, const OptionalTensor& block_table,
                 const OptionalTensor& rotary_cos, const OptionalTensor& rotary_sin) {
-  TORCH_CHECK_NOT_IMPLEMENTED(runs_cuda_kernels(query), kOp, ": this op is that of the CUDA kernels, got query on ",
-                              query.device(), ". Use fastattn.attention_with_kv_cache.");
   check_operand("query", query, query, 4);
   check_operand("key_cache", key_cache, query, 4);
   check_operand("value_cache", value_cache, query, 4);
@@ -215,7 +220,7 @@ Outputs attention_with_kv_cache(const Tensor& query, Tensor key_cache, Tensor va
   // A length of the caller's, or on a GPU the shortest that there may be.
   const int64_t length = cache_seqlens.has_value() ? 0 : cache_seqlen;
   if (query.size(0) > 0) check_length(length, step);
-  if (query.is_cpu() && emulator_checks_values()) {
+  if (query.is_cpu() && (!emulating() || emulator_checks_values())) {
     check_values(cache_seqlens, cache_seqlen, block_table, step, key_cache.size(1), key_cache.size(0), query.size(0));
   }
   if (!has_contiguous_rows(key_cache) || !has_contiguous_rows(value_cache)) {

@@ -82,7 +82,7 @@ def run_varlen(call: VarlenCall) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def run_with_kv_cache(call: KvCacheCall) -> tuple[Tensor, Tensor]:
-    """CUDA kernels alone: appends, rotates and attends without a copy of the cache."""
+    """Appends, rotates and attends without a copy of the cache."""
     lengths, cos_and_sin, slopes = call.cache_seqlens, call.rotary or (None, None), call.alibi_slopes
     each, one = (lengths, 0) if isinstance(lengths, Tensor) else (None, lengths)
     return torch.ops.fastattn.attention_with_kv_cache(

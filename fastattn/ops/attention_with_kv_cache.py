@@ -18,6 +18,8 @@ from fastattn.ops.attention_compiled import one_token_if_plain
 from fastattn.ops.attention_triton import refuses_triton, run_triton
 from fastattn.ops.varlen_attention import with_diagonals
 
+_MOST_ON_CPU = 2**31 - 1  # tokens of a sequence, and blocks
+
 
 class KvCacheCall(NamedTuple):
     """One checked call of ``attention_with_kv_cache``; ``key`` and ``value`` are the caches."""
@@ -345,13 +347,29 @@ def _append(cache: Tensor, rows: Tensor, lengths: int | Tensor, table: Tensor | 
 
 # --- The table -------------------------------------------------------------------------------------------------------
 
-# The CUDA kernels append and rotate in one launch and read keys and values where they are; the others prepare them.
+
+def _refuses_cpu(call: KvCacheCall) -> str | None:
+    tokens = call.key.shape[1] * (1 if call.block_table is None else call.block_table.shape[1])
+    if max(tokens, call.key.shape[0]) > _MOST_ON_CPU:
+        return f"the cache has room for {tokens} tokens in {call.key.shape[0]} blocks; both must be below 2^31"
+    return compiled.refuses_cpu(call)
+
+
+def _run_cpu(call: KvCacheCall) -> tuple[Tensor, Tensor]:
+    slopes = call.alibi_slopes
+    if slopes is not None and slopes.dtype == call.query.dtype == torch.float64:
+        # The kernels read float32 slopes. Rounded to them, float64 results would be no better than float32's.
+        return _step(call, attend=compiled.run)
+    return compiled.run_with_kv_cache(call)
+
+
+# The compiled kernels append and rotate in one pass and read keys and values where they are; the others prepare them.
 _CUDA, _EMULATED = cuda_kernels(compiled.refuses_cuda, compiled.run_with_kv_cache)
 dispatch.register(
     "attention_with_kv_cache",
     _CUDA,
     Kernel("triton", refuses_triton, partial(_step, attend=run_triton)),
-    Kernel("cpu", compiled.refuses_cpu, partial(_step, attend=compiled.run)),
+    Kernel("cpu", _refuses_cpu, _run_cpu),
     Kernel("eager", never_refuses, partial(_step, attend=run_eager)),
     _EMULATED,
     prepare=_prepare,
