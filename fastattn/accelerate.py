@@ -20,6 +20,7 @@ from fastattn._joint_projection import JointProjection
 from fastattn.modules import Int8Linear, LayerNorm, Linear, RMSNorm
 from fastattn.modules_foreign import ForeignNorm, conv1d_as_linear, is_conv1d, looks_like_norm, norm_swap
 from fastattn.multi_head_attention import MultiHeadAttention
+from fastattn.ops.linear import gather_weight
 
 _OURS = (MultiHeadAttention, LayerNorm, RMSNorm, ForeignNorm, Linear, Int8Linear)
 
@@ -57,7 +58,8 @@ def accelerate(
             ``get_output_embeddings`` or tied to an embedding) and layers with fewer than 16 inputs or outputs are left.
         linear: ``nn.Linear`` -> a subclass that runs on the CPU's own kernel in ``eval`` mode without gradients: in
             float32 for any number of rows where MKL has no AVX-512 kernels for the processor, else for the few of a
-            decoder's step; where both are asked for, ``int8`` has it.
+            decoder's step; where both are asked for, ``int8`` has it. Moves these weights onto 2 MiB pages where the
+            system can, in half a second a GB: their addresses stay.
         filter_fn: ``filter_fn(module, name)`` is asked about each module that fits; True = swap.
         verbose: what is printed: a line that counts what is swapped and left; True = the whole report, False = nothing.
     Returns: ``model``.
@@ -80,6 +82,8 @@ def accelerate(
             left[name] = swap
     for module in model.modules():
         _avoid_fast_path(module)
+        if linear and type(module) is Linear:
+            gather_weight(module.weight)
     _fuse_activations(model)
     model.__dict__[_LEFT] = left
     if verbose is not False:

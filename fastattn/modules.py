@@ -13,7 +13,7 @@ from fastattn._nested import nested_like, packed_tokens
 from fastattn.ops import int8_matmul as int8_ops
 from fastattn.ops import int8_matmul_compiled
 from fastattn.ops.layer_norm import layer_norm, rms_norm
-from fastattn.ops.linear import linear
+from fastattn.ops.linear import gather_weight, linear
 
 
 def _packing_key(weight: Tensor) -> tuple[int, int] | None:
@@ -126,6 +126,7 @@ class Int8Linear(nn.Module):
         self._packed, self._packed_key = None, _packing_key(self.weight)
         if self._packed_key is not None:
             self._packed = int8_matmul_compiled.pack_weight(self.weight)
+            gather_weight(self._packed)
 
     @torch.inference_mode(False)
     def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:

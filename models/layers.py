@@ -39,7 +39,7 @@ def set_backend(model: nn.Module, backend: str = "auto", *, int8: bool = False) 
     if reason is not None:
         raise NotImplementedError(f"backend {backend!r} cannot run here: {reason}.")
     if backend != "eager" or int8:
-        fastattn.accelerate(model, linear=True, verbose=False)
+        fastattn.accelerate(model, linear=not int8, verbose=False)
     for module in model.modules():
         if hasattr(module, "backend"):
             module.backend = backend

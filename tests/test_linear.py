@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import mmap
+import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ from torch import nn
 import fastattn
 from fastattn._extension import extension, missing_reason
 from fastattn.modules import Linear
-from fastattn.ops.linear import ACTIVATION_FUNCTIONS, linear
+from fastattn.ops.linear import ACTIVATION_FUNCTIONS, gather_weight, linear
 
 pytestmark = pytest.mark.skipif(extension is None, reason=str(missing_reason))
 
@@ -35,6 +39,62 @@ def check(x, weight, bias, activation="none"):
     eager = F.linear(x, weight, bias)
     function = ACTIVATION_FUNCTIONS[activation]
     assert_as_accurate_as_eager(kernel(x, weight, bias, activation), function(eager), function(exact))
+
+
+# --- Where weights lie -----------------------------------------------------------------------------------------------
+
+
+def huge_kilobytes(tensor):
+    """Of the mapping that holds ``tensor``, as /proc has it."""
+    address, found = tensor.data_ptr(), False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(part, 16) for part in first.split("-"))
+            found = begin <= address < end
+        elif found and first == "AnonHugePages:":
+            return int(line.split()[1])
+    raise AssertionError("the tensor lies in no mapping")
+
+
+def why_no_huge_pages():
+    if not Path("/proc/self/smaps").exists():
+        return "not Linux"
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        return "this system has huge pages switched off"
+    page = 2 << 20
+    memory = mmap.mmap(-1, 2 * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory[:] = bytes(2 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    call = ctypes.CDLL(None, use_errno=True).madvise
+    if call(ctypes.c_void_p(-(-address // page) * page), ctypes.c_size_t(page), 25):
+        return f"this system cannot collapse pages: {os.strerror(ctypes.get_errno())}"
+    return None
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
+def test_weights_move_onto_huge_pages_and_stay_where_and_what_they_are(int8):
+    reason = why_no_huge_pages()
+    if reason is not None:
+        pytest.skip(reason)
+    model = nn.Sequential(nn.Linear(1536, 1536))
+    weight, address = model[0].weight.detach().clone(), model[0].weight.data_ptr()
+    fastattn.accelerate(model, linear=not int8, int8=int8, verbose=False)
+    if int8:
+        assert huge_kilobytes(model[0]._packed) >= 2048
+    else:
+        assert huge_kilobytes(model[0].weight) >= 8192
+        assert model[0].weight.data_ptr() == address and torch.equal(model[0].weight, weight)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x[:0], lambda x: x[:4, :4], lambda x: x.to("meta"), lambda x: x[:, ::2], lambda x: x.to_sparse()],
+    ids=["empty", "small", "meta", "strided", "sparse"],
+)
+def test_other_weights_are_left_where_they_are(change):
+    gather_weight(change(torch.ones(512, 512)))
 
 
 # --- Numbers ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "common/check.h"
+#include "common/memory.h"
 #include "common/python_tensor.h"
 #include "linear/linear.h"
 
@@ -52,12 +53,20 @@ py::object linear_if_faster(const py::handle& input, const py::handle& weight, c
   return to_python(without_gil([&] { return op.call(x, w, b, activation); }));
 }
 
+void gather_weight(const Tensor& weight) {
+  if (!weight.is_cpu() || weight.layout() != at::kStrided || weight.is_nested() || !weight.is_contiguous()) return;
+  const pybind11::gil_scoped_release other_threads_run;
+  gather_into_huge_pages(weight.const_data_ptr(), static_cast<int64_t>(weight.nbytes()));
+}
+
 }  // namespace
 
 void bind_linear(py::module_& m) {
   m.def("linear_if_faster", &linear_if_faster,
         "The op linear (input, weight, bias, activation), or None where PyTorch's product is faster or the op cannot "
         "serve: another device or dtype, a gradient, autocast, somebody who has to see the call.");
+  m.def("gather_weight", &gather_weight,
+        "Moves a contiguous weight on the CPU onto 2 MiB pages where the system can; its bytes and address stay.");
 }
 
 }  // namespace fastattn

@@ -52,6 +52,15 @@ def linear(
     return ACTIVATION_FUNCTIONS[activation](F.linear(input, weight, bias))
 
 
+def gather_weight(weight: Tensor) -> None:
+    """Moves a contiguous weight on the CPU onto 2 MiB pages where the system can; its bytes and its address stay.
+
+    A decoder's step reads weights at the memory's speed only without a walk of the page table every few lines.
+    """
+    if extension is not None and type(weight) in (Tensor, torch.nn.Parameter):
+        extension.gather_weight(weight)
+
+
 # torch.compile cannot ask the extension. So many rows are worth it on every processor that has AVX2.
 _MAX_ROWS_COMPILED = 8 if extension is not None and "avx" in extension.active_cpu_isa() else 0
 _COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
