@@ -15,7 +15,7 @@ VARIANTS = ("plain", "causal", "key_mask", "bool_mask", "float_mask", "softcap",
 # Packed sequences have no masks. (head_dims that share tiles, once.)
 PACKED_VARIANTS = ("packed_causal", "packed_softcap", "packed_alibi", "packed_dropout", "packed_everything")
 PACKED_HEAD_DIMS = (64, 80, 128, 192, 256)
-TUNED_VARIANTS = ("causal", "bool_mask", "float_mask", "softcap", "alibi", "dropout")
+TUNED_VARIANTS = ("causal", "bool_mask", "float_mask", "softcap", "alibi", "dropout", *PACKED_VARIANTS[:-1])
 
 
 def _scoring(variant: str, batch: int, heads: int, seqlen: int):

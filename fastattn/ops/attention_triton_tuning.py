@@ -124,6 +124,8 @@ _FORWARD: _Trials = {
          128: (_one((128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)), _one((128, 32, 8, 3), (64, 32, 4, 2))),
          256: (_one((64, 64, 8, 2), (64, 32, 8, 2)), ())},
 }  # fmt: skip
+# Those for which the lengths of packed sequences, which are no arguments, leave no registers.
+_TOO_LARGE_PACKED = {(8, 128, Tile(128, 64, 8, 3)), (9, 128, Tile(128, 128, 8, 2)), (10, 128, Tile(128, 128, 8, 2))}
 _DQ: _Trials = {
     8: {64: (_one((128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 3)), ()),
         128: (_one((64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 4, 2)), _one((64, 32, 8, 1), (32, 64, 8, 2))),
@@ -157,10 +159,13 @@ _INTERPRETED = ((Tile(32, 32, 4, 1),), (Tile(16, 64, 4, 1),), (Tile(64, 32, 4, 1
 
 def candidates(gpu: tiles.Gpu, launch: Launch) -> tuple[Tiling, ...]:
     """What is timed for the kernel and arguments of ``launch``; the tables' tiling comes first."""
-    return tilings(gpu, launch.kernel.__name__, *shape_of_tiles(launch.arguments))
+    shape = shape_of_tiles(launch.arguments)
+    return tilings(gpu, launch.kernel.__name__, *shape, is_packed=launch.arguments["PACKED"])
 
 
-def tilings(gpu: tiles.Gpu, kernel: str, dtype: torch.dtype, block_d: int, features: int) -> tuple[Tiling, ...]:
+def tilings(
+    gpu: tiles.Gpu, kernel: str, dtype: torch.dtype, block_d: int, features: int, is_packed: bool = False
+) -> tuple[Tiling, ...]:
     if gpu is tiles.INTERPRETER:
         return _INTERPRETED
     table, trials = _TABLES[kernel]
@@ -168,5 +173,9 @@ def tilings(gpu: tiles.Gpu, kernel: str, dtype: torch.dtype, block_d: int, featu
     major = gpu.capability[0]
     if dtype == torch.float32 or features > 1 or major not in trials:
         return (default,)
-    tried = (tuple(tiles.fit(tile, gpu) for tile in tiling) for tiling in trials[major][tiles.width(block_d)][features])
+    without = _TOO_LARGE_PACKED if is_packed and trials is _FORWARD else ()
+    of_shape = (
+        tiling for tiling in trials[major][tiles.width(block_d)][features] if (major, block_d, *tiling) not in without
+    )
+    tried = (tuple(tiles.fit(tile, gpu) for tile in tiling) for tiling in of_shape)
     return (default, *(tiling for tiling in dict.fromkeys(tried) if tiling != default))
