@@ -355,7 +355,7 @@ def test_strides(view):
 
 def test_rows_too_far_apart_for_32_bits_are_copied():
     near, far = (torch.empty_strided((1, 1, 2, 8), (1, 1, stride, 1)) for stride in (2**10, 2**24))
-    assert face._rows(near) is near and face._rows(far).stride(2) == 8
+    assert face.rows_of(near) is near and face.rows_of(far).stride(2) == 8
     mask = torch.empty_strided((2, 8), (2**24, 1))
     assert face._addressable(mask).stride(0) == 8 and face._addressable(mask[0]).data_ptr() == mask.data_ptr()
 

@@ -29,10 +29,22 @@ def test_kernels_compile_without_spills(gpu, wants):
 def test_what_tuning_tries_compiles_without_spills():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.triton_aot", "--candidates", "--gpus", "90", "--jobs", "1",
-               "--filter", "dkdv float16 64 causal|row_fwd bfloat16 768"]  # fmt: skip
+               "--filter", "dkdv float16 64 causal|fwd float16 128 packed_causal|row_fwd bfloat16 768"]  # fmt: skip
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("attention_dkdv") == 3 and run.stdout.count("row_fwd") > 2
+    assert run.stdout.count("packed_causal") == 2
+
+
+@pytest.mark.parametrize("gpu", ["80", "90"])
+def test_kernels_of_a_cache_compile_without_spills(gpu):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.triton_aot", "--gpus", gpu, "--jobs", "1", "--filter",
+               r"float16 64 decode_paged_16 |cached float16 64 prompt_paged_256"]  # fmt: skip
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    for kernel in ("kv_append", "attention_cached float16 64 decode", "combine_parts", "prompt_paged_256 64x64"):
+        assert kernel in run.stdout
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)

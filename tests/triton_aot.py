@@ -32,7 +32,7 @@ import torch
 
 from fastattn.ops.triton_launch import Launch
 
-MODULES = ("tests.attention_triton_cases", "tests.norm_int8_triton_cases")
+MODULES = ("tests.attention_triton_cases", "tests.kv_cache_triton_cases", "tests.norm_int8_triton_cases")
 # wgmma multiplies 64 rows at a time: smaller tiles take mma.
 WGMMA_ROWS = 64
 # Bytes of shared memory that a block may ask for (CUDA C programming guide, compute capabilities).

@@ -6,6 +6,7 @@ Every call pays for the checks, so they are quick comparisons; what is wrong is 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
 from typing import Any, NoReturn
@@ -263,4 +264,45 @@ def sequence_lengths(op: str, name: str, cu_seqlens: Tensor, max_seqlen: int, to
         raise ValueError(
             f"{op}: max_seqlen_{name[-1]} is {max_seqlen}, but sequence {int(lengths.argmax())} of {name} has "
             f"{int(lengths.max())} rows; pass at least that."
+        )
+
+
+def cache_length(op: str, length: int, new: int, rotated: int, capacity: int, positions: int) -> None:
+    """A sequence's length before ``new`` tokens go to its cache. ``positions``: as of ``cache_values``."""
+    if length < 0:
+        raise ValueError(f"{op}: cache_seqlens must be >= 0, got {length}.")
+    if length + new > capacity:
+        raise ValueError(f"{op}: cache_seqlens {length} and {new} new tokens exceed the cache, which holds {capacity}.")
+    if 0 <= positions < length + rotated:
+        raise ValueError(
+            f"{op}: rotary_cos has {positions} positions, but {length + rotated} are needed "
+            f"(cache_seqlens {length} and {rotated} tokens)."
+        )
+
+
+def cache_values(
+    op: str, lengths: Tensor, block_table: Tensor | None, new: int, rotated: int, capacity: int,
+    cache_shape: Sequence[int], positions: int,
+) -> None:  # fmt: skip
+    """Reads what lengths and tables hold: for the CPU, where that is no synchronisation.
+
+    Args:
+        new, rotated: how many tokens are appended, and how many positions from the old length on are rotated.
+        capacity: tokens that a sequence's part of the cache can hold.
+        cache_shape: (blocks, block_size, ...).
+        positions: rows of the rotation's tables, or -1 if there is no rotation.
+    """
+    if lengths.numel() == 0:
+        return
+    cache_length(op, int(lengths.min()), new, rotated, capacity, -1)
+    cache_length(op, int(lengths.max()), new, rotated, capacity, positions)
+    if block_table is None:
+        return
+    blocks, block_size, *_ = cache_shape
+    used = torch.arange(block_table.shape[1]) * block_size < (lengths + new)[:, None]
+    outside = used & ((block_table < 0) | (block_table >= blocks))
+    if outside.any():
+        b, i = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"{op}: block_table[{b}, {i}] is {int(block_table[b, i])}, but key_cache has blocks 0 to {blocks - 1}."
         )

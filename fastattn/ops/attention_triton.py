@@ -70,7 +70,7 @@ _library.define(
 )
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def rows_of(tensor: Tensor) -> Tensor:
     """Kernels read the elements of a row as neighbours, and rows at strides that keep a tile's offsets in 32 bits."""
     return tensor if tensor.stride(3) == 1 and tensor.stride(2) < MAX_STRIDE else tensor.contiguous()
 
@@ -88,7 +88,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
     if lse.numel() > 0:
         call = plan.Scoring(_addressable(attn_mask), alibi_slopes, sinks, *scoring)
         states = tuning.mask_states(query, value, call.attn_mask)
-        tuning.run(query, plan.plan_forward, _rows(query), _rows(key), _rows(value), out, lse, call, states)
+        tuning.run(query, plan.plan_forward, rows_of(query), rows_of(key), rows_of(value), out, lse, call, states)
     return out, lse
 
 
@@ -115,7 +115,7 @@ def _backward(dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, val
         return dq, dk, dv, dmask, dsinks
 
     states = tuning.mask_states(query, value, call.attn_mask)
-    operands = _rows(query), _rows(key), _rows(value), _rows(out), _rows(dout)
+    operands = rows_of(query), rows_of(key), rows_of(value), rows_of(out), rows_of(dout)
     inputs, sink_sums = tuning.run_backward(*operands, dlse, lse, (dq, dk, dv), call, states, learned_sinks)
     if learned_mask is not None:
         launch, partial, sums = plan.plan_dmask(inputs, call, tiles.gpu_of(query))
@@ -138,7 +138,7 @@ def _weights(query: Tensor, key: Tensor, lse: Tensor, attn_mask: Tensor | None, 
         return weights.zero_()
     if weights.numel() > 0:
         call = plan.Scoring(_addressable(attn_mask), alibi_slopes, None, *scoring_values)
-        rows = _rows(query), _rows(key), lse.contiguous()
+        rows = rows_of(query), rows_of(key), lse.contiguous()
         plan.plan_weights(*rows, weights, call, average_heads, tiles.gpu_of(query)).run(query)
     return weights
 

@@ -16,15 +16,16 @@ import triton.language as tl
 
 from fastattn.ops.attention_triton_packed import fill_gaps, packed_sequence
 from fastattn.ops.attention_triton_scores import (
+    LN_2,
     MASK_NONE,
     WHOLE_WALK,
     cap_scores,
     clip_to_visible_keys,
-    exponentials,
     listed_tiles,
     load_lse,
     load_tile,
     mask_scores,
+    online_softmax,
     sliced_dot,
     store_tile,
     tile_probabilities,
@@ -33,8 +34,6 @@ from fastattn.ops.attention_triton_scores import (
     walk_part,
 )
 from fastattn.ops.philox_triton import dropout_keep
-
-LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -68,14 +67,7 @@ def _visit_keys(acc, row_max, row_sum, q, begin, end, list_ptr, first_row, k_ptr
         scores = mask_scores(scores, first_row, first_col, row[:, None], col[None, :], mask_ptr, stride_mask_q,
                              stride_mask_k, slope, seqlen_q, seqlen_k, diagonal, window_left, window_right, MASK, ALIBI,
                              LEFT, RIGHT, BOUNDARY)  # fmt: skip
-
-        # A row that has seen nothing yet has maximum -inf; taking 0 for it gives exp(-inf) = 0 instead of NaN.
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = exponentials(scores, shift[:, None], unit, MASK)
-        correction = exponentials(row_max, shift, unit, MASK)
-        row_sum = row_sum * correction + tl.sum(p, 1)
-        row_max = new_max
+        p, correction, row_max, row_sum = online_softmax(scores, row_max, row_sum, unit, MASK)
         if DROPOUT:
             keep = dropout_keep(rng_state_ptr, batch_head, first_row + row, first_col, threshold, BLOCK_K)
             p = tl.where(keep, p, 0.0)

@@ -65,7 +65,7 @@ class Scoring(NamedTuple):
         return packing.batch, packing.max_seqlen_q, packing.max_seqlen_k
 
 
-def _padded(head_dim: int) -> int:
+def padded(head_dim: int) -> int:
     """tl.dot wants powers of two, at least 16."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
@@ -109,7 +109,7 @@ def _scoring_arguments(query: Tensor, key: Tensor, scoring: Scoring) -> dict[str
         "SOFTCAP": softcap > 0,
         "DROPOUT": scoring.rng_state is not None,
         "PLAIN": plain,
-        "PRECISION": "tf32" if _allows_tf32(query) else "ieee",
+        "PRECISION": "tf32" if allows_tf32(query) else "ieee",
     }
 
 
@@ -126,7 +126,7 @@ def _packing_arguments(query: Tensor, key: Tensor, scoring: Scoring) -> dict[str
     }
 
 
-def _allows_tf32(query: Tensor) -> bool:
+def allows_tf32(query: Tensor) -> bool:
     """float32 products are exact unless the user told PyTorch that TensorFloat-32 will do."""
     return query.dtype == torch.float32 and query.is_cuda and torch.get_float32_matmul_precision() != "highest"
 
@@ -172,7 +172,7 @@ def _blocks(tile: Tile) -> dict[str, int]:
 def _whole_rows(query: Tensor, value: Tensor) -> dict[str, int]:
     """Of the kernels that multiply whole rows: sums as wide as head_dim."""
     head_dim_v = value.shape[3]
-    return {"HEAD_DIM_V": head_dim_v, "BLOCK_D": _padded(query.shape[3]), "BLOCK_DV": _padded(head_dim_v)}
+    return {"HEAD_DIM_V": head_dim_v, "BLOCK_D": padded(query.shape[3]), "BLOCK_DV": padded(head_dim_v)}
 
 
 def shape_of_tiles(arguments: dict[str, Any]) -> tuple[torch.dtype, int, int]:
@@ -221,7 +221,7 @@ def plan_weights(
     query: Tensor, key: Tensor, lse: Tensor, weights: Tensor, scoring: Scoring, average_heads: bool, gpu: tiles.Gpu
 ) -> Launch:
     arguments = _scoring_arguments(query, key, scoring)
-    tile = tiles.scores(gpu, query.dtype, _padded(query.shape[3]))
+    tile = tiles.scores(gpu, query.dtype, padded(query.shape[3]))
     arguments |= {
         "q_ptr": query, "k_ptr": key, "lse_ptr": lse, "weights_ptr": weights,
         **_strides("q", query), **_strides("k", key), **_blocks(tile), "AVERAGE": average_heads,
@@ -253,7 +253,7 @@ def plan_delta(
     batch, heads, seqlen_q, head_dim_v = out.shape
     if packing is not None:
         batch, seqlen_q = packing.batch, packing.max_seqlen_q
-    block_dv = _padded(head_dim_v)
+    block_dv = padded(head_dim_v)
     # 4096 elements of each operand: 32 a thread, which keeps enough loads in flight.
     block_q = max(16, 4096 // block_dv)
     row_tiles = padded_rows(seqlen_q) // block_q
@@ -350,7 +350,7 @@ def plan_dmask(inputs: BackwardInputs, scoring: Scoring, gpu: tiles.Gpu) -> tupl
     seqlen_k = inputs.key.shape[2]
     mask_batches, mask_heads, mask_q, mask_k = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     head_dim_v = inputs.value.shape[3]
-    tile = tiles.scores(gpu, inputs.query.dtype, _padded(max(arguments["HEAD_DIM"], head_dim_v)))
+    tile = tiles.scores(gpu, inputs.query.dtype, padded(max(arguments["HEAD_DIM"], head_dim_v)))
     row_tiles, key_tiles = ceil_div(seqlen_q, tile.block_q), ceil_div(seqlen_k, tile.block_k)
     sum_rows, sum_keys = mask_q < seqlen_q, mask_k < seqlen_k
 

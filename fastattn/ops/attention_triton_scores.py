@@ -21,6 +21,7 @@ MASK_ADD: tl.constexpr = tl.constexpr(2)
 # The walk that is not divided (``walk_part``).
 WHOLE_WALK: tl.constexpr = tl.constexpr(3)
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 # --- Which tiles are visited -----------------------------------------------------------------------------------------
@@ -268,6 +269,17 @@ def exponentials(scores, shift, unit, MASK: tl.constexpr):
     if MASK == MASK_ADD:
         return tl.exp2((scores - shift) * unit)
     return tl.exp2(scores * unit - shift * unit)
+
+
+@triton.jit
+def online_softmax(scores, row_max, row_sum, unit, MASK: tl.constexpr):
+    """(exponentials of a tile of scores, what earlier sums are multiplied by, the rows' new maxima and sums)."""
+    # A row that has seen nothing yet has maximum -inf; taking 0 for it gives exp(-inf) = 0 instead of NaN.
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    p = exponentials(scores, shift[:, None], unit, MASK)
+    correction = exponentials(row_max, shift, unit, MASK)
+    return p, correction, new_max, row_sum * correction + tl.sum(p, 1)
 
 
 @triton.jit

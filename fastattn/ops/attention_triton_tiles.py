@@ -142,3 +142,22 @@ def scores(gpu: Gpu, dtype: torch.dtype, block_d: int) -> Tile:
     tile = _INTERPRETED if gpu is INTERPRETER else fit(Tile(64, 32, 8, 1, True), gpu)
     # No operand is needed twice, so that slices cost nothing.
     return tile._replace(head_dim_slice=32 if dtype == torch.float32 else min(64, block_d))
+
+
+# Attention to a cache: of up to 16 rows (queries of the heads that share keys), 32, or more. Few rows wait for memory,
+# which tiles on their way hide; more multiply, as in the forward, with the registers of as many rows' addresses gone.
+_CACHED: dict[int, tuple[Tile, Tile, Tile]] = {
+    64: (Tile(16, 64, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 4, 2)),
+    128: (Tile(16, 64, 4, 3), Tile(32, 64, 4, 2, True), Tile(64, 64, 8, 2)),
+    256: (Tile(16, 32, 4, 2), Tile(32, 32, 4, 2), Tile(64, 32, 8, 1)),
+}
+
+
+def cached(gpu: Gpu, dtype: torch.dtype, block_d: int, rows: int) -> Tile:
+    """For attention of ``rows`` rows of a kv head to a cache."""
+    which = 0 if rows <= 16 else 1 if rows <= 32 else 2
+    if gpu is INTERPRETER:
+        return _interpreted(dtype)._replace(block_q=16 if which == 0 else 32)
+    if dtype == torch.float32:
+        return _FLOAT32._replace(block_q=(16, 32, 64)[which], num_warps=(4, 4, 8)[which])
+    return fit(_CACHED[width(block_d)][which], gpu)

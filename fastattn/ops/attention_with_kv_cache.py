@@ -15,7 +15,7 @@ from fastattn.ops import attention_checks as checks
 from fastattn.ops import attention_compiled as compiled
 from fastattn.ops.attention import AttentionCall, run_eager
 from fastattn.ops.attention_compiled import one_token_if_plain
-from fastattn.ops.attention_triton import refuses_triton, run_triton
+from fastattn.ops.attention_with_kv_cache_triton import refuses_kv_cache_triton, run_kv_cache_triton
 from fastattn.ops.varlen_attention import with_diagonals
 
 _MOST_ON_CPU = 2**31 - 1  # tokens of a sequence, and blocks
@@ -234,18 +234,9 @@ def kv_cache_positions(
     """
     lengths = cache_seqlens.long().clone()
     table = block_table.long().clone() if block_table is not None else lengths.new_empty(0)
-    if lengths.device.type == "cpu" and lengths.numel():
-        op = "attention_with_kv_cache"
-        _check_length(op, int(lengths.min()), new, rotated, capacity, -1)
-        _check_length(op, int(lengths.max()), new, rotated, capacity, positions)
-        if block_table is not None:
-            used = torch.arange(table.shape[1]) * block_size < (lengths + new)[:, None]
-            outside = used & ((table < 0) | (table >= blocks))
-            if outside.any():
-                b, i = outside.nonzero()[0].tolist()
-                raise ValueError(
-                    f"{op}: block_table[{b}, {i}] is {int(table[b, i])}, but key_cache has blocks 0 to {blocks - 1}."
-                )
+    if lengths.device.type == "cpu":
+        shape = (blocks, block_size)
+        checks.cache_values("attention_with_kv_cache", lengths, block_table, new, rotated, capacity, shape, positions)
     return lengths.clamp(0, max(capacity - new, 0)), table.clamp(0, max(blocks - 1, 0))
 
 
@@ -253,19 +244,6 @@ def kv_cache_positions(
 def _(cache_seqlens, block_table, new, rotated, capacity, block_size, blocks, positions):
     table = block_table if block_table is not None else cache_seqlens.new_empty(0)
     return torch.empty_like(cache_seqlens, dtype=torch.int64), torch.empty_like(table, dtype=torch.int64)
-
-
-def _check_length(op: str, length: int, new: int, rotated: int, capacity: int, positions: int) -> None:
-    """``positions``: rows of the rotation's tables, or -1 if there is no rotation."""
-    if length < 0:
-        raise ValueError(f"{op}: cache_seqlens must be >= 0, got {length}.")
-    if length + new > capacity:
-        raise ValueError(f"{op}: cache_seqlens {length} and {new} new tokens exceed the cache, which holds {capacity}.")
-    if 0 <= positions < length + rotated:
-        raise ValueError(
-            f"{op}: rotary_cos has {positions} positions, but {length + rotated} are needed "
-            f"(cache_seqlens {length} and {rotated} tokens)."
-        )
 
 
 def _rotate(x: Tensor, first: int | Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
@@ -299,7 +277,7 @@ def _step(call: KvCacheCall, attend: Callable[[AttentionCall], tuple[Tensor, Ten
     positions = -1 if call.rotary is None else call.rotary[0].shape[0]
     rotated = max(new, seqlen_q)
     if one_length:
-        _check_length("attention_with_kv_cache", lengths, new, rotated, capacity, positions)
+        checks.cache_length("attention_with_kv_cache", lengths, new, rotated, capacity, positions)
     if paged or not one_length:
         each = torch.full((batch,), lengths, device=query.device) if one_length else lengths
         each, table = kv_cache_positions(each, table, new, rotated, capacity, block_size, blocks, positions)
@@ -363,12 +341,12 @@ def _run_cpu(call: KvCacheCall) -> tuple[Tensor, Tensor]:
     return compiled.run_with_kv_cache(call)
 
 
-# The compiled kernels append and rotate in one pass and read keys and values where they are; the others prepare them.
+# The kernels append and rotate in one pass and read keys and values where they are; eager prepares them.
 _CUDA, _EMULATED = cuda_kernels(compiled.refuses_cuda, compiled.run_with_kv_cache)
 dispatch.register(
     "attention_with_kv_cache",
     _CUDA,
-    Kernel("triton", refuses_triton, partial(_step, attend=run_triton)),
+    Kernel("triton", refuses_kv_cache_triton, run_kv_cache_triton),
     Kernel("cpu", _refuses_cpu, _run_cpu),
     Kernel("eager", never_refuses, partial(_step, attend=run_eager)),
     _EMULATED,

@@ -1,0 +1,108 @@
+"""Attention to a key/value cache on Triton: the op around the kernels, which append to the cache and read it in place.
+
+``fastattn::attention_with_kv_cache_triton`` has the schema of the op without the suffix (csrc/ops.cpp). Lengths and
+tables stay on the device; where that is the CPU (the interpreter), their values are checked before anything is written.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastattn.ops import attention_checks as checks
+from fastattn.ops.attention_triton import refuses_triton
+
+if TYPE_CHECKING:
+    from fastattn.ops.attention_with_kv_cache import KvCacheCall
+
+_OP = "attention_with_kv_cache"
+# Positions, and sums of a few of them, are 32-bit numbers.
+_MAX_CAPACITY = 2**28
+
+
+def refuses_kv_cache_triton(call: KvCacheCall) -> str | None:
+    """Why the Triton kernels do not run ``call``; None if they do."""
+    reason = refuses_triton(call)
+    if reason is not None:
+        return reason
+    capacity = call.key.shape[1] * (1 if call.block_table is None else call.block_table.shape[1])
+    return None if capacity <= _MAX_CAPACITY else f"the cache has room for {capacity} tokens a sequence, above 2^28"
+
+
+def run_kv_cache_triton(call: KvCacheCall) -> tuple[Tensor, Tensor]:
+    lengths, cos_and_sin, slopes = call.cache_seqlens, call.rotary or (None, None), call.alibi_slopes
+    each, one = (lengths, 0) if isinstance(lengths, Tensor) else (None, lengths)
+    return torch.ops.fastattn.attention_with_kv_cache_triton(
+        *call[:5], each, one, call.block_table, *cos_and_sin, call.rotary_interleaved,
+        None if slopes is None else slopes.float(), call.sinks, call.is_causal, call.scale, call.window_left,
+        call.window_right, call.softcap,
+    )  # fmt: skip
+
+
+# --- The op ----------------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("fastattn", "FRAGMENT")
+_library.define(
+    "attention_with_kv_cache_triton(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor? key, "
+    "Tensor? value, Tensor? cache_seqlens, SymInt cache_seqlen, Tensor? block_table, Tensor? rotary_cos, "
+    "Tensor? rotary_sin, bool rotary_interleaved, Tensor? alibi_slopes, Tensor? sinks, bool is_causal, float scale, "
+    "SymInt window_left, SymInt window_right, float softcap) -> (Tensor out, Tensor lse)"
+)
+
+
+def _neighbours(tensor: Tensor) -> Tensor:
+    """With the elements of a row as neighbours, as kernels read them."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def _attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, key: Tensor | None, value: Tensor | None,
+            cache_seqlens: Tensor | None, cache_seqlen: int, block_table: Tensor | None, rotary_cos: Tensor | None,
+            rotary_sin: Tensor | None, rotary_interleaved: bool, alibi_slopes: Tensor | None, sinks: Tensor | None,
+            *scoring: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from fastattn.ops import attention_with_kv_cache_triton_plan as plan
+
+    appended = 0 if key is None else key.shape[1]
+    cache = plan.Cache(key_cache, value_cache, cache_seqlens, cache_seqlen, appended, block_table)
+    positions = -1 if rotary_cos is None else rotary_cos.shape[0]
+    rotated = max(appended, query.shape[1])
+    if cache_seqlens is None and query.shape[0] > 0:
+        checks.cache_length(_OP, cache_seqlen, appended, rotated, cache.capacity, positions)
+    if query.is_cpu:
+        lengths = query.new_full(query.shape[:1], cache_seqlen, dtype=torch.int64)
+        lengths = lengths if cache_seqlens is None else cache_seqlens
+        checks.cache_values(_OP, lengths, block_table, appended, rotated, cache.capacity, key_cache.shape, positions)
+    elif appended > cache.capacity:
+        raise ValueError(f"{_OP}: {appended} new tokens exceed the cache, which holds {cache.capacity}.")
+
+    out = query.new_empty(*query.shape[:3], value_cache.shape[3])
+    lse = query.new_empty(query.shape[0], query.shape[2], query.shape[1], dtype=torch.float32)
+    if not (_neighbours(key_cache) is key_cache and _neighbours(value_cache) is value_cache):
+        cache = cache._replace(key=key_cache.contiguous(), value=value_cache.contiguous())
+    angles = None
+    if rotary_cos is not None and rotary_sin is not None:
+        angles = plan.Rotation(_angles(rotary_cos), _angles(rotary_sin), rotary_interleaved)
+    fresh = None if key is None or value is None or appended == 0 else (_neighbours(key), _neighbours(value))
+    query = _neighbours(query)
+    plan.run_step(query, fresh, cache, angles, out, lse, plan.Scores(alibi_slopes, sinks, *scoring))
+    if fresh is not None and cache.key is not key_cache:
+        key_cache.copy_(cache.key)
+        value_cache.copy_(cache.value)
+    return out, lse
+
+
+def _angles(angles: Tensor) -> Tensor:
+    """cos or sin, in a dtype that the kernel reads."""
+    return _neighbours(angles.float() if angles.dtype == torch.float64 else angles)
+
+
+for _key in ("CUDA", "CPU"):
+    _library.impl("attention_with_kv_cache_triton", _attend, _key)
+
+
+@torch.library.register_fake("fastattn::attention_with_kv_cache_triton", lib=_library)
+def _(query, key_cache, value_cache, *others):
+    batch, seqlen_q, heads, _ = query.shape
+    lse = query.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+    return query.new_empty((batch, seqlen_q, heads, value_cache.shape[3])), lse
