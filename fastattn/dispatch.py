@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -184,9 +185,9 @@ def _set_preference(name: str) -> None:
     _traced.backend = name
 
 
-def _check_name(name: str) -> None:
+def _check_name(caller: str, name: str) -> None:
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {name!r}.")
+        raise ValueError(f"{caller}: backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {name!r}.")
 
 
 class use_backend:
@@ -204,7 +205,7 @@ class use_backend:
     """
 
     def __init__(self, name: str) -> None:
-        _check_name(name)
+        _check_name("use_backend", name)
         reason = None if name == "auto" else _UNAVAILABLE[name]()
         if reason is not None:
             raise NotImplementedError(f"use_backend: backend {name!r} cannot run here: {reason}.")
@@ -244,7 +245,7 @@ def select(op: str, call: Any, backend: str = "auto") -> Kernel:
     """
     if backend == "auto":
         backend = preference()
-    _check_name(backend)
+    _check_name(op, backend)
     for kernel in TABLE[op]:
         wanted = backend == kernel.backend or (backend == "auto" and not _only_by_name(kernel.backend))
         if wanted and _UNAVAILABLE[kernel.backend]() is None and _refuses(kernel, call) is None:
@@ -276,7 +277,11 @@ def explain(op: str | Callable[..., Any], *args: Any, backend: str = "auto", **k
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in TABLE:
         raise ValueError(f"explain: {name!r} is not an op of fastattn; the ops are {', '.join(sorted(TABLE))}.")
-    _check_name(backend)
+    _check_name("explain", backend)
+    try:
+        inspect.signature(_PREPARE[name]).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}, of the arguments that explain was given to pass on.") from None
     call = _PREPARE[name](*args, **kwargs)
     wanted = preference() if backend == "auto" else backend
     refusals = {each: _refusal(name, each, call) for each in BACKENDS}

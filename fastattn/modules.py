@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from fastattn import dispatch
 from fastattn._extension import extension
-from fastattn._nested import nested_like, packed_tokens
+from fastattn._nested import is_packed, nested_like, packed_tokens
 from fastattn.ops import int8_matmul as int8_ops
 from fastattn.ops import int8_matmul_compiled
 from fastattn.ops.layer_norm import layer_norm, rms_norm
@@ -55,6 +56,11 @@ class Int8Linear(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if not isinstance(size, (int, Integral)) or size < 0:
+                raise (ValueError if isinstance(size, Integral) else TypeError)(
+                    f"Int8Linear: {name} must be an int >= 0, got {size!r}."
+                )
         int8_ops._activation_name("Int8Linear", activation)  # raises if there is no such activation
         self.in_features = in_features
         self.out_features = out_features
@@ -101,7 +107,7 @@ class Int8Linear(nn.Module):
         return self._forward_in_general(input)
 
     def _forward_in_general(self, input: Tensor) -> Tensor:
-        if isinstance(input, Tensor) and input.is_nested and input.layout is torch.strided:
+        if is_packed(input):
             return nested_like(self.forward(packed_tokens(input)), input)
         if torch.compiler.is_compiling():
             # What was packed last; the op checks that it was made of this weight. An exported program has no cache.
@@ -171,7 +177,7 @@ class LayerNorm(nn.LayerNorm):
     """``torch.nn.LayerNorm`` on fastattn's kernels: same arguments, parameters and ``state_dict``."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_nested:
+        if is_packed(input):
             return nested_like(self.forward(packed_tokens(input)), input)
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
@@ -180,6 +186,6 @@ class RMSNorm(nn.RMSNorm):
     """``torch.nn.RMSNorm`` on fastattn's kernels: same arguments, parameters and ``state_dict``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_nested:
+        if is_packed(x):
             return nested_like(self.forward(packed_tokens(x)), x)
         return rms_norm(x, self.normalized_shape, self.weight, self.eps)

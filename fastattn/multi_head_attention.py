@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -448,6 +449,10 @@ def _check_mask(name: str, mask: Tensor, meaning: str, expected: tuple[int, ...]
 def _check_configuration(
     embed_dim: int, num_heads: int, num_kv_heads: int, dropout: float, window: tuple[int, int] | None, backend: str
 ) -> None:
+    sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    for name, size in sizes.items():
+        if not isinstance(size, (int, Integral)):
+            raise TypeError(f"MultiHeadAttention: {name} must be an int, got {size!r}.")
     if min(embed_dim, num_heads, num_kv_heads) <= 0:
         raise ValueError(
             "MultiHeadAttention: embed_dim, num_heads and num_kv_heads must be positive, got "

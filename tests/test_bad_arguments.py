@@ -12,7 +12,7 @@ import fastattn
 X = torch.randn(1, 2, 4, 8)
 ROWS = torch.randn(3, 8)
 INT8, SCALE = fastattn.quantize_int8(torch.randn(5, 8))
-STEP, CACHE = torch.randn(2, 1, 2, 8), torch.zeros(2, 6, 2, 8)
+STEP, CACHE, TURNS = torch.randn(2, 1, 2, 8), torch.zeros(2, 6, 2, 8), torch.ones(8, 4)
 
 
 def mha(query=ROWS, **options):
@@ -22,6 +22,12 @@ def mha(query=ROWS, **options):
 def step(**options):
     arguments = {"key_cache": CACHE.clone(), "value_cache": CACHE.clone(), "cache_seqlens": 2} | options
     return fastattn.attention_with_kv_cache(STEP, key=STEP, value=STEP, **arguments)
+
+
+def packed(**options):
+    lengths = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.tensor([0, 3]))
+    x = ROWS[:, None]
+    return fastattn.varlen_attention(x, x, x, **{**lengths, "max_seqlen_q": 3, "max_seqlen_k": 3, **options})
 
 
 CASES = {
@@ -46,6 +52,26 @@ CASES = {
     "MultiHeadAttention: query must be a Tensor": lambda: mha(ROWS.tolist()),
     "MultiHeadAttention: attn_mask must be a Tensor": lambda: mha(attn_mask=[[True] * 3] * 3),
     "MultiHeadAttention: query, key and value are": lambda: mha(key=ROWS.half()),
+    "attention: is_causal": lambda: fastattn.attention(X, X, X, is_causal=torch.tensor([True, False])),
+    "attention: enable_gqa": lambda: fastattn.attention(X, X, X, enable_gqa="no"),
+    "varlen_attention: is_causal": lambda: packed(is_causal=None),
+    "attention_with_kv_cache: rotary_interleaved": lambda: step(
+        rotary_cos=TURNS, rotary_sin=TURNS, rotary_interleaved="no"
+    ),
+    "attention: attn_mask must be dense": lambda: fastattn.attention(X, X, X, torch.ones(4, 4).to_sparse()),
+    "attention: sinks must be dense": lambda: fastattn.attention(X, X, X, sinks=torch.ones(2).to_sparse()),
+    "varlen_attention: cu_seqlens_q must be dense": lambda: packed(cu_seqlens_q=torch.tensor([0, 3]).to_sparse()),
+    "layer_norm: weight must be dense": lambda: fastattn.layer_norm(ROWS, 8, torch.ones(8).to_sparse()),
+    "add_layer_norm: residual must be dense": lambda: fastattn.add_layer_norm(ROWS, ROWS.to_sparse(), 8),
+    "int8_linear: weight_scale must be dense": lambda: fastattn.int8_linear(ROWS, INT8, SCALE.to_sparse()),
+    "int8_linear: bias must be dense": lambda: fastattn.int8_linear(ROWS, INT8, SCALE, torch.ones(5).to_sparse()),
+    "rms_norm: normalized_shape must be an int or a sequence of ints": lambda: fastattn.rms_norm(ROWS, (8.0,)),
+    "layer_norm: input must be a tensor": lambda: fastattn.LayerNorm(8)(None),
+    "rms_norm: input must be a tensor": lambda: fastattn.RMSNorm(8)(3),
+    "MultiHeadAttention: num_heads must be an int": lambda: fastattn.MultiHeadAttention(8, 2.0),
+    "Int8Linear: in_features must be an int": lambda: fastattn.Int8Linear(8.5, 8),
+    "attention: .*missing .*'query'": lambda: fastattn.explain("attention"),
+    "attention: .*unexpected .*'windows'": lambda: fastattn.explain("attention", X, X, X, windows=(1, 1)),
     "accelerate: filter_fn": lambda: fastattn.accelerate(torch.nn.LayerNorm(8), filter_fn=3),
     "restore: model": lambda: fastattn.restore(3),
 }
@@ -61,6 +87,13 @@ def test_wrong_types_raise_type_error(message):
     "message, call",
     [
         ("int8_matmul: activation", lambda: fastattn.int8_matmul(INT8, INT8, SCALE, SCALE, activation=["relu"])),
+        ("Int8Linear: out_features", lambda: fastattn.Int8Linear(8, -1)),
+        ("attention: backend must be", lambda: fastattn.attention(X, X, X, backend="gpu")),
+        ("use_backend: backend must be", lambda: fastattn.use_backend("gpu")),
+        ("query has head_dim 8 but key_cache has", lambda: step(key_cache=torch.zeros(2, 6, 2, 9))),
+        ("key_cache has 2 heads but value_cache has 1", lambda: step(value_cache=torch.zeros(2, 6, 1, 8))),
+        ("value_cache, .* has elements that share memory", lambda: step(value_cache=CACHE[:1].expand(2, -1, -1, -1))),
+        ("key_cache, .* has elements that share memory", lambda: step(key_cache=CACHE[:, :1].expand(-1, 6, -1, -1))),
         ("MultiHeadAttention: window", lambda: fastattn.MultiHeadAttention(8, 2, window=4)),
         ("MultiHeadAttention: query is on cpu but attn_mask", lambda: mha(attn_mask=torch.zeros(3, 3, device="meta"))),
         ("MultiHeadAttention: query is on meta but the module on cpu", lambda: mha(ROWS.to("meta"))),
@@ -72,9 +105,25 @@ def test_wrong_values_raise_value_error(message, call):
 
 
 def test_numpy_scalars_are_numbers():
-    options = {"window": (numpy.int64(1), numpy.int64(0)), "scale": numpy.float32(0.5), "dropout_p": numpy.float32(0)}
+    options = {
+        "window": (numpy.int64(1), numpy.int64(0)),
+        "is_causal": numpy.bool_(False),
+        "scale": numpy.float32(0.5),
+        "dropout_p": numpy.float32(0),
+    }
     expected = fastattn.attention(X, X, X, window=(1, 0), scale=0.5)
     assert torch.equal(fastattn.attention(X, X, X, **options), expected)
+    expected = fastattn.add_layer_norm(ROWS, ROWS, 8, eps=0.5)
+    actual = fastattn.add_layer_norm(ROWS, ROWS, numpy.int64(8), eps=numpy.float32(0.5), dropout_p=numpy.float32(0))
+    assert torch.equal(actual[0], expected[0])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_a_window_wider_than_any_integer_is_no_window(backend):
+    if fastattn.available_backends()[backend] is not None:
+        pytest.skip(fastattn.available_backends()[backend])
+    out = fastattn.attention(X, X, X, window=(2**70, 2**63 - 1), backend=backend)
+    assert torch.equal(out, fastattn.attention(X, X, X, window=(-1, -1), backend=backend))
 
 
 FUNCTIONS = {

@@ -239,3 +239,30 @@ def test_blocks_agree_with_torch():
     x, padding = make_input()
     assert_same(gradients(ours, x, padding), gradients(torchs, x, padding))
     assert F.mse_loss(ours(x, padding), ours(x)) != 0
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm", "int8", "linear"])
+def test_jagged_tensors_go_through_swapped_modules(kind):
+    module = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}.get(kind, lambda size: nn.Linear(size, size))(32)
+    sequences = [torch.randn(3, 32), torch.randn(5, 32)]
+    jagged = torch.nested.nested_tensor(sequences, layout=torch.jagged)
+    expected = module(jagged)
+    fastattn.accelerate(module, int8=kind == "int8", linear=True, verbose=False)
+    alone = [module(x) for x in sequences]
+    jagged.requires_grad_()
+    out = module(jagged)
+    assert out.shape == expected.shape  # the ragged size too, so that the two can be added
+    for each, one in zip(out.unbind(), alone, strict=True):
+        torch.testing.assert_close(each, one)
+    out.values().square().sum().backward()
+    assert jagged.grad.values().abs().sum() > 0
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_jagged_tensors_of_more_dims_go_through_swapped_norms(norm):
+    jagged = torch.nested.nested_tensor([torch.randn(3, 4, 8), torch.randn(5, 4, 8)], layout=torch.jagged)
+    for shape in (8, (4, 8)):
+        module = norm(shape)
+        expected = module(jagged)
+        out = fastattn.accelerate(module, verbose=False)(jagged)
+        torch.testing.assert_close(out.values(), expected.values())

@@ -219,6 +219,20 @@ def test_a_sequence_of_nan_stays_alone(backend):
 
 
 @pytest.mark.parametrize("backend", [*MATRIX_BACKENDS, "eager"])
+@pytest.mark.parametrize("lengths", [(), (0, 0)], ids=["no_sequence", "empty_sequences"])
+def test_without_a_token_there_are_gradients_of_zero(backend, lengths):
+    operands = [x.requires_grad_() for x in inputs(torch.float16, lengths, lengths, tail=3)]
+    sinks = torch.zeros(HEADS, requires_grad=True)
+    cu, options = cu_seqlens(lengths), {"sinks": sinks, "return_lse": True, "backend": backend}
+    out, lse = fastattn.varlen_attention(*operands, cu, cu, 0, 0, **options)
+    assert out.abs().sum() == 0 and (lse == -INF).all()
+    (out.sum() + lse.masked_fill(lse == -INF, 0.0).sum()).backward()
+    for leaf in (*operands, sinks):
+        assert leaf.grad is None or leaf.grad.abs().sum() == 0
+    assert operands[0].grad is not None
+
+
+@pytest.mark.parametrize("backend", [*MATRIX_BACKENDS, "eager"])
 def test_self_attention_with_one_tensor_of_lengths(backend):
     lengths = (7, 65, 0, 30)
     operands = inputs(torch.float64, lengths, lengths)

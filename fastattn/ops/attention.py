@@ -158,6 +158,8 @@ def _normalise(
     """
     op = "attention"
     query, key, value = checks.operands(op, query, key, value)
+    checks.flag(op, "is_causal", is_causal)
+    checks.flag(op, "enable_gqa", enable_gqa)
     lead = None
     shape_q, shape_k, shape_v = query.shape, key.shape, value.shape
     agree = len(shape_q) == len(shape_k) == len(shape_v) == 4 and shape_k[:3] == shape_v[:3]

@@ -14,6 +14,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from fastattn.ops.tensor_checks import check_dense
+
+_NAMES = "query", "key", "value"
+
 # torch.compile of PyTorch 2.11 cannot trace torch.amp.is_autocast_available.
 _AUTOCAST_DEVICES = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")))
 
@@ -29,7 +33,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def operands(
-    op: str, query: Any, key: Any, value: Any, names: tuple[str, str, str] = ("query", "key", "value")
+    op: str, query: Any, key: Any, value: Any, names: tuple[str, str, str] = _NAMES
 ) -> tuple[Tensor, Tensor, Tensor]:
     """query, key and value, converted if torch.autocast is on: floating tensors of one dtype on one device."""
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
@@ -54,6 +58,16 @@ def operands(
 def _is_number(x: Any) -> bool:
     # NumPy's numbers are Real; int and float stand for themselves and for compiled code's symbolic numbers.
     return isinstance(x, (int, float, Real))
+
+
+# Wider than any sequence, and what an int64 of the kernels holds.
+_WIDEST_WINDOW = 2**62
+
+
+def flag(op: str, name: str, value: Any) -> None:
+    """That ``value`` is a bool; compiled code's symbolic one, 0 and 1, and NumPy's stand for themselves."""
+    if not isinstance(value, (bool, int, torch.SymBool)) and type(value).__name__ not in ("bool_", "bool"):
+        raise TypeError(f"{op}: {name} must be True or False, got {type(value).__name__}.")
 
 
 def options(
@@ -83,7 +97,7 @@ def options(
             f"{op}: window must be (left, right), two integers >= -1, with -1 for no limit; got {window!r}. "
             "For no window pass None."
         )
-    return float(scale), int(window[0]), int(window[1])
+    return float(scale), min(int(window[0]), _WIDEST_WINDOW), min(int(window[1]), _WIDEST_WINDOW)
 
 
 def attn_mask(
@@ -96,6 +110,7 @@ def attn_mask(
             f"{op}: attn_mask must be a bool Tensor (True = attend) or a floating one (added to the scores), "
             f"got {got}; convert 0/1 masks with .bool()."
         )
+    check_dense(op, "attn_mask", mask)
     if mask.device != query.device:
         raise ValueError(f"{op}: query is on {query.device} but attn_mask on {mask.device}; move it there.")
     expected = scores if lead is None else (*lead, *scores[2:])
@@ -138,12 +153,9 @@ def _floating_on_device(op: str, name: str, tensor: Any, query: Tensor) -> None:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         got = name_of(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{op}: {name} must be a floating Tensor, got {got}.")
+    check_dense(op, name, tensor)
     if tensor.device != query.device:
         raise ValueError(f"{op}: query is on {query.device} but {name} on {tensor.device}; move it there.")
-
-
-def _named(query: Any, key: Any, value: Any) -> tuple[tuple[str, Any], ...]:
-    return ("query", query), ("key", key), ("value", value)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -226,27 +238,41 @@ def restore(result: Tensor, lead: tuple[int, ...]) -> Tensor:
     return result[0] if len(lead) == 1 else result.unflatten(0, lead[:-1])
 
 
-def heads_and_dims(op: str, query: Tensor, key: Tensor, value: Tensor, layout: str, heads_dim: int) -> None:
+def heads_and_dims(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: str,
+    heads_dim: int,
+    names: tuple[str, str, str] = _NAMES,
+) -> None:
     """That operands in ``layout`` have its dims, one head_dim, and heads that are a multiple of those of key."""
-    for name, operand in _named(query, key, value):
+    _, key_name, value_name = names
+    for name, operand in zip(names, (query, key, value), strict=True):
         if operand.dim() != layout.count(",") + 1:
             raise ValueError(f"{op}: {name} must be {layout}, got shape {tuple(operand.shape)}.")
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(
-            f"{op}: query has head_dim {query.shape[-1]} but key has head_dim {key.shape[-1]} "
-            f"(key: {tuple(key.shape)}); they must be equal."
+            f"{op}: query has head_dim {query.shape[-1]} but {key_name} has head_dim {key.shape[-1]} "
+            f"({key_name}: {tuple(key.shape)}); they must be equal."
         )
     heads, heads_kv = query.shape[heads_dim], key.shape[heads_dim]
     if value.shape[heads_dim] != heads_kv:
-        raise ValueError(f"{op}: key has {heads_kv} heads but value has {value.shape[heads_dim]}; they must be equal.")
+        raise ValueError(
+            f"{op}: {key_name} has {heads_kv} heads but {value_name} has {value.shape[heads_dim]}; they must be equal."
+        )
     if heads != heads_kv and (heads_kv == 0 or heads % heads_kv):
-        raise ValueError(f"{op}: query has {heads} heads, which is not a multiple of the {heads_kv} heads of key.")
+        raise ValueError(
+            f"{op}: query has {heads} heads, which is not a multiple of the {heads_kv} heads of {key_name}."
+        )
 
 
 def integers_on_device(op: str, name: str, tensor: Any, query: Tensor) -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
         got = name_of(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{op}: {name} must be an int32 or int64 Tensor, got {got}.")
+    check_dense(op, name, tensor)
     if tensor.device != query.device:
         raise ValueError(f"{op}: query is on {query.device} but {name} on {tensor.device}; move it there.")
 

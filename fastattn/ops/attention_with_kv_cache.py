@@ -130,10 +130,15 @@ def _prepare(
     return_lse: bool = False,
 ) -> KvCacheCall:
     op = "attention_with_kv_cache"
-    checks.operands(op, query, key_cache, value_cache, names=("query", "key_cache", "value_cache"))
+    names = "query", "key_cache", "value_cache"
+    checks.operands(op, query, key_cache, value_cache, names)
+    checks.flag(op, "is_causal", is_causal)
+    checks.flag(op, "rotary_interleaved", rotary_interleaved)
     if checks.autocast_is_on(query.device):
         raise NotImplementedError(f"{op}: it writes into caches of a fixed dtype; call it outside torch.autocast.")
-    checks.heads_and_dims(op, query, key_cache, value_cache, "(batch, seqlen, heads, head_dim)", heads_dim=2)
+    checks.heads_and_dims(
+        op, query, key_cache, value_cache, "(batch, seqlen, heads, head_dim)", heads_dim=2, names=names
+    )
     if key_cache.shape[:2] != value_cache.shape[:2]:
         raise ValueError(
             f"{op}: key_cache {tuple(key_cache.shape)} and value_cache {tuple(value_cache.shape)} must agree in their "
@@ -192,6 +197,11 @@ def _check_new(op: str, query: Tensor, key_cache: Tensor, value_cache: Tensor, k
             raise ValueError(
                 f"{op}: {name} must be (batch, seqlen_new, heads_kv, head_dim) = ({query.shape[0]}, seqlen_new, "
                 f"{cache.shape[2]}, {cache.shape[3]}), got shape {tuple(new.shape)}."
+            )
+        if any(stride == 0 and size > 1 for stride, size in zip(cache.stride(), cache.shape, strict=True)):
+            raise ValueError(
+                f"{op}: {name}_cache, into which {name} is written, has elements that share memory, as expand() makes "
+                f"them: shape {tuple(cache.shape)}, strides {cache.stride()}; clone it, or use a block_table."
             )
     if key.shape[1] != value.shape[1]:
         raise ValueError(f"{op}: key has {key.shape[1]} new tokens but value has {value.shape[1]}; they must be equal.")

@@ -145,8 +145,7 @@ def _check_int8_matrix(op: str, name: str, tensor: Tensor) -> None:
 
 
 def _check_scale(op: str, name: str, scale: Tensor, count: int) -> None:
-    if not isinstance(scale, Tensor):
-        _check_tensor(op, name, scale)
+    _check_tensor(op, name, scale)
     if scale.dtype != torch.float32:
         raise TypeError(f"{op}: {name} must be float32, got {scale.dtype}; half precision would lose accuracy.")
     if scale.dim() != 1 or scale.shape[0] != count:
@@ -156,8 +155,7 @@ def _check_scale(op: str, name: str, scale: Tensor, count: int) -> None:
 def _check_bias(op: str, bias: Tensor | None, count: int) -> None:
     if bias is None:
         return
-    if not isinstance(bias, Tensor):
-        _check_tensor(op, "bias", bias)
+    _check_tensor(op, "bias", bias)
     if bias.dtype not in _FLOATING:
         _check_floating(op, "bias", bias.dtype)
     if bias.dim() != 1 or bias.shape[0] != count:

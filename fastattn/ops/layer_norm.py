@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -153,16 +154,18 @@ def _describe(shape: Sequence[int]) -> str:
 
 
 def _as_tuple(op: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(normalized_shape, int):
+    if isinstance(normalized_shape, (int, Integral)):
         return (normalized_shape,)
     if not isinstance(normalized_shape, Sequence):
         got = type(normalized_shape).__name__
         raise TypeError(f"{op}: normalized_shape must be an int or a sequence of ints, got {got}.")
+    if not all(isinstance(size, (int, torch.SymInt, Integral)) for size in normalized_shape):
+        raise TypeError(f"{op}: normalized_shape must be an int or a sequence of ints, got {normalized_shape!r}.")
     return tuple(normalized_shape)
 
 
 def _check_eps(op: str, eps: float) -> None:
-    if not isinstance(eps, (int, float)):
+    if not isinstance(eps, (int, float, Real)):
         raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}.")
 
 
@@ -194,6 +197,7 @@ def _check_norm(
 def _check_parameter(op: str, name: str, parameter: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
     if not isinstance(parameter, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor or None, got {type(parameter).__name__}.")
+    check_dense(op, name, parameter)
     if parameter.shape != shape:
         raise ValueError(
             f"{op}: {name} is {_describe(parameter.shape)} but normalized_shape is {_describe(shape)}; "
@@ -208,6 +212,7 @@ def _check_parameter(op: str, name: str, parameter: Tensor, shape: tuple[int, ..
 def _check_residual(op: str, input: Tensor, residual: Tensor, dropout_p: float) -> None:
     if not isinstance(residual, Tensor):
         raise TypeError(f"{op}: residual must be a tensor, got {type(residual).__name__}.")
+    check_dense(op, "residual", residual)
     if residual.shape != input.shape:
         raise ValueError(
             f"{op}: residual is {_describe(residual.shape)} but input is {_describe(input.shape)}; they must be equal."
@@ -216,7 +221,7 @@ def _check_residual(op: str, input: Tensor, residual: Tensor, dropout_p: float) 
         raise TypeError(f"{op}: residual must be floating, got {residual.dtype}.")
     if residual.device != input.device:
         raise ValueError(f"{op}: residual is on {residual.device} but input is on {input.device}; move one of them.")
-    if not isinstance(dropout_p, (int, float)):
+    if not isinstance(dropout_p, (int, float, Real)):
         raise TypeError(f"{op}: dropout_p must be a number, got {type(dropout_p).__name__}.")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}.")

@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def check_dense(op: str, name: str, tensor: Tensor) -> None:
-    if tensor.layout is not torch.strided or tensor.is_nested:
+    if tensor.layout != torch.strided or tensor.is_nested:
         raise TypeError(f"{op}: {name} must be dense, not sparse or nested; call .to_dense() or .values() first.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import dispatch
@@ -133,6 +134,7 @@ def _prepare(
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if not isinstance(longest, (int, torch.SymInt)) or longest < 0:
             raise TypeError(f"{op}: {name} must be an int >= 0, got {longest!r}; call .item() on a tensor.")
+    checks.flag(op, "is_causal", is_causal)
     heads = query.shape[1]
     scale, left, right = checks.options(op, query.shape[2], dropout_p, scale, softcap, window, alignment)
     if alibi_slopes is not None:
@@ -185,7 +187,9 @@ def _unpad(padded: Tensor, rows: Tensor, fill: float) -> Tensor:
     """(batch, max_seqlen, ...) -> (total, ...); ``fill`` for rows of no sequence."""
     slots = padded.shape[0] * padded.shape[1]
     if slots == 0:
-        return padded.new_full((rows.shape[0], *padded.shape[2:]), fill)
+        # No row belongs to a sequence; padding, unlike a new tensor, keeps the result differentiable.
+        flat = padded.reshape(0, *padded.shape[2:])
+        return F.pad(flat, (0, 0) * (flat.dim() - 1) + (0, rows.shape[0]), value=fill)
     packed = padded.reshape(slots, *padded.shape[2:]).index_select(0, rows.clamp(max=slots - 1))
     return packed.masked_fill((rows == slots).view(-1, *(1,) * (packed.dim() - 1)), fill)
 
