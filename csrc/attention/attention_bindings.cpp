@@ -74,9 +74,17 @@ py::object attention_if_plain(const py::handle& query, const py::handle& key, co
 
 // --- One token behind a cache ----------------------------------------------------------------------------------------
 
+// expand() gives several elements one memory, by strides of 0.
+bool is_expanded(const Tensor& tensor) {
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    if (tensor.stride(dim) == 0 && tensor.size(dim) > 1) return true;
+  }
+  return false;
+}
+
 // `step` is (batch, 1, heads, head_dim) and `cache` has room for it behind its first `length` tokens.
 bool fits_behind(const Tensor& step, const Tensor& cache, int64_t length) {
-  return step.size(0) == cache.size(0) && step.size(1) == 1 && step.size(2) == cache.size(2) &&
+  return !is_expanded(cache) && step.size(0) == cache.size(0) && step.size(1) == 1 && step.size(2) == cache.size(2) &&
          step.size(3) == cache.size(3) && length >= 0 && length < cache.size(1);
 }
 
