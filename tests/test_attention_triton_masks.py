@@ -138,6 +138,29 @@ def test_lists_of_visible_tiles(tile):
             assert torch.equal(row[tiles + 1 :][: len(found)].long(), found)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_tiles_that_a_long_mask_of_one_row_hides_are_not_visited(dtype, monkeypatch):
+    from fastattn.ops import attention_triton_mask as masks
+
+    monkeypatch.setattr(masks, "_LISTED_ELEMENTS_OF_ONE_ROW", 0)
+    q, k, v, dout = torch.randn(4, 2, 2, 96, 16)
+    visible = torch.ones(2, 1, 1, 96, dtype=torch.bool)
+    visible[..., 32:64] = False
+    mask = visible if dtype == torch.bool else torch.zeros(visible.shape).masked_fill(~visible, -INF)
+
+    def gradients(k, v):
+        leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+        out = fastattn.attention(*leaves, mask, backend="triton")
+        dq, dk, dv = torch.autograd.grad(out, leaves, dout)
+        assert not dk[:, :, 32:64].any() and not dv[:, :, 32:64].any()
+        return out, dq, dk, dv
+
+    expected = gradients(k, v)
+    k[:, :, 32:64] = v[:, :, 32:64] = float("nan")
+    for actual, wanted in zip(gradients(k, v), expected, strict=True):
+        assert torch.equal(actual, wanted) and wanted.isfinite().all()
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 256])
@@ -161,7 +184,7 @@ def test_every_kernel_of_every_gpu_skips_hidden_tiles(mask_dtype, head_dim, dtyp
     assert len(visits) >= 3 and all(visits)
 
 
-def test_small_masks_and_those_of_one_row_are_not_looked_at_before():
+def test_small_masks_are_not_looked_at_before():
     from fastattn.ops.attention_triton_mask import plan_mask_states
     from fastattn.ops.attention_triton_tiles import Gpu
 
@@ -172,3 +195,4 @@ def test_small_masks_and_those_of_one_row_are_not_looked_at_before():
     visible = torch.ones(1024, 1024, dtype=torch.bool)
     assert looks(visible) and looks(visible.float())
     assert not looks(visible[:1]) and not looks(visible[:256, :256], seqlen=256)
+    assert looks(torch.ones(1, 2048, dtype=torch.bool), seqlen=2048)

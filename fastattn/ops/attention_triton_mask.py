@@ -18,6 +18,9 @@ from fastattn.ops.triton_launch import Launch
 _STATE_Q, _STATE_K, _STATES_Q, _STATES_K = 16, 32, 4, 8
 # Below so many elements of a mask, two more launches cost more than its empty tiles.
 _LISTED_ELEMENTS = 1 << 18
+# Of a mask of one row (key padding), a program finds the first and last visible keys by itself, which is all there is
+# to skip where only the ends are hidden; from so many scores on, lists also skip what it hides in between.
+_LISTED_ELEMENTS_OF_ONE_ROW = 1 << 22
 _LIST_CHUNK = 128
 _OPTIONS = {"num_warps": 4, "num_stages": 1}
 
@@ -54,10 +57,13 @@ def plan_mask_states(
     """
     mask = mask_arguments(attn_mask)
     (batch, heads, seqlen_q, _), seqlen_k = query.shape, value.shape[2]
-    # A mask of one row has no need of states: see ``clip_to_visible_keys``.
-    if attn_mask is None or mask["stride_mask_q"] == 0:
+    if attn_mask is None:
         return [], None
-    if gpu is not tiles.INTERPRETER and seqlen_q * seqlen_k < _LISTED_ELEMENTS:
+    if mask["stride_mask_q"] == 0:
+        least = _LISTED_ELEMENTS_OF_ONE_ROW
+    else:
+        least = 0 if gpu is tiles.INTERPRETER else _LISTED_ELEMENTS
+    if seqlen_q * seqlen_k < least:
         return [], None
     mask_batches = 1 if mask["stride_mask_batch"] == 0 else batch
     mask_heads = 1 if mask["stride_mask_head"] == 0 else heads

@@ -131,9 +131,9 @@ def allows_tf32(query: Tensor) -> bool:
     return query.dtype == torch.float32 and query.is_cuda and torch.get_float32_matmul_precision() != "highest"
 
 
-def _key_mask(arguments: dict[str, Any]) -> bool:
-    """Whether the mask is one row a head (key padding), so that a program can look up which tiles it hides."""
-    return arguments["MASK"] != MASK_NONE.value and arguments["stride_mask_q"] == 0
+def _key_mask(arguments: dict[str, Any], mask_states: Tensor | None) -> bool:
+    """Whether a program looks up by itself which tiles are hidden at the ends of a mask of one row (key padding)."""
+    return mask_states is None and arguments["MASK"] != MASK_NONE.value and arguments["stride_mask_q"] == 0
 
 
 def _features(arguments: dict[str, Any]) -> int:
@@ -205,7 +205,8 @@ def plan_forward(
     arguments |= {
         "k_ptr": key, "v_ptr": value, "out_ptr": out, "lse_ptr": lse, "sinks_ptr": scoring.sinks,
         **_strides("q", query), **_strides("k", key), **_strides("v", value), **_strides("out", out),
-        "KEY_MASK": _key_mask(arguments), "ONE_WALK": _one_walk(arguments, mask_states, _widest_of_two_walks(gpu)),
+        "KEY_MASK": _key_mask(arguments, mask_states),
+        "ONE_WALK": _one_walk(arguments, mask_states, _widest_of_two_walks(gpu)),
         "SINKS": scoring.sinks is not None,
     }  # fmt: skip
     (tile,) = tiling or tiles.forward(gpu, *shape_of_tiles(arguments))
@@ -302,7 +303,7 @@ def plan_dq(
     arguments |= {
         "dq_ptr": dq,
         **_strides("dq", dq),
-        "KEY_MASK": _key_mask(arguments),
+        "KEY_MASK": _key_mask(arguments, inputs.mask_states),
         "ONE_WALK": _one_walk(arguments, inputs.mask_states, 256),
     }
     (tile,) = tiling or tiles.dq(gpu, *shape_of_tiles(arguments))
@@ -327,7 +328,8 @@ def plan_dkdv(
     widest = _widest_of_two_walks(gpu) if scoring.packing is None else 0
     arguments |= {
         "dk_ptr": dk, "dv_ptr": dv, **_strides("dk", dk), **_strides("dv", dv),
-        "KEY_MASK": _key_mask(arguments), "ONE_WALK": _one_walk(arguments, inputs.mask_states, widest),
+        "KEY_MASK": _key_mask(arguments, inputs.mask_states),
+        "ONE_WALK": _one_walk(arguments, inputs.mask_states, widest),
     }  # fmt: skip
     passes = tiling or tiles.dkdv(gpu, *shape_of_tiles(arguments))
     batch, *seqlens = scoring.extent(inputs.query, inputs.key)

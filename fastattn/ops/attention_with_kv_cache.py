@@ -336,7 +336,7 @@ def _append(cache: Tensor, rows: Tensor, lengths: int | Tensor, table: Tensor | 
 # --- The table -------------------------------------------------------------------------------------------------------
 
 
-def _refuses_cpu(call: KvCacheCall) -> str | None:
+def _refuses_cpu(call: Any) -> str | None:
     tokens = call.key.shape[1] * (1 if call.block_table is None else call.block_table.shape[1])
     if max(tokens, call.key.shape[0]) > _MOST_ON_CPU:
         return f"the cache has room for {tokens} tokens in {call.key.shape[0]} blocks; both must be below 2^31"
