@@ -86,7 +86,9 @@ SHARED = {
     "mqa": Case(batch=1, heads=12, heads_kv=1, seqlen_q=70, seqlen_k=150, head_dim=41, head_dim_v=24),
     "gqa_causal": Case(batch=1, heads=14, heads_kv=2, seqlen_q=140, seqlen_k=140, head_dim=16,
                        options={"is_causal": True, "window": (70, 0)}),
-    "another_tile": Case(batch=1, heads=12, heads_kv=1, seqlen_q=70, seqlen_k=100, head_dim=72),
+    "largest_tile": Case(batch=1, heads=12, heads_kv=1, seqlen_q=70, seqlen_k=100, head_dim=72),
+    # The largest tile of this head_dim does not share queries, and another takes its place.
+    "another_tile": Case(batch=1, heads=12, heads_kv=1, seqlen_q=70, seqlen_k=100, head_dim=104),
     "one_head": Case(batch=1, heads=1, seqlen_q=1100, seqlen_k=20, head_dim=8, head_dim_v=16),
     "heads_and_queries": Case(batch=1, heads=3, heads_kv=1, seqlen_q=600, seqlen_k=40, head_dim=16,
                               options={"is_causal": True}),

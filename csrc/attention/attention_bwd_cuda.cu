@@ -12,10 +12,14 @@ namespace fastattn {
                                                                      cudaStream_t);                      \
   extern template const char* launch_bwd_dq_tile<Element, kHeadDim>(int, const AttentionBwdArgs&, dim3, cudaStream_t)
 FASTATTN_EXTERN_BWD(half_t, 64);
+FASTATTN_EXTERN_BWD(half_t, 96);
 FASTATTN_EXTERN_BWD(half_t, 128);
+FASTATTN_EXTERN_BWD(half_t, 192);
 FASTATTN_EXTERN_BWD(half_t, 256);
 FASTATTN_EXTERN_BWD(bfloat16_t, 64);
+FASTATTN_EXTERN_BWD(bfloat16_t, 96);
 FASTATTN_EXTERN_BWD(bfloat16_t, 128);
+FASTATTN_EXTERN_BWD(bfloat16_t, 192);
 FASTATTN_EXTERN_BWD(bfloat16_t, 256);
 #undef FASTATTN_EXTERN_BWD
 FASTATTN_BWD_SM90_UNIT(extern, half_t, 64)
@@ -232,7 +236,7 @@ const char* launch_dkv_sum(const AttentionBwdArgs& args, cudaStream_t stream) {
 template <typename Element>
 const char* launch_dkv(const BwdPlan& plan, const AttentionBwdArgs& args, unsigned blocks, cudaStream_t stream) {
   const dim3 grid(blocks, static_cast<unsigned>(args.parts.count()));
-  const char* error = launch_choice<64, 128, 256>(kBwdDkvTiles[plan.dkv_tile].head_dim, [&](auto head_dim) {
+  const char* error = launch_choice<64, 96, 128, 192, 256>(kBwdDkvTiles[plan.dkv_tile].head_dim, [&](auto head_dim) {
     return launch_bwd_dkv_tile<Element, head_dim()>(plan.dkv_tile, args, grid, stream);
   });
   return error != nullptr ? error : launch_dkv_sum<Element>(args, stream);
@@ -240,7 +244,7 @@ const char* launch_dkv(const BwdPlan& plan, const AttentionBwdArgs& args, unsign
 
 template <typename Element>
 const char* launch_dq(const BwdPlan& plan, const AttentionBwdArgs& args, unsigned blocks, cudaStream_t stream) {
-  return launch_choice<64, 128, 256>(kBwdDqTiles[plan.dq_tile].head_dim, [&](auto head_dim) {
+  return launch_choice<64, 96, 128, 192, 256>(kBwdDqTiles[plan.dq_tile].head_dim, [&](auto head_dim) {
     return launch_bwd_dq_tile<Element, head_dim()>(plan.dq_tile, args, blocks, stream);
   });
 }

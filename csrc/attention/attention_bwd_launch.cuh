@@ -24,17 +24,24 @@ struct BwdDkvTile {
   constexpr int block_k() const { return 16 * row_tiles * pairs; }
 };
 
-// A thread has 255 registers, of which the gradient takes row_tiles * head_dim / 2 and the scores row_tiles * block_q
-// / 4.
+// A thread has 255 registers, or 168 where a block has twelve warps; the gradient takes row_tiles * head_dim / 2 of
+// them, the scores row_tiles * block_q / 4. Pairs come by twos: of six warps, two of a multiprocessor's four schedulers
+// have two each, and take as long as with eight.
 // clang-format off
 constexpr BwdDkvTile kBwdDkvTiles[] = {
     {64, ScoreKind::kPlain, kAnyCapability, 2, 4, 64},       // 128 keys x 64 queries, 97 KiB
     {64, ScoreKind::kEverything, kAnyCapability, 2, 4, 32},  // 128 x 32
-    {128, ScoreKind::kPlain, 120, 2, 4, 64, false},          // 128 x 64, 161 KiB, for 8.0 and 9.0
-    {128, ScoreKind::kPlain, kAnyCapability, 2, 3, 32},      // 96 x 32, 93 KiB
-    {128, ScoreKind::kEverything, kAnyCapability, 2, 3, 32},
+    {96, ScoreKind::kPlain, 120, 2, 4, 64},                  // 128 x 64, 161 KiB, for 8.0 and 9.0
+    {96, ScoreKind::kPlain, kAnyCapability, 1, 6, 32},       // 96 x 32, 93 KiB
+    {128, ScoreKind::kPlain, 120, 2, 4, 64, false},          // 128 x 64, 161 KiB
+    {128, ScoreKind::kPlain, 120, 2, 4, 32},                 // 128 x 32, 113 KiB
+    {128, ScoreKind::kPlain, kAnyCapability, 1, 6, 32},      // 96 x 32, 93 KiB
+    {128, ScoreKind::kEverything, kAnyCapability, 2, 4, 16}, // 128 x 16, 88 KiB
+    {192, ScoreKind::kPlain, 120, 1, 4, 64},                 // 64 x 64, 161 KiB
+    {192, ScoreKind::kPlain, kAnyCapability, 1, 4, 16},      // 64 x 16, 76 KiB
     {256, ScoreKind::kPlain, 120, 1, 4, 32},                 // 64 x 32, 137 KiB
-    {256, ScoreKind::kPlain, kAnyCapability, 1, 3, 16},      // 48 x 16, 83 KiB
+    {256, ScoreKind::kPlain, kAnyCapability, 1, 3, 16},      // 48 x 16, 83 KiB: 64 x 16 would take 101
+    {256, ScoreKind::kEverything, 120, 1, 4, 32},
     {256, ScoreKind::kEverything, kAnyCapability, 1, 3, 16},
 };
 // clang-format on
@@ -56,11 +63,16 @@ struct BwdDqTile {
 constexpr BwdDqTile kBwdDqTiles[] = {
     {64, ScoreKind::kPlain, kAnyCapability, 2, 4, 1, 64},        // 128 queries x 64 keys, 64 KiB: two blocks on 8.0
     {64, ScoreKind::kEverything, kAnyCapability, 2, 4, 1, 32},   // 128 x 32, 48 KiB
+    {96, ScoreKind::kPlain, 120, 2, 4, 2, 64},                   // 128 x 64, 128 KiB
+    {96, ScoreKind::kPlain, kAnyCapability, 2, 4, 2, 32},        // 128 x 32, 96 KiB
     {128, ScoreKind::kPlain, 120, 2, 4, 2, 64},                  // 128 x 64, 128 KiB
     {128, ScoreKind::kPlain, kAnyCapability, 2, 4, 2, 32},       // 128 x 32, 96 KiB
     {128, ScoreKind::kEverything, kAnyCapability, 1, 4, 2, 64},  // 64 x 64, 96 KiB
+    {192, ScoreKind::kPlain, 120, 1, 8, 1, 32},                  // 128 x 32, 144 KiB
+    {192, ScoreKind::kPlain, kAnyCapability, 1, 4, 2, 32},       // 64 x 32, 96 KiB
     {256, ScoreKind::kPlain, 120, 1, 4, 2, 32},                  // 64 x 32, 128 KiB
     {256, ScoreKind::kPlain, kAnyCapability, 1, 4, 1, 16},       // 64 x 16, 96 KiB
+    {256, ScoreKind::kEverything, 120, 1, 4, 2, 32},
     {256, ScoreKind::kEverything, kAnyCapability, 1, 4, 1, 16},
 };
 // clang-format on
