@@ -16,7 +16,7 @@ from torch.nn.parameter import Parameter
 from fastattn._nested import nested_like, packed_tokens, pad_tokens, token_positions
 from fastattn.dispatch import BACKENDS
 from fastattn.ops.attention import attention, attention_and_weights
-from fastattn.ops.attention_checks import autocast_is_on
+from fastattn.ops.attention_checks import autocast_is_on, window_sides
 from fastattn.ops.linear import linear
 from fastattn.ops.varlen_attention import varlen_attention
 
@@ -464,11 +464,7 @@ def _check_configuration(
         raise ValueError(f"MultiHeadAttention: num_kv_heads must divide num_heads, got {num_kv_heads} for {num_heads}.")
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"MultiHeadAttention: dropout must be a probability, 0 to 1, got {dropout}.")
-    valid = window is None or (isinstance(window, (tuple, list)) and len(window) == 2)
-    if not valid or (window is not None and not all(isinstance(side, int) and side >= -1 for side in window)):
-        raise ValueError(
-            f"MultiHeadAttention: window must be (left, right), each -1 (unlimited) or more, got {window}."
-        )
+    window_sides("MultiHeadAttention", window)
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(
             f"MultiHeadAttention: backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}."

@@ -126,6 +126,13 @@ def test_a_window_wider_than_any_integer_is_no_window(backend):
     assert torch.equal(out, fastattn.attention(X, X, X, window=(-1, -1), backend=backend))
 
 
+def test_windows_of_numpy_integers_make_modules():
+    x = torch.randn(1, 4, 8)
+    module = fastattn.MultiHeadAttention(8, 2, batch_first=True, window=(numpy.int64(1), numpy.int64(0)))
+    expected, module.window = module(x, x, x)[0], (1, 0)
+    assert torch.equal(module(x, x, x)[0], expected)
+
+
 FUNCTIONS = {
     "attention": lambda x: fastattn.attention(x, x, x),
     "layer_norm": lambda x: fastattn.layer_norm(x, (8,)),

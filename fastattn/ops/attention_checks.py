@@ -89,15 +89,20 @@ def options(
         raise ValueError(f"{op}: softcap must be a finite number >= 0 (0 = none), got {softcap}.")
     if alignment != "top_left" and alignment != "bottom_right":
         raise ValueError(f"{op}: alignment must be 'top_left' or 'bottom_right', got {alignment!r}.")
+    return float(scale), *window_sides(op, window)
+
+
+def window_sides(op: str, window: Any) -> tuple[int, int]:
+    """(window_left, window_right), -1 where there is no limit."""
     if window is None:
-        return float(scale), -1, -1
+        return -1, -1
     valid = isinstance(window, (tuple, list)) and len(window) == 2
     if not (valid and all(isinstance(side, Integral) and int(side) >= -1 for side in window)):
         raise ValueError(
             f"{op}: window must be (left, right), two integers >= -1, with -1 for no limit; got {window!r}. "
             "For no window pass None."
         )
-    return float(scale), min(int(window[0]), _WIDEST_WINDOW), min(int(window[1]), _WIDEST_WINDOW)
+    return min(int(window[0]), _WIDEST_WINDOW), min(int(window[1]), _WIDEST_WINDOW)
 
 
 def attn_mask(
