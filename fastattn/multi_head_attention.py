@@ -18,6 +18,7 @@ from fastattn.dispatch import BACKENDS
 from fastattn.ops.attention import attention, attention_and_weights
 from fastattn.ops.attention_checks import autocast_is_on, window_sides
 from fastattn.ops.linear import linear
+from fastattn.ops.tensor_checks import check_probability
 from fastattn.ops.varlen_attention import varlen_attention
 
 
@@ -462,8 +463,7 @@ def _check_configuration(
         raise ValueError(f"MultiHeadAttention: num_heads must divide embed_dim, got {num_heads} for {embed_dim}.")
     if num_heads % num_kv_heads:
         raise ValueError(f"MultiHeadAttention: num_kv_heads must divide num_heads, got {num_kv_heads} for {num_heads}.")
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"MultiHeadAttention: dropout must be a probability, 0 to 1, got {dropout}.")
+    check_probability("MultiHeadAttention", "dropout", dropout)
     window_sides("MultiHeadAttention", window)
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(

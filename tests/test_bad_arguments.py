@@ -104,6 +104,33 @@ def test_wrong_values_raise_value_error(message, call):
         call()
 
 
+NUMBERS = {
+    "layer_norm": ("eps", lambda eps: fastattn.layer_norm(ROWS, 8, eps=eps)),
+    "rms_norm": ("eps", lambda eps: fastattn.rms_norm(ROWS, 8, eps=eps)),
+    "add_layer_norm": ("eps", lambda eps: fastattn.add_layer_norm(ROWS, ROWS, 8, eps=eps)[0]),
+    "add_rms_norm": ("dropout_p", lambda p: fastattn.add_rms_norm(ROWS, ROWS, 8, dropout_p=p)[0]),
+    "attention": ("dropout_p", lambda p: fastattn.attention(X, X, X, dropout_p=p)),
+    "varlen_attention": ("softcap", lambda c: fastattn.varlen_attention(
+        *[X[0].transpose(0, 1)] * 3, *[torch.tensor([0, 4])] * 2, 4, 4, softcap=c)),
+    "attention_with_kv_cache": ("scale", lambda scale: step(scale=scale)),
+    "MultiHeadAttention": ("dropout", lambda p: fastattn.MultiHeadAttention(8, 2, dropout=p)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", NUMBERS)
+def test_every_op_takes_the_same_numbers(op):
+    name, call = NUMBERS[op]
+    for number in (0.5, 1, numpy.float32(0.5), numpy.float64(0.5), numpy.int64(1), True):
+        torch.manual_seed(0)
+        result = call(number)
+        torch.manual_seed(0)
+        if isinstance(result, torch.Tensor):
+            assert torch.equal(result, call(float(number)))
+    for other in ("0.5", [0.5], torch.tensor([0.5])):
+        with pytest.raises(TypeError, match=f"{op}: {name} must be a number.*, got {type(other).__name__}"):
+            call(other)
+
+
 def test_numpy_scalars_are_numbers():
     options = {
         "window": (numpy.int64(1), numpy.int64(0)),

@@ -385,8 +385,8 @@ BAD_ADD = {
     "integer residual": (TypeError, "residual must be floating", (X, X.long(), 65), {}),
     "residual elsewhere": (ValueError, "residual is on meta but input is on cpu", (X, X.to("meta"), 65), {}),
     "residual no tensor": (TypeError, "residual must be a tensor, got NoneType", (X, None, 65), {}),
-    "dropout above 1": (ValueError, r"dropout_p must be in \[0, 1\], got 1.5", (X, X, 65), {"dropout_p": 1.5}),
-    "dropout not a number": (ValueError, "dropout_p must be in", (X, X, 65), {"dropout_p": float("nan")}),
+    "dropout above 1": (ValueError, "dropout_p must be between 0 and 1, got 1.5", (X, X, 65), {"dropout_p": 1.5}),
+    "dropout not a number": (ValueError, "dropout_p must be between", (X, X, 65), {"dropout_p": float("nan")}),
 }
 
 

@@ -520,7 +520,7 @@ def test_backend_is_passed_on():
         ((0, 1), {}, "must be positive, got 0, 1, 1"),
         ((16, 3), {}, "num_heads must divide embed_dim, got 3 for 16"),
         ((16, 4), {"num_kv_heads": 3}, "num_kv_heads must divide num_heads, got 3 for 4"),
-        ((16, 4), {"dropout": 1.5}, "dropout must be a probability, 0 to 1, got 1.5"),
+        ((16, 4), {"dropout": 1.5}, "dropout must be between 0 and 1, got 1.5"),
         (
             (16, 4),
             {"window": (-2, 0)},

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from fastattn.ops.tensor_checks import check_dense
+from fastattn.ops.tensor_checks import check_dense, check_number, check_probability
 
 _NAMES = "query", "key", "value"
 
@@ -55,11 +55,6 @@ def operands(
     return query, key, value
 
 
-def _is_number(x: Any) -> bool:
-    # NumPy's numbers are Real; int and float stand for themselves and for compiled code's symbolic numbers.
-    return isinstance(x, (int, float, Real))
-
-
 # Wider than any sequence, and what an int64 of the kernels holds.
 _WIDEST_WINDOW = 2**62
 
@@ -78,13 +73,10 @@ def options(
         raise ValueError(f"{op}: query must have a head_dim of at least 1, got 0.")
     if scale is None:
         scale = head_dim**-0.5
-    elif not _is_number(scale):
-        raise TypeError(f"{op}: scale must be a number or None, got {type(scale).__name__}; fold a tensor into query.")
-    if not (_is_number(dropout_p) and _is_number(softcap)):
-        name, got = ("softcap", softcap) if _is_number(dropout_p) else ("dropout_p", dropout_p)
-        raise TypeError(f"{op}: {name} must be a number, got {type(got).__name__}; 0 switches it off.")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{op}: dropout_p must be between 0 and 1, got {dropout_p}.")
+    else:
+        check_number(op, "scale", scale, "fold a tensor into query", kind="a number or None")
+    check_probability(op, "dropout_p", dropout_p)
+    check_number(op, "softcap", softcap, "0 switches it off")
     if not 0.0 <= softcap < float("inf"):
         raise ValueError(f"{op}: softcap must be a finite number >= 0 (0 = none), got {softcap}.")
     if alignment != "top_left" and alignment != "bottom_right":

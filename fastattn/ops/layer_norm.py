@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastattn.dispatch import Kernel, cuda_kernels, never_refuses, register, select, takes_cpu
 from fastattn.ops import layer_norm_compiled, layer_norm_eager, layer_norm_triton
-from fastattn.ops.tensor_checks import check_dense
+from fastattn.ops.tensor_checks import check_dense, check_number, check_probability
 
 
 class LayerNormCall(NamedTuple):
@@ -164,9 +164,9 @@ def _as_tuple(op: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...]
     return tuple(normalized_shape)
 
 
-def _check_eps(op: str, eps: float) -> None:
-    if not isinstance(eps, (int, float, Real)):
-        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}.")
+def _checked_eps(op: str, eps: float) -> float:
+    check_number(op, "eps", eps)
+    return float(eps)
 
 
 def _check_norm(
@@ -221,22 +221,18 @@ def _check_residual(op: str, input: Tensor, residual: Tensor, dropout_p: float) 
         raise TypeError(f"{op}: residual must be floating, got {residual.dtype}.")
     if residual.device != input.device:
         raise ValueError(f"{op}: residual is on {residual.device} but input is on {input.device}; move one of them.")
-    if not isinstance(dropout_p, (int, float, Real)):
-        raise TypeError(f"{op}: dropout_p must be a number, got {type(dropout_p).__name__}.")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}.")
+    check_probability(op, "dropout_p", dropout_p)
 
 
 def _rms_eps(op: str, eps: float | None, dtype: torch.dtype) -> float:
     if eps is not None:
-        _check_eps(op, eps)
-        return eps
+        return _checked_eps(op, eps)
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
 def _prepare_layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5) -> LayerNormCall:
     dims = _check_norm("layer_norm", input, normalized_shape, weight, bias)
-    _check_eps("layer_norm", eps)
+    eps = _checked_eps("layer_norm", eps)
     return LayerNormCall("layer_norm", input, None, weight, bias, eps, 0.0, dims, False)
 
 
@@ -249,16 +245,16 @@ def _prepare_add_layer_norm(
     input, residual, normalized_shape, weight=None, bias=None, eps=1e-5, *, dropout_p=0.0
 ) -> LayerNormCall:
     dims = _check_norm("add_layer_norm", input, normalized_shape, weight, bias)
-    _check_eps("add_layer_norm", eps)
+    eps = _checked_eps("add_layer_norm", eps)
     _check_residual("add_layer_norm", input, residual, dropout_p)
-    return LayerNormCall("add_layer_norm", input, residual, weight, bias, eps, dropout_p, dims, False)
+    return LayerNormCall("add_layer_norm", input, residual, weight, bias, eps, float(dropout_p), dims, False)
 
 
 def _prepare_add_rms_norm(input, residual, normalized_shape, weight=None, eps=None, *, dropout_p=0.0) -> LayerNormCall:
     dims = _check_norm("add_rms_norm", input, normalized_shape, weight, None)
     _check_residual("add_rms_norm", input, residual, dropout_p)
     eps = _rms_eps("add_rms_norm", eps, residual.dtype)
-    return LayerNormCall("add_rms_norm", input, residual, weight, None, eps, dropout_p, dims, True)
+    return LayerNormCall("add_rms_norm", input, residual, weight, None, eps, float(dropout_p), dims, True)
 
 
 # --- The table -------------------------------------------------------------------------------------------------------
