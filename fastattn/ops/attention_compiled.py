@@ -22,7 +22,7 @@ _CUDA_DTYPES = frozenset({torch.bfloat16, torch.float16})
 _MAX_HEAD_DIM = 256
 
 
-def refuses_cpu(call: AttentionCall) -> str | None:
+def refuses_cpu(call: AttentionCall | KvCacheCall) -> str | None:
     """Why the CPU kernels do not run ``call``; None if they do."""
     query = call.query
     if not query.is_cpu:
@@ -42,7 +42,7 @@ def refuses_cuda(call: AttentionCall, device_type: str) -> str | None:
     return refuses_kernels(call)
 
 
-def refuses_kernels(call: AttentionCall) -> str | None:
+def refuses_kernels(call: AttentionCall | KvCacheCall) -> str | None:
     """What every fused kernel refuses, Triton's as well."""
     head_dim, head_dim_v, alibi_slopes = call.query.shape[-1], call.value.shape[-1], call.alibi_slopes
     if head_dim > _MAX_HEAD_DIM or not 0 < head_dim_v <= _MAX_HEAD_DIM:
