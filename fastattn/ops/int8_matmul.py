@@ -156,8 +156,7 @@ def _check_bias(op: str, bias: Tensor | None, count: int) -> None:
     if bias is None:
         return
     _check_tensor(op, "bias", bias)
-    if bias.dtype not in _FLOATING:
-        _check_floating(op, "bias", bias.dtype)
+    _check_floating(op, "bias", bias.dtype)
     if bias.dim() != 1 or bias.shape[0] != count:
         raise ValueError(f"{op}: bias must have shape ({count},), got {tuple(bias.shape)}.")
 
@@ -221,8 +220,7 @@ def _prepare_linear(
 ) -> Int8LinearCall:
     op = "int8_linear"
     _check_tensor(op, "input", input)
-    if input.dtype not in _FLOATING:
-        _check_floating(op, "input", input.dtype)
+    _check_floating(op, "input", input.dtype)
     _check_int8_matrix(op, "weight", weight)
     columns, depth = weight.shape
     if input.dim() == 0 or input.shape[-1] != depth:
@@ -234,9 +232,7 @@ def _prepare_linear(
     _check_bias(op, bias, columns)
     if weight_scale.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: weight_scale requires grad, but only input and bias get one; detach it.")
-    device = input.device
-    if weight.device != device or weight_scale.device != device or (bias is not None and bias.device != device):
-        _check_devices(op, input=input, weight=weight, weight_scale=weight_scale, bias=bias)
+    _check_devices(op, input=input, weight=weight, weight_scale=weight_scale, bias=bias)
     return Int8LinearCall(input, weight, weight_scale, bias, _activation_name(op, activation), packed)
 
 
