@@ -201,6 +201,18 @@ def test_integer_sums_are_exact_up_to_the_largest_depth(backend, signs):
     assert torch.equal(out, exact_product(a, b))
 
 
+@pytest.mark.parametrize("depth", [MAX_DEPTH, MAX_DEPTH + 1, 133144])
+def test_sums_of_the_smallest_int8_are_exact_at_any_depth(depth):
+    """(-128)² 2^17 is 2^31, one more than an int32 holds: what a kernel cannot sum is left to eager."""
+    a, one = torch.full((2, depth), -128, dtype=torch.int8), torch.ones(2)
+    a[1, 0] = 127
+    out = fastattn.int8_matmul(a, a, one, one, out_dtype=torch.float64)
+    assert torch.equal(out, exact_product(a, a).double())
+    x, expected = -torch.ones(1, depth), torch.full((1, 2), 128.0 * depth)
+    expected[0, 1] -= 255
+    torch.testing.assert_close(fastattn.int8_linear(x, a, one), expected, rtol=1e-6, atol=0)
+
+
 @needs_cpu
 def test_deeper_sums_are_left_to_eager(backend):
     a, b = random_int8(1, MAX_DEPTH + 1), random_int8(1, MAX_DEPTH + 1)

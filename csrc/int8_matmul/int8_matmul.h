@@ -10,8 +10,8 @@
 
 namespace fastattn {
 
-// The int32 sum of K products of values in [-127, 127] cannot overflow up to here: 127 * 127 * K < 2^31.
-constexpr int64_t kInt8MaxDepth = 133144;
+// The int32 sum of K products of int8 values, -128 among them, cannot overflow up to here: 128 * 128 * K < 2^31.
+constexpr int64_t kInt8MaxDepth = 131071;
 
 struct QuantizeInt8Params {
   int64_t rows = 0, depth = 0;

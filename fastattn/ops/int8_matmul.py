@@ -76,7 +76,7 @@ def int8_matmul(
 ) -> Tensor:
     """``activation((a @ b.T) * a_scale[:, None] * b_scale + bias)`` of int8 matrices, in one pass.
 
-    The int32 sums are exact (for values in [-127, 127] up to K = 133144, with -128 up to K = 131071); scales, bias and
+    The sums are exact: of int32 up to K = 131071, beyond which an int32 may overflow and eager runs; scales, bias and
     activation are applied in float32, then the result is converted.
 
     Args:

@@ -13,8 +13,8 @@ from fastattn.dispatch import refuses_device
 if TYPE_CHECKING:
     from fastattn.ops.int8_matmul import Int8LinearCall, Int8MatmulCall, QuantizeInt8Call
 
-# kInt8MaxDepth of csrc/int8_matmul/int8_matmul.h: 127 * 127 * K < 2^31.
-MAX_DEPTH = 133144
+# kInt8MaxDepth of csrc/int8_matmul/int8_matmul.h: 128 * 128 * K < 2^31.
+MAX_DEPTH = 131071
 
 
 def _refuses_depth(depth: int) -> str | None:

@@ -9,7 +9,7 @@ Work:    quantisation: a tile of whole rows a program, or, for rows that do not 
          tile of the result a program; programs that run at the same time share rows of a and b, which L2 then holds.
 Memory:  tiles of a and b pass through shared memory, NUM_STAGES deep, both with k contiguous, as the tensor cores of
          sm_80 (mma) and sm_90 (wgmma) want 8-bit operands.
-Numbers: int32 sums, exact up to a depth of 133144; scales, bias and activation in float32. Launch with
+Numbers: int32 sums, exact up to a depth of 131071; scales, bias and activation in float32. Launch with
          enable_fp_fusion=False: every product and sum is then rounded as eager rounds it, and so are the q.
 """
 
