@@ -109,7 +109,7 @@ def test_copies_are_independent_and_hold_no_packed_weight(duplicate):
 
 
 @needs_cpu
-@pytest.mark.parametrize("change", ["in_place", "replaced", "through_data", "loaded", "moved"])
+@pytest.mark.parametrize("change", ["in_place", "replaced", "through_data", "past_the_count", "loaded", "moved"])
 def test_packed_weight_follows_the_weight(change, cpu_isa):
     module = make()
     x = torch.randn(3, 70)
@@ -121,6 +121,9 @@ def test_packed_weight_follows_the_weight(change, cpu_isa):
             module.weight = -module.weight
         elif change == "through_data":
             module.weight.data = -module.weight
+        elif change == "past_the_count":
+            module.weight.data.neg_()
+            module.to(module.weight.device)
         elif change == "loaded":
             module.load_state_dict({**module.state_dict(), "weight": -module.weight})
         else:
