@@ -441,3 +441,16 @@ def test_ops_check_what_memory_safety_needs():
     for error, message, op, arguments in bad:
         with pytest.raises(error, match=message):
             op(*arguments)
+
+
+@pytest.mark.parametrize("magnitude", [1e19, 3e19, 1e20, 1e30, 1e38])
+def test_rows_whose_squares_overflow_are_0_or_nan(magnitude, backend):
+    """As PyTorch's: never a number that looks like a norm. The row between them is right."""
+    x = torch.randn(3, 96).clamp(-3, 3)
+    x[::2] = x[::2].sign() * magnitude
+    x[::2, 0] *= -1
+    expected = fastattn.layer_norm(x[1:2], 96, backend="eager")
+    out, rms = fastattn.layer_norm(x, 96, backend=backend), fastattn.rms_norm(x, 96, backend=backend)
+    torch.testing.assert_close(out[1:2], expected)
+    assert bool(((out[::2] == 0) | out[::2].isnan()).all())
+    assert not rms[::2].any() and bool(rms[1].all())
