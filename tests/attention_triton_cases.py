@@ -118,6 +118,7 @@ def aot_candidates(capability: tuple[int, int]) -> Iterator[tuple[str, Launch]]:
 
 def _name(launch: Launch, dtype: torch.dtype, head_dim: int, variant: str) -> str:
     tile = f"{launch.arguments.get('BLOCK_Q', '-')}x{launch.arguments.get('BLOCK_K', '-')}"
+    tile += "_tma" if launch.arguments.get("TMA") else ""
     dtype_name = str(dtype).removeprefix("torch.")
     name = launch.kernel.__name__.removesuffix("_kernel")
     if name == "attention_dkdv":

@@ -237,6 +237,46 @@ def test_attention_in_every_candidate(shapes, monkeypatch):
     check_attention(Case(**{**vars(case), **small}), torch.float32, "triton")
 
 
+TMA_OPTIONS = {
+    "plain": {},
+    "causal_bottom_right": {"is_causal": True, "alignment": "bottom_right"},
+    "window": {"window": (20, 9)},
+    "dropout": {"dropout_p": 0.3},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", TMA_OPTIONS.values(), ids=TMA_OPTIONS)
+def test_keys_by_tma_give_the_same_bits(options, dtype, monkeypatch):
+    """Also where neither length nor head_dims fill tiles, and behind the keys lies what must not be read."""
+    q = torch.randn(2, 4, 45, 40, device=DEVICE).to(dtype)
+    k, v = (torch.full((2, 80, 2, head_dim), float("nan"), device=DEVICE, dtype=dtype) for head_dim in (40, 24))
+    k, v = (x[:, :70].copy_(torch.randn(x[:, :70].shape)).transpose(1, 2) for x in (k, v))
+    results = []
+    for tma in (False, True):
+        monkeypatch.setattr(tiles, "forward", lambda *_, tma=tma: (tiles.Tile(32, 32, 4, 1, tma=tma),))
+        torch.manual_seed(3)
+        results.append(fastattn.attention(q, k, v, enable_gqa=True, return_lse=True, backend="triton", **options))
+    assert all(map(torch.equal, *results)) and results[0][0].isfinite().all()
+
+
+def test_tma_is_tried_where_the_hardware_can_read_the_operands():
+    from fastattn.ops import attention_triton_plan as plan
+    from fastattn.ops import attention_triton_tuning as tuning
+
+    def tried(capability, dtype=torch.float16, head_dim=64, softcap=0.0, padding=0):
+        gpu, scoring = tiles.Gpu(capability), plan.Scoring(*[None] * 4, 0.0, True, 0.1, -1, -1, False, softcap)
+        q = torch.empty(1, 2, 512, head_dim + padding, dtype=dtype, device="meta")[..., :head_dim]
+        launch = plan.plan_forward(q, q, q, q, torch.empty(1, 2, 512, device="meta"), scoring, None, gpu)[-1]
+        found = tuning.candidates(gpu, launch)
+        assert not found[0][0].tma
+        return any(tile.tma for (tile,) in found)
+
+    assert tried((9, 0)) and tried((10, 0), torch.bfloat16, 128) and tried((9, 0), padding=8)
+    assert not tried((8, 0)) and not tried((12, 0)) and not tried((9, 0), torch.float32)
+    assert not tried((9, 0), head_dim=20) and not tried((9, 0), padding=4) and not tried((9, 0), softcap=3.0)
+
+
 NORM_DEVICES = [Device(2, (8, 0), 163 << 10), Device(132, (9, 0), 227 << 10)]
 
 

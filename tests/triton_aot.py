@@ -82,6 +82,8 @@ def _typed(value: Any, specialized: bool) -> tuple[str, bool]:
     """(type in Triton's signature, whether it counts as divisible by 16), as Triton's launcher has them."""
     if isinstance(value, torch.Tensor):
         return _POINTERS[value.dtype], True  # PyTorch's allocator aligns to 512 bytes
+    if hasattr(value, "block_shape"):  # a descriptor for TMA
+        return f"tensordesc<{_POINTERS[value.base.dtype].removeprefix('*')}{list(value.block_shape)}>", False
     if isinstance(value, float):
         return "fp32", False
     return ("i32" if -(2**31) <= value < 2**31 else "i64"), specialized and value % 16 == 0

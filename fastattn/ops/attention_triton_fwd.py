@@ -37,17 +37,19 @@ from fastattn.ops.philox_triton import dropout_keep
 
 
 @triton.jit
-def _visit_keys(acc, row_max, row_sum, q, begin, end, list_ptr, first_row, k_ptr, v_ptr, mask_ptr, rng_state_ptr,
+def _visit_keys(acc, row_max, row_sum, q, begin, end, list_ptr, first_row, batch, head_kv, k_ptr, v_ptr, mask_ptr,
+                rng_state_ptr,
                 stride_q_row, stride_k_row, stride_v_row, stride_mask_q, stride_mask_k, slope, batch_head,
                 seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap, threshold,
                 HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
                 BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr,
                 SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
                 PLAIN: tl.constexpr, PRECISION: tl.constexpr, SLICE: tl.constexpr, LISTED: tl.constexpr,
-                BOUNDARY: tl.constexpr):  # fmt: skip
+                TMA: tl.constexpr, BOUNDARY: tl.constexpr):  # fmt: skip
     """The online softmax over the key tiles of [begin, end), or, LISTED, over those that part of a list names.
 
-    q: the rows' tile or, if SLICE > 0, where it begins.
+    q: the rows' tile or, if SLICE > 0, where it begins. k_ptr, v_ptr: if TMA, descriptors, which need (batch, head_kv)
+    and fill in zeros past the ends.
     """
     row, col = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     # The few tiles at the edges are not worth the registers of as many addresses and comparisons as there are stages.
@@ -61,7 +63,10 @@ def _visit_keys(acc, row_max, row_sum, q, begin, end, list_ptr, first_row, k_ptr
             # Read any later, v would be in registers together with all that multiplies it.
             v = load_tile(v_ptr, first_col, seqlen_k, stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, BOUNDARY)
         else:
-            k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, BOUNDARY)
+            if TMA:
+                k = tl.reshape(k_ptr.load([batch, head_kv, first_col, 0]), (BLOCK_K, BLOCK_D))
+            else:
+                k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, BOUNDARY)
             dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores, _ = cap_scores(dots, scale, softcap, SOFTCAP, PLAIN)
         scores = mask_scores(scores, first_row, first_col, row[:, None], col[None, :], mask_ptr, stride_mask_q,
@@ -72,7 +77,9 @@ def _visit_keys(acc, row_max, row_sum, q, begin, end, list_ptr, first_row, k_ptr
             keep = dropout_keep(rng_state_ptr, batch_head, first_row + row, first_col, threshold, BLOCK_K)
             p = tl.where(keep, p, 0.0)
 
-        if SLICE == 0:
+        if TMA:
+            v = tl.reshape(v_ptr.load([batch, head_kv, first_col, 0]), (BLOCK_K, BLOCK_DV))
+        elif SLICE == 0:
             v = load_tile(v_ptr, first_col, seqlen_k, stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, BOUNDARY)
         acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
     return acc, row_max, row_sum
@@ -92,11 +99,11 @@ def attention_fwd_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     PLAIN: tl.constexpr, PRECISION: tl.constexpr, SLICE: tl.constexpr, ONE_WALK: tl.constexpr, LISTED: tl.constexpr,
-    PACKED: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
+    PACKED: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch * heads * row tiles,). Parameters: attention_triton.py; PLAIN, unit: attention_triton_scores.py;
     LISTED, lists_ptr: attention_triton_mask_tiles.py. PACKED: attention_triton_packed.py; the lengths are then those of
-    the longest sequences, and ``diagonal`` is found here."""
+    the longest sequences, and ``diagonal`` is found here. TMA: k_ptr and v_ptr are descriptors of dense operands."""
     row_tiles = tl.cdiv(seqlen_q, BLOCK_Q)
     batch_head = tl.program_id(0) // row_tiles
     first_row = (row_tiles - 1 - tl.program_id(0) % row_tiles) * BLOCK_Q
@@ -118,8 +125,9 @@ def attention_fwd_kernel(
     else:
         lse_ptr += batch_head.to(tl.int64) * seqlen_q
     q_ptr += entry_q * stride_q_batch + head * stride_q_head
-    k_ptr += entry_k * stride_k_batch + head // group * stride_k_head
-    v_ptr += entry_k * stride_v_batch + head // group * stride_v_head
+    if not TMA:
+        k_ptr += entry_k * stride_k_batch + head // group * stride_k_head
+        v_ptr += entry_k * stride_v_batch + head // group * stride_v_head
     out_ptr += entry_q * stride_out_batch + head * stride_out_head
     slope = 0.0
     if MASK != MASK_NONE:
@@ -161,11 +169,12 @@ def attention_fwd_kernel(
         if LISTED:
             list_ptr, start, stop = listed_tiles(lists_ptr, first_row // BLOCK_Q, seqlen_k, start, stop, BLOCK_K)
         acc, row_max, row_sum = _visit_keys(
-            acc, row_max, row_sum, q, start, stop, list_ptr, first_row, k_ptr, v_ptr, mask_ptr, rng_state_ptr,
+            acc, row_max, row_sum, q, start, stop, list_ptr, first_row, batch.to(tl.int32),
+            (head // group).to(tl.int32), k_ptr, v_ptr, mask_ptr, rng_state_ptr,
             stride_q_row, stride_k_row, stride_v_row, stride_mask_q, stride_mask_k, slope, batch_head,
             seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap, threshold,
             HEAD_DIM, HEAD_DIM_V, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT,
-            PLAIN, PRECISION, SLICE, LISTED, BOUNDARY=part != 1,
+            PLAIN, PRECISION, SLICE, LISTED, TMA, BOUNDARY=part != 1,
         )  # fmt: skip
 
     # A row that saw nothing has sum 0 and maximum -inf: output 0, lse -inf.

@@ -19,7 +19,7 @@ from fastattn.ops.attention_triton_mask import ceil_div, mask_arguments, plan_li
 from fastattn.ops.attention_triton_packed import STATISTICS_ROWS
 from fastattn.ops.attention_triton_scores import MASK_ADD, MASK_NONE
 from fastattn.ops.attention_triton_tiles import Tile, Tiling
-from fastattn.ops.triton_launch import Launch
+from fastattn.ops.triton_launch import Launch, descriptor
 
 LOG2_E = math.log2(math.e)
 # How many programs share the batches and heads that add to one tile of a mask's gradient, so that a small mask fills a
@@ -214,7 +214,10 @@ def plan_forward(
     batch, seqlen_q, seqlen_k = scoring.extent(query, key)
     programs = batch * query.shape[1] * ceil_div(seqlen_q, tile.block_q)
     launches, lists = plan_lists(mask_states, tile, (seqlen_q, seqlen_k))
-    arguments |= _blocks(tile) | lists
+    arguments |= _blocks(tile) | lists | {"TMA": tile.tma}
+    if tile.tma:
+        of_keys, of_values = ((1, 1, tile.block_k, arguments[block]) for block in ("BLOCK_D", "BLOCK_DV"))
+        arguments |= {"k_ptr": descriptor(key, of_keys), "v_ptr": descriptor(value, of_values)}
     return [*launches, Launch(attention_fwd_kernel, (programs,), arguments, tile.launch_options())]
 
 

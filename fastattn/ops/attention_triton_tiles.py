@@ -32,6 +32,8 @@ class Tile(NamedTuple):
     # How much of head_dim is multiplied at once, with both operands read again for every tile; 0: all of it, with the
     # program's own operand read once and, but for wgmma and tcgen05, kept in registers.
     head_dim_slice: int = 0
+    # Keys and values come by TMA, through descriptors that the host makes: of the forward alone.
+    tma: bool = False
 
     def launch_options(self) -> dict[str, int]:
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}

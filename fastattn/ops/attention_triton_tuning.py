@@ -1,12 +1,12 @@
 """Runs planned launches of attention's Triton kernels, in the tables' tiles or in the fastest that a timing finds.
 
-Not among what is tried, since no GPU has timed it: keys and values by TMA. With ``tl.make_tensor_descriptor`` (Triton
-3.9; forward, causal, float16) loads become cp.async.bulk.tensor, and addresses leave the registers: from 205 a thread
-to 161 at head_dim 64, from 213 to 148 at 128 on 9.0, from 143 to 112 and from 186 to 142 on 10.0, with the same shared
-memory and no spills; tiles past the end need no comparison, being filled with zeros. It wants rows and starts at
-multiples of 16 bytes, and scratch memory in every launch, from an allocator that a process has one of
-(``triton.set_allocator``); descriptors made by the host would not. Warp specialisation
-(``tl.range(warp_specialize=True)``) changes nothing on 9.0 with 8 warps, does not compile with 4, and spills on 10.0.
+Among what is tried on 9.0 and 10.0, and nowhere a default, since no GPU has timed it: keys and values by TMA, through
+descriptors that the host makes (Triton 3.9; forward, causal, float16). Loads become cp.async.bulk.tensor, and addresses
+leave the registers: from 205 a thread to 163 at head_dim 64, from 213 to 150 at 128 on 9.0, with the same shared memory
+and no spills; tiles past the end need no comparison, being filled with zeros. Descriptors made by the kernel
+(``tl.make_tensor_descriptor``) would want scratch memory in every launch, from an allocator of which a process has one.
+Warp specialisation (``tl.range(warp_specialize=True)``) is not tried: with these descriptors, too, it changes nothing
+on 9.0 with 8 warps, does not compile with 4 (the pass NVGPUWarpSpecialization fails), and spills in every tile on 10.0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastattn.ops import triton_autotune
 from fastattn.ops.attention_triton_mask import plan_mask_states
 from fastattn.ops.attention_triton_plan import shape_of_tiles
 from fastattn.ops.attention_triton_tiles import Tile, Tiling
-from fastattn.ops.triton_launch import Launch, next_power_of_2
+from fastattn.ops.triton_launch import Launch, has_descriptor, next_power_of_2
 
 # What times depend on besides the constexprs: lengths, known by the next power of two.
 _LENGTHS = ("heads", "group", "seqlen_q", "seqlen_k", "window_left", "window_right")
@@ -148,6 +148,9 @@ _DKDV: _Trials = {
          128: ((), ()),
          256: ((), ())},
 }  # fmt: skip
+_FORWARD_TMA: dict[int, tuple[Tiling, ...]] = {
+    64: _one((128, 128, 8, 3), (64, 128, 4, 3)), 128: _one((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2)),
+}  # fmt: skip
 # The tables' functions are looked up by name, for tests may have put others in their place.
 _TABLES = {
     "attention_fwd_kernel": ("forward", _FORWARD),
@@ -159,8 +162,12 @@ _INTERPRETED = ((Tile(32, 32, 4, 1),), (Tile(16, 64, 4, 1),), (Tile(64, 32, 4, 1
 
 def candidates(gpu: tiles.Gpu, launch: Launch) -> tuple[Tiling, ...]:
     """What is timed for the kernel and arguments of ``launch``; the tables' tiling comes first."""
-    shape = shape_of_tiles(launch.arguments)
-    return tilings(gpu, launch.kernel.__name__, *shape, is_packed=launch.arguments["PACKED"])
+    shape, is_packed = shape_of_tiles(launch.arguments), launch.arguments["PACKED"]
+    found = tilings(gpu, launch.kernel.__name__, *shape, is_packed=is_packed)
+    if launch.kernel.__name__ != "attention_fwd_kernel" or is_packed:
+        return found
+    by_tma = all(has_descriptor(launch.arguments[operand]) for operand in ("k_ptr", "v_ptr"))
+    return found + _tma_tilings(gpu, *shape[1:]) if by_tma else found
 
 
 def tilings(
@@ -179,3 +186,12 @@ def tilings(
     )
     tried = (tuple(tiles.fit(tile, gpu) for tile in tiling) for tiling in of_shape)
     return (default, *(tiling for tiling in dict.fromkeys(tried) if tiling != default))
+
+
+def _tma_tilings(gpu: tiles.Gpu, block_d: int, features: int) -> tuple[Tiling, ...]:
+    if gpu is tiles.INTERPRETER:
+        return ((Tile(32, 32, 4, 1, tma=True),),)
+    if gpu.capability[0] not in (9, 10) or features > 0:
+        return ()
+    tried = _FORWARD_TMA.get(tiles.width(block_d), ())
+    return tuple((tiles.fit(tile, gpu)._replace(tma=True),) for (tile,) in tried)

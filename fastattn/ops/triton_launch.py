@@ -87,6 +87,21 @@ class Launch:
         launch(on, self.kernel, self.grid, **self.arguments, **self.options)
 
 
+def has_descriptor(operand: Tensor) -> bool:
+    """Whether TMA can read ``operand``: the hardware wants rows and starts at multiples of 16 bytes. 16-bit dtypes."""
+    *outer, last = operand.stride()
+    aligned = operand.is_meta or operand.data_ptr() % 16 == 0
+    rows = all(stride > 0 and stride % 8 == 0 for stride in outer)
+    return operand.numel() > 0 and operand.itemsize == 2 and last == 1 and aligned and rows
+
+
+def descriptor(operand: Tensor, tile: tuple[int, ...]) -> Any:
+    """Of an operand that has one: what a kernel loads tiles by, with zeros past the ends."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(operand, list(operand.shape), list(operand.stride()), list(tile))
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
