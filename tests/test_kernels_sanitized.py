@@ -14,6 +14,7 @@ from emulated import MODES, EmulatedLibrary, emulated_kernels
 pytestmark = pytest.mark.skipif(
     os.environ.get("FASTATTN_TEST_SANITIZER") is None, reason="run by make sanitize; the ops' tests cover the rest"
 )
+INT32 = torch.iinfo(torch.int32)
 DTYPES = {torch.float32: 0, torch.float16: 2}
 SCHEDULE = MODES[1]
 
@@ -32,12 +33,12 @@ class AttentionCall(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int)
         for name in ("dtype", "batch", "heads", "heads_kv", "seqlen_q", "seqlen_k", "head_dim", "causal",
-                     "compute_capability", "multiprocessors", "deterministic")
+                     "compute_capability", "multiprocessors", "deterministic", "total_q", "total_k", "bottom_right")
     ) + tuple((name, ctypes.c_float) for name in ("scale", "softcap", "dropout_p"))  # fmt: skip
 
 
 TENSORS = ("q", "k", "v", "out", "weights", "dout", "dq", "dk", "dv", "mask", "sinks", "lse", "dmask", "dsinks",
-           "rng_state", "workspace")  # fmt: skip
+           "rng_state", "cu_seqlens_q", "cu_seqlens_k", "workspace")  # fmt: skip
 
 
 class AttentionTensors(ctypes.Structure):
@@ -127,6 +128,53 @@ def test_attention(name):
     gradients = torch.autograd.grad(out, list(leaves.values()), tensors["dout"].float())
     for leaf, gradient in zip(leaves, gradients, strict=True):
         torch.testing.assert_close(tensors[f"d{leaf}"].float(), gradient, rtol=2e-2, atol=5e-2)
+
+
+# (cu_seqlens, longest) of 40 rows: nobody has looked at them, as on a device.
+LENGTHS = {
+    "right": ([0, 9, 9, 40], 31),
+    "falls": ([0, 40, 5, 33], 40),
+    "negative": ([-7, -3, 20, 40], 40),
+    "past_the_end": ([0, 9, 41, 90], 40),
+    "extremes": ([INT32.min, INT32.max, INT32.min, INT32.max], 40),
+    "longer_than_told": ([0, 30, 31, 40], 4),
+    "longest_past_the_end": ([0, 20, 30, 40], 200),
+    "nothing_first": ([3, 9, 9, 17], 9),
+}
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_lengths_of_packed_sequences_stay_inside(name, head_dim):
+    """Tensors and workspace are no larger than they have to be; where sequences overlap, only that counts."""
+    cu, longest = LENGTHS[name]
+    total, batch, heads = 40, len(cu) - 1, 2
+    # Queries may be packed rightly where keys are not, and the other way round; a block's queries may be shared.
+    for wrong_q, wrong_k, multiprocessors in ((True, True, 1), (True, False, 1), (False, True, 16)):
+        lengths = {side: (cu, longest) if wrong else ([0, 13, 20, 40], 20) for side, wrong in
+                   (("q", wrong_q), ("k", wrong_k))}  # fmt: skip
+        call = AttentionCall(dtype=DTYPES[torch.float16], batch=batch, heads=heads, heads_kv=1, head_dim=head_dim,
+                             seqlen_q=lengths["q"][1], seqlen_k=lengths["k"][1], total_q=total, total_k=total,
+                             causal=wrong_q, bottom_right=wrong_k, compute_capability=80,
+                             multiprocessors=multiprocessors, scale=head_dim**-0.5)  # fmt: skip
+        shapes = {"q": heads, "out": heads, "dout": heads, "dq": heads, "k": 1, "v": 1, "dk": 1, "dv": 1}
+        tensors = {name: torch.randn(n, total, head_dim).half() for name, n in shapes.items()}
+        tensors |= {f"cu_seqlens_{side}": torch.tensor(lengths[side][0], dtype=torch.int32) for side in "qk"}
+        tensors |= {"lse": torch.empty(heads, total), "rng_state": torch.tensor([7, 0])}
+        library = emulated_kernels("attention", ATTENTION_UNITS)
+        library.configure(SCHEDULE)
+
+        def arguments(workspace: torch.Tensor, tensors: dict = tensors) -> AttentionTensors:
+            pointers = {name: t.data_ptr() for name, t in tensors.items()}
+            return AttentionTensors(workspace=workspace.data_ptr(), workspace_bytes=workspace.nbytes, **pointers)
+
+        sizes = torch.zeros(2, dtype=torch.int64)
+        _call(library, tensors.values(), "attention_workspaces", call, arguments(sizes), sizes)
+        for function, size in zip(("attention_forward", "attention_backward"), sizes.tolist(), strict=True):
+            workspace = torch.empty(size, dtype=torch.uint8)
+            _call(library, [*tensors.values(), workspace], function, call, arguments(workspace))
+        for result in ("out", "dq", "dk", "dv"):
+            assert name == "falls" or tensors[result].isfinite().all(), result
 
 
 def _call(library: EmulatedLibrary, tensors, function: str, *arguments) -> None:

@@ -64,3 +64,33 @@ def test_under_harsh_schedules(mode):
     lengths_q, lengths_k = (70, 0, 9), (30, 5, 140)
     operands = of_head_dim(32, lengths_q, lengths_k, torch.float16)
     check(operands, lengths_q, lengths_k, "emulated", **OPTIONS["sinks"])
+
+
+# What nobody checked, as on a device, and the lengths that kernels make of it.
+CLIPPED = {
+    "negative": ([-7, -3, 20, 40], [0, 0, 20, 40]),
+    "past_the_end": ([0, 9, 1 << 30, 40], [0, 9, 40, 40]),
+    "extremes": ([-(1 << 31), 15, (1 << 31) - 1, -(1 << 31)], [0, 15, 40, 40]),
+}
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 192])
+@pytest.mark.parametrize("name", CLIPPED)
+def test_wrong_lengths_are_clipped(name, head_dim):
+    """The same bits as right ones, forward and backward; tests/test_kernels_sanitized.py sees every access."""
+    Mode().apply(checks_values=False)
+    leaves = [x.requires_grad_() for x in of_head_dim(head_dim, (15, 25), (15, 25), torch.float16)]
+    results = []
+    for cu in CLIPPED[name]:
+        cu = torch.tensor(cu, dtype=torch.int32)
+        out, lse = fastattn.varlen_attention(*leaves, cu, cu, 40, 40, is_causal=True, return_lse=True,
+                                             backend="emulated")  # fmt: skip
+        results.append((out, lse, *torch.autograd.grad((out, lse), leaves, (out.detach(), torch.ones_like(lse)))))
+    assert all(torch.equal(wrong, right) and wrong.isfinite().all() for wrong, right in zip(*results, strict=True))
+
+
+def test_lengths_are_checked_where_that_takes_no_synchronisation():
+    leaves = of_head_dim(64, (40,), (40,), torch.float16)
+    cu = torch.tensor(CLIPPED["past_the_end"][0], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens_q must not fall, but sequence 2 has a negative length"):
+        fastattn.varlen_attention(*leaves, cu, cu, 40, 40, backend="emulated")

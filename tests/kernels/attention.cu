@@ -91,6 +91,7 @@ LEFT_OUT_BWD_SM90(bfloat16_t, 256)
 struct AttentionCall {
   int dtype, batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, causal;
   int compute_capability, multiprocessors, deterministic;
+  int total_q, total_k, bottom_right;  // of packed sequences
   float scale, softcap, dropout_p;
 };
 
@@ -99,12 +100,26 @@ struct AttentionTensors {
   void *q, *k, *v, *out, *weights, *dout, *dq, *dk, *dv;
   float *mask, *sinks, *lse, *dmask, *dsinks;
   int64_t* rng_state;
+  // (batch + 1,) or null. Where they are there, batch and seqlen_q of the others are one dimension of total_q rows.
+  int *cu_seqlens_q, *cu_seqlens_k;
   void* workspace;
   int64_t workspace_bytes;  // with less than a call needs, it says so and runs nothing
 };
 
+static bool is_packed(const AttentionTensors& t) { return t.cu_seqlens_q != nullptr; }
+
 static AttentionTensor rows(void* data, int heads, int seqlen, int head_dim) {
   return {data, int64_t{heads} * seqlen * head_dim, int64_t{seqlen} * head_dim, head_dim};
+}
+static AttentionTensor query_rows(const AttentionCall& c, const AttentionTensors& t, void* data) {
+  AttentionTensor tensor = rows(data, c.heads, is_packed(t) ? c.total_q : c.seqlen_q, c.head_dim);
+  if (is_packed(t)) tensor.stride_batch = 0;
+  return tensor;
+}
+static AttentionTensor key_rows(const AttentionCall& c, const AttentionTensors& t, void* data) {
+  AttentionTensor tensor = rows(data, c.heads_kv, is_packed(t) ? c.total_k : c.seqlen_k, c.head_dim);
+  if (is_packed(t)) tensor.stride_batch = 0;
+  return tensor;
 }
 
 template <typename Params>
@@ -113,8 +128,12 @@ static Params params_of(const AttentionCall& c, const AttentionTensors& t) {
   p.dtype = static_cast<DType>(c.dtype);
   p.batch = c.batch, p.heads = c.heads, p.heads_kv = c.heads_kv;
   p.seqlen_q = c.seqlen_q, p.seqlen_k = c.seqlen_k, p.head_dim = p.head_dim_v = c.head_dim;
-  p.q = rows(t.q, c.heads, c.seqlen_q, c.head_dim), p.out = rows(t.out, c.heads, c.seqlen_q, c.head_dim);
-  p.k = rows(t.k, c.heads_kv, c.seqlen_k, c.head_dim), p.v = rows(t.v, c.heads_kv, c.seqlen_k, c.head_dim);
+  p.q = query_rows(c, t, t.q), p.out = query_rows(c, t, t.out);
+  p.k = key_rows(c, t, t.k), p.v = key_rows(c, t, t.v);
+  if (is_packed(t)) {
+    p.packed_q = {t.cu_seqlens_q, c.total_q}, p.packed_k = {t.cu_seqlens_k, c.total_k};
+    p.packed_bottom_right = c.bottom_right != 0;
+  }
   p.lse = t.lse;
   p.scale = c.scale, p.softcap = c.softcap, p.dropout_p = c.dropout_p;
   if (c.causal) p.window_right = 0;
@@ -143,18 +162,32 @@ extern "C" const char* attention_forward(const AttentionCall* c, const Attention
   return attention_fwd_cuda(p, launch);
 }
 
-extern "C" const char* attention_backward(const AttentionCall* c, const AttentionTensors* t, void* stream) {
-  auto p = params_of<AttentionBwdParams>(*c, *t);
-  p.dout = rows(t->dout, c->heads, c->seqlen_q, c->head_dim), p.dq = rows(t->dq, c->heads, c->seqlen_q, c->head_dim);
-  p.dk = rows(t->dk, c->heads_kv, c->seqlen_k, c->head_dim), p.dv = rows(t->dv, c->heads_kv, c->seqlen_k, c->head_dim);
-  if (t->dmask != nullptr) {
-    p.dmask = t->dmask;
-    p.stride_dmask_q = c->seqlen_k, p.stride_dmask_k = 1;
+static AttentionBwdParams backward_params_of(const AttentionCall& c, const AttentionTensors& t) {
+  auto p = params_of<AttentionBwdParams>(c, t);
+  p.dout = query_rows(c, t, t.dout), p.dq = query_rows(c, t, t.dq);
+  p.dk = key_rows(c, t, t.dk), p.dv = key_rows(c, t, t.dv);
+  if (t.dmask != nullptr) {
+    p.dmask = t.dmask;
+    p.stride_dmask_q = c.seqlen_k, p.stride_dmask_k = 1;
   }
-  p.dsinks = t->dsinks;
+  p.dsinks = t.dsinks;
+  return p;
+}
+
+extern "C" const char* attention_backward(const AttentionCall* c, const AttentionTensors* t, void* stream) {
+  const AttentionBwdParams p = backward_params_of(*c, *t);
   const DeviceLaunch launch = launch_of(*c, *t, stream);
   if (attention_bwd_cuda_workspace_bytes(p, launch) > static_cast<size_t>(t->workspace_bytes)) return "workspace";
   return attention_bwd_cuda(p, launch);
+}
+
+// What each of them needs, for a workspace behind which nothing is left.
+extern "C" const char* attention_workspaces(const AttentionCall* c, const AttentionTensors* t, int64_t* bytes,
+                                            void* stream) {
+  const DeviceLaunch launch = launch_of(*c, *t, stream);
+  bytes[0] = static_cast<int64_t>(attention_fwd_cuda_workspace_bytes(params_of<AttentionParams>(*c, *t), launch));
+  bytes[1] = static_cast<int64_t>(attention_bwd_cuda_workspace_bytes(backward_params_of(*c, *t), launch));
+  return nullptr;
 }
 
 extern "C" const char* attention_weights_of(const AttentionCall* c, const AttentionTensors* t, int average_heads,
