@@ -29,6 +29,7 @@ def shard_sequence(x: Tensor, dim: int = 2, *, group: Any = None, zigzag: bool =
 
     Raises: ValueError if the length is no multiple of the number of processes (with ``zigzag``, of twice that).
     """
+    _check_dim("shard_sequence", x, dim)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     pieces = 2 * size if zigzag else size
     if x.shape[dim] % pieces:
@@ -44,7 +45,16 @@ def unshard_sequence(x: Tensor, dim: int = 2, *, group: Any = None, zigzag: bool
     """The whole of which ``x`` is this process' part, in every process: the inverse of ``shard_sequence``.
 
     Differentiable: the gradient of a part is the sum of the gradients that all processes have for it.
+
+    Raises: ValueError if the part is of odd length with ``zigzag``, which makes it of two pieces of one length.
     """
+    _check_dim("unshard_sequence", x, dim)
+    if zigzag and x.shape[dim] % 2:
+        raise ValueError(
+            f"unshard_sequence: with zigzag a part is two pieces of one length, but dim {dim} has {x.shape[dim]}; pass "
+            "zigzag as shard_sequence had it."
+        )
+    _check_parts("unshard_sequence", group, x)
     return cast(Tensor, _Gather.apply(x, dim, group, zigzag))
 
 
@@ -75,12 +85,11 @@ def ring_attention(
 
     Returns: this process' part of the output, (batch, heads, part of seqlen, head_dim_v), and if asked of the
         log-sum-exp. Both are differentiable.
-    Raises: ValueError, TypeError, NotImplementedError as ``fastattn.attention`` does.
+    Raises: ValueError, TypeError, NotImplementedError as ``fastattn.attention`` does; on the CPU also ValueError if
+        another process has parts of another shape (on a GPU, asking would cost a synchronisation).
     """
-    # All that attention would object to has to be found now: an error once parts are on their way leaves the others
-    # waiting for ever.
-    call = prepare_attention(query, key, value, scale=scale, softcap=softcap, enable_gqa=enable_gqa)
-    select("attention", call, backend)
+    options = {"is_causal": is_causal, "scale": scale, "softcap": softcap, "enable_gqa": enable_gqa}
+    _check_attention("ring_attention", query, key, value, backend, **options)
     if (
         not query.dim() == key.dim() == value.dim() == 4
         or query.shape[2] != key.shape[2]
@@ -90,6 +99,7 @@ def ring_attention(
             "ring_attention: query and key must be (batch, heads, seqlen, head_dim) with parts of equal"
             f"{', even' if zigzag else ''} length, got {tuple(query.shape)} and {tuple(key.shape)}."
         )
+    _check_parts("ring_attention", group, query, key, value)
     options = {"scale": scale, "softcap": softcap, "enable_gqa": enable_gqa, "backend": backend}
     out, lse = _Ring.apply(query, key.contiguous(), value.contiguous(), group, is_causal, zigzag, options)
     return (out, lse) if return_lse else out
@@ -118,8 +128,12 @@ def ulysses_attention(
         is_causal, scale, window, softcap, enable_gqa, backend: as in ``fastattn.attention``.
 
     Returns: this process' part of the output, (batch, heads, part of seqlen, head_dim_v). Differentiable.
-    Raises: ValueError if the processes do not divide the heads.
+    Raises: ValueError if the processes do not divide the heads; and as ``fastattn.attention`` does.
     """
+    _check_attention(
+        "ulysses_attention", query, key, value, backend, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+        window=window, softcap=softcap,
+    )  # fmt: skip
     size = dist.get_world_size(group)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4 or x.shape[1] % size:
@@ -127,12 +141,52 @@ def ulysses_attention(
                 f"ulysses_attention: {name} must be (batch, heads, seqlen, head_dim) with heads a multiple of the "
                 f"{size} processes, got {tuple(x.shape)}; use ring_attention."
             )
+    _check_parts("ulysses_attention", group, query, key, value)
     q, k, v = (_Exchange.apply(x, 1, 2, group) for x in (query, key, value))
     out = attention(
         q, k, v, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, window=window, softcap=softcap,
         backend=backend,
     )  # fmt: skip
     return cast(Tensor, _Exchange.apply(out, 2, 1, group))
+
+
+def _check_dim(op: str, x: Any, dim: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x must be a Tensor, got {type(x).__name__}.")
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"{op}: dim must be one of x, which is {tuple(x.shape)}, got {dim}.")
+
+
+def _check_attention(op: str, query: Any, key: Any, value: Any, backend: str, **options: Any) -> None:
+    """All that attention would object to has to be found before anything is sent: an error once parts are on their way
+    leaves the other processes waiting for ever."""
+    try:
+        call = prepare_attention(query, key, value, **options)
+        select("attention", call, backend)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise type(error)(str(error).replace("attention:", f"{op}:", 1)) from None
+
+
+# How many numbers describe a part: its element size, its number of dims, and the sizes of up to 14 of them.
+_DESCRIPTION = 16
+
+
+def _check_parts(op: str, group: Any, *parts: Tensor) -> None:
+    """That every process has parts of one shape and element size, where asking them costs no device synchronisation:
+    on the CPU. (Its messages of another length would end the process that receives them.)"""
+    if parts[0].device.type != "cpu":
+        return
+    described = [[x.element_size(), x.dim(), *x.shape, *[0] * _DESCRIPTION][:_DESCRIPTION] for x in parts]
+    mine = torch.tensor(described)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    for rank, theirs in enumerate(everyone):
+        if not torch.equal(theirs, mine):
+            got = ", ".join(str(tuple(sizes[2 : 2 + dims])) for sizes in theirs.tolist() for dims in [sizes[1]])
+            raise ValueError(
+                f"{op}: all processes must have parts of one shape and dtype, but this one has "
+                f"{', '.join(str(tuple(x.shape)) for x in parts)} and process {rank} of the group {got}; pad the whole."
+            )
 
 
 # --- Ring -------------------------------------------------------------------------------------------------------------

@@ -68,6 +68,35 @@ def check(rank: int) -> None:
         with pytest.raises(ValueError, match="value"):
             ring_attention(torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 4, 8))
     assert unshard_sequence(torch.full((1, 1, 2, 1), rank)).flatten().unique().tolist() == [0, 1, 2]
+    check_errors(rank)
+
+
+def check_errors(rank: int) -> None:
+    part = torch.zeros(1, 6, 4, 8)
+    for operation in (ring_attention, ulysses_attention):
+        name = operation.__name__
+        with pytest.raises(TypeError, match=f"^{name}: query must be a Tensor"):
+            operation(None, part, part)
+        with pytest.raises(TypeError, match=f"^{name}: query is float32 but key float16"):
+            operation(part, part.half(), part)
+        with pytest.raises(ValueError, match=f"^{name}: query has 12 heads but key and value have 6; pass enable_gqa"):
+            operation(torch.zeros(1, 12, 4, 8), part, part)
+        with pytest.raises(ValueError, match=f"^{name}: key has seqlen 4 but value has seqlen 6"):
+            operation(part, part, torch.zeros(1, 6, 6, 8))
+        with pytest.raises(NotImplementedError, match=f"^{name}: backend 'triton' cannot run"):
+            operation(part.double(), part.double(), part.double(), backend="triton")
+        # Each process has another length: none may send, for what came would not fit.
+        with pytest.raises(ValueError, match=f"^{name}: all processes must have parts of one shape"):
+            operation(*(torch.zeros(1, 6, 4 + 2 * rank, 8) for _ in range(3)))
+    with pytest.raises(ValueError, match=r"^unshard_sequence: all processes must have parts of one shape"):
+        unshard_sequence(torch.zeros(1, 1, 2 + 2 * rank, 1))
+    with pytest.raises(ValueError, match=r"^unshard_sequence: with zigzag a part is two pieces of one length"):
+        unshard_sequence(torch.zeros(1, 1, 3, 1))
+    for operation in (shard_sequence, unshard_sequence):
+        with pytest.raises(TypeError, match="x must be a Tensor, got list"):
+            operation([1, 2])
+        with pytest.raises(ValueError, match="dim must be one of x"):
+            operation(torch.zeros(6, 6))
 
 
 def check_ring_of_one(rank: int) -> None:
