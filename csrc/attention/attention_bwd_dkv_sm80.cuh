@@ -1,12 +1,11 @@
-// Gradients of keys and values:  dv = sum_i z_ij p_ij dO_i,   dk = scale sum_i dx_ij q_i,   dx = p (1 - t^2) (dp -
-// delta). Work:    one block per (batch, key head, kBlockK keys) visits the visible query tiles of every query head of
-// the group.
+// Gradients of keys and values:  dv_j = sum_i z_ij p_ij dO_i,   dk_j = scale sum_i dx_ij q_i.
+// There dx = p (1 - t^2) (dp - delta), dp_ij = z_ij dO_i v_j, z is what dropout multiplies by, t the softcap's tanh.
+// Work:    one block per (batch, key head, kBlockK keys) visits the visible query tiles of every head of the group.
 //          Warps work in pairs, 16 kRowTiles keys a pair. One warp makes P^T = exp2(k q^T - lse) and dv, the other
-//          dP^T = v dO^T and dk: two products each, and accumulators of one gradient each, so that a warp can have 32
-//          keys. That halves what shared memory has to deliver for a product, its limit on 8.0 and 9.0.
-// Memory:  k and v stay; q, dO, lse and delta arrive in two stages. P goes from warp to warp through shared memory in
-// the
-//          order of the registers, 16 bytes a lane; P^T and dX^T are the left operands of their products as they are.
+//          dP^T = v dO^T and dk: two products each, and accumulators of one gradient each, so that up to head_dim 128
+//          a warp has room for 32 keys. Then shared memory, the limit on 8.0 and 9.0, delivers half as much a product.
+// Memory:  k and v stay; q, dO, lse and delta arrive in two stages. P goes from warp to warp through shared memory, in
+//          the order of the registers, 16 bytes a lane; P^T and dX^T are left operands of their products as they are.
 // Numbers: fp16/bf16 inputs, fp32 scores, P and accumulation; P and dX are rounded for the products with dO and q.
 // Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 2, without its dq.
 #pragma once
@@ -98,7 +97,7 @@ FASTATTN_DEVICE void make_probabilities(typename Traits::Scores& s, const ScoreA
   }
 }
 
-// dO_i . v_j become dx_ij.
+// The other warp's share: dot products dO_i . v_j become dx_ij.
 template <typename Traits>
 FASTATTN_DEVICE void take_score_gradients(typename Traits::Scores& dp, const ScoreArgs& scores, const float* delta_smem,
                                           const float4* pair_smem) {
@@ -138,8 +137,7 @@ FASTATTN_DEVICE void attention_bwd_dkv_block(const AttentionBwdArgs& args, const
   const uint32_t smem_base = smem_address(smem);
   const TileK k_tile{smem_base}, v_tile{smem_base + TileK::kBytes};
 
-  // ---- what this block and this warp do. The causal diagonal lets the first keys be seen by most queries: they go
-  // first.
+  // ---- what this block and this warp do. Under a causal mask most queries see the first keys: those blocks go first.
   const ScoreArgs& scores = own.scores;
   const int key_tile = static_cast<int>(blockIdx.x) % args.key_tiles;
   const int batch_head = static_cast<int>(blockIdx.x) / args.key_tiles;

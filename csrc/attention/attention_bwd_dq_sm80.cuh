@@ -1,11 +1,9 @@
-// Gradient of queries:  dq = scale sum_j dx_ij k_j,   dx = p (1 - t^2) (dp - delta).
-// Work:    one block per (batch, head, kBlockQ queries) visits the visible key tiles. A warp owns 16 kRowTiles rows
-// and,
-//          where kKeyParts = 2, half of each key tile, so that eight warps fit a multiprocessor whose shared memory
-//          holds one block; the two halves of dq are added at the end.
+// Gradient of queries:  dq_i = scale sum_j dx_ij k_j,   dx as in attention_bwd_dkv_sm80.cuh.
+// Work:    one block per (batch, head, kBlockQ queries) visits the visible key tiles. A warp owns 16 kRowTiles rows,
+//          and where kKeyParts = 2 half of each key tile: so eight warps fit a multiprocessor whose shared memory holds
+//          one block. The two halves of dq are added at the end.
 // Memory:  q and dO stay, k and v arrive in two stages. S = q k^T becomes dX in registers, where it is the left operand
-// of
-//          the product with k.
+//          of the product with k.
 // Numbers: as in attention_bwd_dkv_sm80.cuh. Recomputing S and dP here costs two products, and saves what adding up dq
 //          across blocks would cost: seqlen_k / kBlockK reads and writes of dq in fp32, in an order to be enforced.
 #pragma once
@@ -75,7 +73,7 @@ FASTATTN_DEVICE void attention_bwd_dq_block(const AttentionBwdArgs& args, const 
   const uint32_t smem_base = smem_address(smem);
   const TileQ q_tile{smem_base}, dout_tile{smem_base + TileQ::kBytes};
 
-  // ---- what this block and this warp do. The causal diagonal lets the last queries see most keys: they go first.
+  // ---- what this block and this warp do. Under a causal mask the last queries see most keys: those blocks go first.
   const ScoreArgs& scores = own.scores;
   const int query_tile = args.query_tiles - 1 - static_cast<int>(blockIdx.x) % args.query_tiles;
   const int batch_head = static_cast<int>(blockIdx.x) / args.query_tiles;

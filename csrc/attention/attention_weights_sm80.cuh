@@ -1,6 +1,5 @@
-// Attention weights for compute capability 8.0 and newer:  w = exp(score - lse), after dropout, or their mean over
-// heads. Work:    one block per (batch, head, 64 queries, 64 keys), or per (batch, 64 queries, 64 keys), which then
-// adds up
+// Attention weights for compute capability 8.0 and newer:  w = exp(score - lse), after dropout, or its mean over heads.
+// Work:    one block per (batch, head, 64 queries, 64 keys), or per (batch, 64 queries, 64 keys), which then adds up
 //          the heads in order.
 // Memory:  one tile of q and one of k in shared memory. The result is as large as the scores: writing it is the limit.
 // Numbers: fp16/bf16 inputs, fp32 scores and sums.
