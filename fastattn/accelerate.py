@@ -56,10 +56,10 @@ def accelerate(
             attention likewise. For inference: the weights take no gradient, ``state_dict`` holds INT8. ``restore`` has
             the float weights. Without ``filter_fn`` the output head (a layer called lm_head, returned by the model's
             ``get_output_embeddings`` or tied to an embedding) and layers with fewer than 16 inputs or outputs are left.
-        linear: ``nn.Linear`` -> a subclass that runs on the CPU's own kernel in ``eval`` mode without gradients: in
-            float32 for any number of rows where MKL has no AVX-512 kernels for the processor, else for the few of a
-            decoder's step; where both are asked for, ``int8`` has it. Moves these weights onto 2 MiB pages where the
-            system can, in half a second a GB: their addresses stay.
+        linear: ``nn.Linear`` -> a subclass whose forward runs on the CPU's own kernel: in float32 for any number of
+            rows where MKL has no AVX-512 kernels for the processor, else for the few of a decoder's step; where both
+            are asked for, ``int8`` has it. Moves these weights onto 2 MiB pages where the system can, in half a second
+            a GB: their addresses stay.
         filter_fn: ``filter_fn(module, name)`` is asked about each module that fits; True = swap.
         verbose: what is printed: a line that counts what is swapped and left; True = the whole report, False = nothing.
     Returns: ``model``.

@@ -161,8 +161,8 @@ class Int8Linear(nn.Module):
 
 
 class Linear(nn.Linear):
-    """``torch.nn.Linear`` on the CPU's kernel in ``eval`` mode where no gradient is wanted, elsewhere PyTorch's: same
-    parameters and ``state_dict``.
+    """``torch.nn.Linear`` on the CPU's kernel where that is the faster one, elsewhere PyTorch's: same parameters and
+    ``state_dict``.
 
     What ``accelerate(model, linear=True)`` makes of ``nn.Linear``. ``forward`` can apply an activation, a key of
     ``fastattn.ops.linear.ACTIVATION_FUNCTIONS``, in the pass that writes the result. ``backend``: as in
@@ -172,8 +172,9 @@ class Linear(nn.Linear):
     backend = "auto"
 
     def forward(self, input: Tensor, activation: str = "none") -> Tensor:
-        # While training, a checkpointed block computes without gradients what it computes again with them: one product.
-        backend = "eager" if self.training else self.backend
+        # While training, a checkpointed block computes without gradients what it computes again with them: one product,
+        # compiled too, where the kernel does not serve gradients.
+        backend = "eager" if self.training and torch.compiler.is_compiling() else self.backend
         return linear(input, self.weight, self.bias, activation=activation, backend=backend)
 
 

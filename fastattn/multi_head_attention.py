@@ -265,8 +265,10 @@ class MultiHeadAttention(nn.MultiheadAttention):
                 f"MultiHeadAttention: query, key and value are {got} but the module's weights {weight.dtype}; they "
                 "must be equal. Convert one of them with .to(dtype), or use torch.autocast."
             )
-        # While training, a checkpointed block computes without gradients what it computes again with them: one product.
-        product = partial(linear, backend="eager" if self.training else self.backend)
+        # While training, a checkpointed block computes without gradients what it computes again with them: one product,
+        # compiled too, where the kernel does not serve gradients.
+        eager = self.training and torch.compiler.is_compiling()
+        product = partial(linear, backend="eager" if eager else self.backend)
         if self.in_proj_weight is None:
             kv_dim = self.num_kv_heads * self.head_dim
             biases = _split(self.in_proj_bias, [self.embed_dim, kv_dim, kv_dim])

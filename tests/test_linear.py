@@ -189,8 +189,57 @@ def test_names_what_is_wrong():
         kernel(x.double(), weight.double())
     with pytest.raises(ValueError, match="linear: activation must be 'none'"):
         kernel(x, weight, bias, "cube")
-    with pytest.raises(NotImplementedError, match="has no backward"):
-        kernel(x, weight.requires_grad_())
+
+
+# --- Gradients -------------------------------------------------------------------------------------------------------
+
+
+def gradients(function, operands, dout, wanted):
+    leaves = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(operands)]
+    return torch.autograd.grad(function(*leaves), [leaves[i] for i in wanted], dout)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1, 2)], ids=["input", "weight", "bias", "all"])
+@pytest.mark.parametrize("activation", ACTIVATION_FUNCTIONS)
+def test_gradients_are_as_accurate_as_eagers(activation, wanted):
+    x, weight, bias = operands(6, 33, 20)
+    given, dout = (x.view(2, 3, 33), weight, bias), torch.randn(2, 3, 20)
+    function = ACTIVATION_FUNCTIONS[activation]
+    ours = gradients(lambda *each: kernel(*each, activation), given, dout, wanted)
+    eager = gradients(lambda *each: function(F.linear(*each)), given, dout, wanted)
+    exact = gradients(lambda *each: function(F.linear(*each)), [t.double() for t in given], dout.double(), wanted)
+    for each in zip(ours, eager, exact, strict=True):
+        assert_as_accurate_as_eager(*each)
+
+
+def test_gradients_of_gradients_are_pytorchs():
+    x, weight, _ = operands(3, 17, 5)
+
+    def penalty(product):
+        leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        (dx,) = torch.autograd.grad(product(*leaves).tanh().sum(), leaves[0], create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), leaves)
+
+    for mine, theirs in zip(penalty(kernel), penalty(F.linear), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_frozen_weight_s_layer_keeps_no_input():
+    x, weight, bias = operands(3, 17, 5)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
+        kernel(x.requires_grad_(), weight, bias)
+        assert kept == [weight.shape]
+        kernel(x.detach(), weight.requires_grad_(), bias)
+        assert kept == [weight.shape, x.shape]
+
+
+def test_a_checkpointed_layer_computes_the_same_again():
+    layer = fastattn.accelerate(nn.Linear(20, 10), linear=True, verbose=False).train()
+    x = torch.randn(6, 20, requires_grad=True)
+    with torch.no_grad():
+        again = layer(x)
+    assert torch.equal(layer(x), again)
 
 
 # --- When it runs ----------------------------------------------------------------------------------------------------
@@ -224,14 +273,13 @@ def test_the_rest_is_pytorchs():
     x, weight, bias = operands(8, 20, 10)
     many = torch.randn(400, 20)
     wanted = [
-        (x, weight.requires_grad_(), bias), (x.double(), weight.double().detach(), bias.double()),
-        (many.bfloat16(), weight.bfloat16().detach(), bias.bfloat16()),
+        (x.double(), weight.double(), bias.double()), (many.bfloat16(), weight.bfloat16(), bias.bfloat16()),
     ]  # fmt: skip
     for arguments in wanted:
         assert not runs_kernel(*arguments)
         assert torch.equal(linear(*arguments, activation="relu"), F.linear(*arguments).relu())
+    assert runs_kernel(x, weight.requires_grad_(), bias) == ("avx" in extension.active_cpu_isa())
     with torch.no_grad():
-        assert runs_kernel(x, weight, bias) == ("avx" in extension.active_cpu_isa())
         for backend in ("eager", "triton"):
             assert torch.equal(linear(x, weight, bias, backend=backend), F.linear(x, weight, bias))
         with fastattn.use_backend("eager"):

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <cstdint>
@@ -67,17 +68,66 @@ Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& b
   return out;
 }
 
-Tensor linear_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                       c10::string_view activation) {
+// --- Gradients -------------------------------------------------------------------------------------------------------
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+Tensor linear_op(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, c10::string_view activation) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastattn::linear", "")
                              .typed<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view)>();
-  const bool wants_grad = at::GradMode::is_enabled() && (input.requires_grad() || weight.requires_grad() ||
-                                                         (bias.has_value() && bias->requires_grad()));
-  TORCH_CHECK_NOT_IMPLEMENTED(!wants_grad, kOp,
-                              ": has no backward; use torch.nn.functional.linear where a gradient is wanted.");
   at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(input, weight, bias, activation);
+}
+
+// Without activation, whose gradient would need what it was applied to. The backward's products are PyTorch's.
+struct Product : torch::autograd::Function<Product> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+    // Kept only where a gradient needs it: a frozen weight's layer holds no input.
+    ctx->saved_data["has_bias"] = bias.has_value();
+    ctx->save_for_backward({weight.requires_grad() ? input : Tensor(), input.requires_grad() ? weight : Tensor()});
+    return linear_op(input, weight, bias, "none");
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &input = saved[0], &weight = saved[1];
+    const Tensor dout = grads[0].reshape({-1, grads[0].size(-1)});
+    Tensor dinput, dweight, dbias;
+    if (ctx->needs_input_grad(0)) {
+      at::DimVector shape(grads[0].sizes());
+      shape.back() = weight.size(1);
+      dinput = dout.mm(weight).view(shape);
+    }
+    if (ctx->needs_input_grad(1)) dweight = dout.t().mm(input.reshape({-1, input.size(-1)}));
+    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) dbias = dout.sum(0);
+    return {dinput, dweight, dbias};
+  }
+};
+
+Tensor activated(const Tensor& x, Activation activation) {
+  switch (activation) {
+    case Activation::kNone:
+      return x;
+    case Activation::kRelu:
+      return at::relu(x);
+    case Activation::kGelu:
+      return at::gelu(x);
+    case Activation::kGeluTanh:
+      return at::gelu(x, "tanh");
+    case Activation::kSilu:
+      return at::silu(x);
+  }
+  return x;
+}
+
+Tensor linear_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                       c10::string_view activation) {
+  const bool wants_grad = at::GradMode::is_enabled() && (input.requires_grad() || weight.requires_grad() ||
+                                                         (bias.has_value() && bias->requires_grad()));
+  if (!wants_grad) return linear_op(input, weight, bias, activation);
+  return activated(Product::apply(input, weight, bias), parse_activation(kOp, activation));
 }
 
 bool is_intel() {

@@ -19,10 +19,8 @@ namespace py = pybind11;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// A tensor that the kernel takes; a gradient that is wanted of it, it cannot give.
 bool is_taken(const Tensor& tensor, at::ScalarType dtype) {
-  return is_dense_on_cpu(tensor) && tensor.scalar_type() == dtype &&
-         !(at::GradMode::is_enabled() && tensor.requires_grad());
+  return is_dense_on_cpu(tensor) && tensor.scalar_type() == dtype;
 }
 
 bool is_faster(const Tensor& input) {
@@ -64,7 +62,7 @@ void gather_weight(const Tensor& weight) {
 void bind_linear(py::module_& m) {
   m.def("linear_if_faster", &linear_if_faster,
         "The op linear (input, weight, bias, activation), or None where PyTorch's product is faster or the op cannot "
-        "serve: another device or dtype, a gradient, autocast, somebody who has to see the call.");
+        "serve: another device or dtype, autocast, somebody who has to see the call.");
   m.def("gather_weight", &gather_weight,
         "Moves a contiguous weight on the CPU onto 2 MiB pages where the system can; its bytes and address stay.");
 }

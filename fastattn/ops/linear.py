@@ -1,4 +1,4 @@
-"""Linear layers: PyTorch's product, or a kernel of the extension where that is faster and no gradient is wanted.
+"""Linear layers: PyTorch's product, or a kernel of the extension where that is faster; gradients by PyTorch's.
 
 Behind ``Linear``, ``MultiHeadAttention`` and the models; not an op of the backend table: PyTorch runs what it does not.
 """
@@ -29,8 +29,8 @@ def linear(
 ) -> Tensor:  # fmt: skip
     """``activation(F.linear(input, weight, bias))``.
 
-    The CPU's kernel takes float32, bfloat16 and float16 in inference, up to as many rows as it is faster for: any
-    number in float32 on processors that MKL has no AVX-512 kernels for, else some 8 to 32.
+    The CPU's kernel takes float32, bfloat16 and float16, compiled in inference only, up to as many rows as it is faster
+    for: any number in float32 on processors that MKL has no AVX-512 kernels for, else some 8 to 32.
 
     Args:
         input: (..., in_features).
