@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -333,7 +334,9 @@ class NinjaBuild(build_ext):
         output = self.output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
-            report = {"built": True, "reason": None, "cuda": self.build(output)}
+            # Of the sources as they are now: what changes while they are compiled makes the result stale.
+            stamp = runpy.run_path(str(ROOT / "fastattn" / "_interface.py"))["interface_stamp"](CSRC)
+            report = {"built": True, "reason": None, "cuda": self.build(output), "interface": stamp}
         except BuildFailure as failure:
             output.unlink(missing_ok=True)
             report = {"built": False, "reason": str(failure), "cuda": None}

@@ -12,13 +12,30 @@ from typing import Any
 
 import torch  # noqa: F401  (loads the libraries, OpenMP among them, that the extension links to)
 
+from fastattn._interface import interface_stamp
 
-def _build_report() -> dict[str, str | None]:
+
+def _build_report() -> dict[str, Any]:
     report = Path(__file__).with_name("_build_report.json")
     return json.loads(report.read_text()) if report.exists() else {}
 
 
+def _is_stale() -> bool:
+    """Whether the extension was built of other sources than those beside the package, as after a pull. An installed
+    package has none there."""
+    csrc, report = Path(__file__).parents[1] / "csrc", _build_report()
+    if not report.get("built") or not (csrc / "ops.cpp").exists():
+        return False
+    return report.get("interface") != interface_stamp(csrc)
+
+
 def _load() -> tuple[ModuleType | None, str | None]:
+    # Before anything is loaded: its ops would stay registered.
+    if _is_stale():
+        return None, (
+            "the compiled extension was built before csrc changed; build it again with `make build`, or "
+            "`python setup.py build_ext --inplace`"
+        )
     try:
         module = importlib.import_module("fastattn._C")
     except ImportError as error:

@@ -32,8 +32,8 @@ class Int8Linear(nn.Module):
     weight is fixed. On the CPU the weight is also kept in the layout of the matrix loop, which doubles its memory; that
     copy is a cache: it is made again when the weight changes, and is not in the state dict, pickles or copies.
 
-    The weight may be replaced, loaded, or written in place under ``torch.no_grad()``. What writes past PyTorch's count of
-    changes goes unnoticed, as it does in autograd: ``weight.data.copy_(...)``, a NumPy view, another process. Call
+    The weight may be replaced, loaded, or written in place under ``torch.no_grad()``. What writes past PyTorch's count
+    of changes goes unnoticed, as it does in autograd: ``weight.data.copy_(...)``, a NumPy view, another process. Call
     ``layer.to(layer.weight.device)`` after it, which packs anew.
 
     Buffers and parameters (the keys of the state dict):

@@ -44,6 +44,37 @@ def copy_sources(target: Path) -> None:
     shutil.copytree(ROOT / "csrc", target / "csrc")
 
 
+@needs_extension
+@pytest.mark.parametrize("changed", ["ops.cpp", "layer_norm/layer_norm_bindings.cpp", "an older build's report", None])
+def test_a_stale_extension_is_not_loaded_and_says_what_to_do(tmp_path, changed):
+    copy_sources(tmp_path)
+    built = Path(_extension.extension.__file__)
+    (tmp_path / "fastattn" / built.name).symlink_to(built)
+    report = json.loads(built.with_name("_build_report.json").read_text())
+    if changed is not None and (tmp_path / "csrc" / changed).exists():
+        with (tmp_path / "csrc" / changed).open("a") as source:
+            source.write("// pulled\n")
+    elif changed is not None:
+        del report["interface"]
+    (tmp_path / "fastattn" / "_build_report.json").write_text(json.dumps(report))
+    code = "import fastattn; print(fastattn.available_backends()['cpu'])"
+    message = run_python(code, tmp_path).strip()
+    if changed is None:
+        assert message == "None"
+    else:
+        assert message.startswith("the compiled extension was built before csrc changed; build it again with `make")
+        assert run_python(code, tmp_path, "stderr").count("UserWarning: fastattn runs on PyTorch alone") == 1
+
+
+@needs_extension
+def test_an_installed_extension_is_not_compared_with_sources(tmp_path):
+    copy_package(tmp_path)
+    built = Path(_extension.extension.__file__)
+    (tmp_path / "fastattn" / built.name).symlink_to(built)
+    (tmp_path / "fastattn" / "_build_report.json").write_text(json.dumps({"built": True, "interface": "another"}))
+    assert run_python("import fastattn; print(fastattn.available_backends()['cpu'])", tmp_path).strip() == "None"
+
+
 def run_setup(folder: Path, *command: str, compiler: str | None = None) -> None:
     environment = os.environ | ({"CXX": compiler} if compiler else {})
     command = (sys.executable, "setup.py", "-q", *command)

@@ -47,8 +47,8 @@ def layer_norm(
             may be None.
         eps: added to the variance.
         backend: which kernel runs, see ``fastattn.use_backend``.
-    Returns: shape and dtype of ``input``, contiguous. Statistics are float32 (float64 for float64 inputs); where a row's
-        squares overflow them, from about 1e19 on, its normalised elements are 0 or NaN, as they are in PyTorch.
+    Returns: shape and dtype of ``input``, contiguous. Statistics are float32 (float64 for float64 inputs); where a
+        row's squares overflow them, from about 1e19 on, its normalised elements are 0 or NaN, as they are in PyTorch.
     Raises: ValueError for shapes or devices that disagree; TypeError for dtypes that are not floating;
         NotImplementedError, with the reason, if ``backend`` cannot run the inputs.
     Source: Ba, Kiros, Hinton 2016 (arXiv:1607.06450).
