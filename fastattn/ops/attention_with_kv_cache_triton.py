@@ -78,17 +78,16 @@ def _attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, key: Tensor |
 
     out = query.new_empty(*query.shape[:3], value_cache.shape[3])
     lse = query.new_empty(query.shape[0], query.shape[2], query.shape[1], dtype=torch.float32)
-    if not (_neighbours(key_cache) is key_cache and _neighbours(value_cache) is value_cache):
-        cache = cache._replace(key=key_cache.contiguous(), value=value_cache.contiguous())
+    cache = cache._replace(key=_neighbours(key_cache), value=_neighbours(value_cache))
     angles = None
     if rotary_cos is not None and rotary_sin is not None:
         angles = plan.Rotation(_angles(rotary_cos), _angles(rotary_sin), rotary_interleaved)
     fresh = None if key is None or value is None or appended == 0 else (_neighbours(key), _neighbours(value))
     query = _neighbours(query)
     plan.run_step(query, fresh, cache, angles, out, lse, plan.Scores(alibi_slopes, sinks, *scoring))
-    if fresh is not None and cache.key is not key_cache:
-        key_cache.copy_(cache.key)
-        value_cache.copy_(cache.value)
+    for caller, written in ((key_cache, cache.key), (value_cache, cache.value)):
+        if written is not caller and fresh is not None:
+            caller.copy_(written)
     return out, lse
 
 
