@@ -88,7 +88,7 @@ def ring_attention(
     Raises: ValueError, TypeError, NotImplementedError as ``fastattn.attention`` does; on the CPU also ValueError if
         another process has parts of another shape (on a GPU, asking would cost a synchronisation).
     """
-    options = {"is_causal": is_causal, "scale": scale, "softcap": softcap, "enable_gqa": enable_gqa}
+    options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "softcap": softcap, "enable_gqa": enable_gqa}
     _check_attention("ring_attention", query, key, value, backend, **options)
     if (
         not query.dim() == key.dim() == value.dim() == 4
