@@ -218,12 +218,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& input, c
 // --- Backward --------------------------------------------------------------------------------------------------------
 
 // How many rows' shares of dweight and dbias are added into one partial sum: a function of the shape alone, so that the
-// order of the sums is too. Few enough blocks that the partial sums cost little beside the rows, enough to share out; a
-// multiple of the rows that the kernel takes at once.
+// order of the sums is too. Few enough blocks that the partial sums cost little beside the rows and leave the caches to
+// them, enough to share out; a multiple of the rows that the kernel takes at once.
 int64_t rows_per_block(const Shape& shape) {
-  constexpr int64_t kMaxBlocks = 128, kElements = 32768, kGroup = 4;
-  const int64_t worthwhile = std::clamp<int64_t>(kElements / std::max<int64_t>(shape.cols, 1), kGroup, 32);
-  const int64_t rows = std::max((shape.rows + kMaxBlocks - 1) / kMaxBlocks, worthwhile);
+  constexpr int64_t kElements = 49152, kGroup = 4;
+  const int64_t worthwhile = std::clamp<int64_t>(kElements / std::max<int64_t>(shape.cols, 1), kGroup, 64);
+  const int64_t rows = std::max((shape.rows + kMaxBwdBlocks - 1) / kMaxBwdBlocks, worthwhile);
   return (rows + kGroup - 1) / kGroup * kGroup;
 }
 

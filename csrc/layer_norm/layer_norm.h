@@ -46,6 +46,9 @@ struct LayerNormParams {
   const int64_t* rng_state = nullptr;
 };
 
+// On the CPU; a device has as many as it runs at once.
+constexpr int64_t kMaxBwdBlocks = 128;
+
 struct LayerNormBwdParams {
   int64_t rows = 0, cols = 0;
   bool rms = false;
@@ -71,9 +74,10 @@ struct LayerNormBwdParams {
   // (cols,) of the statistics type; nullptr = not wanted.
   void* dweight = nullptr;
   void* dbias = nullptr;
-  // dweight and dbias are summed within blocks of rows, then over the blocks, both in a fixed order: the result does
-  // not depend on the number of threads. partial: (blocks, 4, cols) of the statistics type, where either is wanted.
-  // On a device the launcher chooses the blocks and takes their sums, (blocks, 2, cols), from its workspace.
+  // dweight and dbias are summed within blocks of rows, then over the blocks, at most kMaxBwdBlocks, both in a fixed
+  // order: the result does not depend on the number of threads. partial: (blocks, 4, cols) of the statistics type,
+  // where either is wanted. On a device the launcher chooses the blocks and takes their sums, (blocks, 2, cols), from
+  // its workspace.
   int64_t rows_per_block = 0;
   void* partial = nullptr;
 };

@@ -2,13 +2,14 @@
 //   d   = x - mean (rms: x)           dweight = sum over rows of dout * rstd * d,    dbias = sum over rows of dout
 //   dx  = rstd * (dout * weight - mean(dout * weight) - rstd^2 * d * mean(dout * weight * d))       (rms: no second
 //   term)
-// Work:    a thread takes neighbouring blocks of rows, and of a block two rows at once, so that weight, dweight and
-//          dbias are read and written once for both. A second parallel region adds up the blocks.
-// Memory:  x and dout are read from memory once and, in the second pass, from the cache; dx is written once. What does
-//          not stay in L3 takes one row at a time: x and dout are then read without a jump, as prefetchers want them,
-//          and dx is streamed past the caches if it is larger still.
+// Work:    a thread takes neighbouring blocks of rows; of long rows two at once, so that weight, dweight and dbias are
+//          read and written once for both. Whoever finishes the second of two blocks adds up the pair.
+// Memory:  x and dout are read from memory once and, in the second pass, from the cache; dx is written once, past the
+//          caches if it would not stay there. Rows that are taken one by one are read without a jump, as prefetchers
+//          want them: x was saved long ago and has left the second-level cache, whatever the size of a tensor.
 // Numbers: fp32 (fp64 for fp64). The order of every sum is fixed: the same bits for any number of threads. dweight and
-//          dbias are summed over groups, chunks and blocks of rows in turn, which keeps rounding small for many rows.
+//          dbias are summed over groups and chunks of rows in turn, then over a tree of blocks, which keeps rounding
+//          small for many rows.
 #include "common/parallel.h"
 #include "common/simd.h"
 #include "common/stream.h"
@@ -22,13 +23,13 @@ namespace {
 // Rows at once: each takes three pointers, and with more than two of them the second pass runs out of the 16 integer
 // registers before it runs out of vector registers.
 constexpr int kGroup = 2;
-// From this size of dx on, rows that are read twice from the first-level cache are taken one by one.
-constexpr int64_t kSingleBytes = int64_t{8} << 20;
-constexpr int64_t kSingleCols = 1024;
+// Up to this length rows are taken one by one.
+constexpr int64_t kSingleCols = 2048;
 // From this size of dx on, little of it would still be in L3 when it is read.
 constexpr int64_t kStreamBytes = int64_t{16} << 20;
-// Rows whose shares of dweight and dbias are added up before they join the block's sums.
-constexpr int64_t kChunk = 64;
+// Rows whose shares of dweight and dbias are added up before they join the block's sums: chains of 64 additions lose
+// more than twice what eager's sums do.
+constexpr int64_t kChunk = 16;
 // Fewer elements than this are not worth waking a thread.
 constexpr int64_t kElementsPerThread = 8192;
 
@@ -64,7 +65,7 @@ FASTATTN_INLINE Sweep choose_sweep(const LayerNormBwdParams& p) {
   const int64_t bytes = p.rows * row_bytes;
   const bool streams = std::is_same_v<Element, float> && p.dinput.data == nullptr && row_bytes % kVecBytes == 0 &&
                        reinterpret_cast<uintptr_t>(p.dx.data) % kVecBytes == 0 && bytes >= kStreamBytes;
-  return {streams || (p.cols <= kSingleCols && bytes >= kSingleBytes), streams};
+  return {streams || p.cols <= kSingleCols, streams};
 }
 
 // dx of rows [row, row + kRows), whose share of dweight and dbias is added to the block's sums.
@@ -93,14 +94,20 @@ FASTATTN_INLINE void backward_rows(const LayerNormBwdParams& p, int64_t row, typ
     return Traits::kRms ? value : value - mean[r];
   };
 
+  // dbias joins this pass, which waits for x and dout, and dweight the next, which is kept busy by its stores.
   for_each_vector<T>(p.cols, [&](int64_t j, auto width) __attribute__((always_inline)) {
     const Vec<T> weights = load<T>(weight + j, width);
+    // The rows at hand are added up by themselves first: short chains of additions lose less to rounding.
+    Vec<T> dbiases = Vec<T>::zero();
     unroll<kRows>(FASTATTN_LAMBDA(r) {
+      const Vec<T> dout_value = load<T>(dout[r] + j, width);
+      if constexpr (Traits::kParamGrads) dbiases = dbiases + dout_value;
       // Past the end weights, and so dy, are 0: whatever the deviation is there does not count.
-      const Vec<T> dy = load<T>(dout[r] + j, width) * weights;
+      const Vec<T> dy = dout_value * weights;
       if constexpr (!Traits::kRms) sum_dy[r] = sum_dy[r] + dy;
       sum_dy_d[r] = fma(dy, deviation(r, j, width), sum_dy_d[r]);
     });
+    if constexpr (Traits::kParamGrads) store(load<T>(dbias + j, width) + dbiases, dbias + j, width);
   });
 
   // dx = (dout * rstd) * weight - dy_term - d_scale * d
@@ -113,16 +120,11 @@ FASTATTN_INLINE void backward_rows(const LayerNormBwdParams& p, int64_t row, typ
   });
   for_each_vector<T>(p.cols, [&](int64_t j, auto width) __attribute__((always_inline)) {
     const Vec<T> weights = load<T>(weight + j, width);
-    // The rows at hand are added up by themselves first: short chains of additions lose less to rounding.
-    Vec<T> dweights = Vec<T>::zero(), dbiases = Vec<T>::zero();
+    Vec<T> dweights = Vec<T>::zero();
     unroll<kRows>(FASTATTN_LAMBDA(r) {
       const Vec<T> d = deviation(r, j, width);
-      const Vec<T> dout_value = load<T>(dout[r] + j, width);
-      const Vec<T> dout_rstd = dout_value * rstd[r];
-      if constexpr (Traits::kParamGrads) {
-        dweights = fma(dout_rstd, d, dweights);
-        dbiases = dbiases + dout_value;
-      }
+      const Vec<T> dout_rstd = load<T>(dout[r] + j, width) * rstd[r];
+      if constexpr (Traits::kParamGrads) dweights = fma(dout_rstd, d, dweights);
       Vec<T> gradient = fnma(d, d_scale[r], dout_rstd * weights - dy_term[r]);
       if constexpr (Traits::kAddsGradient) gradient = gradient + load<T>(dnew_residual[r] + j, width);
       if constexpr (kStreams) {
@@ -131,10 +133,7 @@ FASTATTN_INLINE void backward_rows(const LayerNormBwdParams& p, int64_t row, typ
         store(gradient, dx[r] + j, width);
       }
     });
-    if constexpr (Traits::kParamGrads) {
-      store(load<T>(dweight + j, width) + dweights, dweight + j, width);
-      store(load<T>(dbias + j, width) + dbiases, dbias + j, width);
-    }
+    if constexpr (Traits::kParamGrads) store(load<T>(dweight + j, width) + dweights, dweight + j, width);
   });
 }
 
@@ -157,19 +156,23 @@ FASTATTN_INLINE void input_gradient_row(const LayerNormBwdParams& p, int64_t row
   }
 }
 
-// total += chunk; chunk = 0.
+// total += term, for dweight and dbias.
 template <typename T>
-FASTATTN_INLINE void move_sums(T* total, T* chunk, int64_t count) {
-  for_each_vector<T>(count, [&](int64_t j, auto width) __attribute__((always_inline)) {
-    store(load<T>(total + j, width) + load<T>(chunk + j, width), total + j, width);
-    store(Vec<T>::zero(), chunk + j, width);
+FASTATTN_INLINE void add_sums(T* total, const T* term, int64_t cols) {
+  for_each_vector<T>(2 * cols, [&](int64_t j, auto width) __attribute__((always_inline)) {
+    store(load<T>(total + j, width) + load<T>(term + j, width), total + j, width);
   });
 }
 
-// partial[block] holds the block's sums and those of the chunk of rows at hand, dweight before dbias in each.
+FASTATTN_INLINE int64_t count_blocks(const LayerNormBwdParams& p) {
+  return (p.rows + p.rows_per_block - 1) / p.rows_per_block;
+}
+
+// In p.partial come the sums of each block, dweight before dbias, and then those of the chunk at hand of each block,
+// which only blocks of several chunks touch.
 template <typename T>
 FASTATTN_INLINE T* block_sums(const LayerNormBwdParams& p, int64_t block) {
-  return static_cast<T*>(p.partial) + 4 * block * p.cols;
+  return static_cast<T*>(p.partial) + 2 * block * p.cols;
 }
 
 template <typename Traits>
@@ -178,15 +181,14 @@ void backward_block(const LayerNormBwdParams& p, int64_t block) {
   using T = typename Traits::T;
   const Sweep sweep = choose_sweep<Element>(p);
   const int64_t begin = block * p.rows_per_block, end = min_of(begin + p.rows_per_block, p.rows);
-  const bool chunked = end - begin > kChunk;
-  T *total = nullptr, *dweight = nullptr, *dbias = nullptr;
-  if constexpr (Traits::kParamGrads) {
-    total = block_sums<T>(p, block);
-    dweight = chunked ? total + 2 * p.cols : total;
-    dbias = dweight + p.cols;
-    std::memset(total, 0, sizeof(T) * (chunked ? 4 : 2) * p.cols);
-  }
+  T* total = block_sums<T>(p, block);
+  T* dweight = nullptr;
   for (int64_t row = begin, count = 0; row < end; row += count) {
+    if (Traits::kParamGrads && (row - begin) % kChunk == 0) {
+      dweight = row == begin ? total : block_sums<T>(p, count_blocks(p) + block);
+      std::memset(dweight, 0, 2 * sizeof(T) * p.cols);
+    }
+    T* dbias = Traits::kParamGrads ? dweight + p.cols : nullptr;
     count = sweep.single || row + kGroup > end ? 1 : kGroup;
     if (count == kGroup) {
       backward_rows<Traits, kGroup, false>(p, row, dweight, dbias);
@@ -199,8 +201,8 @@ void backward_block(const LayerNormBwdParams& p, int64_t block) {
       for (int64_t done = row; done < row + count; ++done) input_gradient_row<Traits>(p, done);
     }
     if constexpr (Traits::kParamGrads) {
-      const bool last = row + count == end;
-      if (chunked && (last || (row + count - begin) % kChunk == 0)) move_sums(total, dweight, 2 * p.cols);
+      const bool ends = row + count == end || (row + count - begin) % kChunk == 0;
+      if (ends && dweight != total) add_sums(total, dweight, p.cols);
     }
   }
   if (sweep.streams) fence_streams();
@@ -218,45 +220,58 @@ BlockFn choose_block(const LayerNormBwdParams& p, bool param_grads) {
                      : backward_block<BackwardTraits<Element, OutElement, kRms, false, false>>;
 }
 
-// dweight, dbias = sum of the blocks' sums, as many at a time as a chunk has groups.
+// Adds up the blocks' sums in pairs, then those of pairs, of fours...: an addition is made by whoever comes with the
+// second of its terms, mostly the thread that made both and has them in its cache. Which sums meet is fixed, and so is
+// the result. `arrived` counts, at the first block of a right-hand term, the terms that are there. True to the last.
 template <typename T>
-void sum_blocks(const LayerNormBwdParams& p, int64_t blocks) {
-  constexpr int64_t kBlocks = 16;
-  const int64_t grain = kElementsPerThread / max_of<int64_t>(2 * blocks, 1) + 1;
-  parallel_ranges(p.cols, grain, [&](int64_t begin, int64_t end) {
-    for (int which = 0; which < 2; ++which) {
-      T* gradient = static_cast<T*>(which == 0 ? p.dweight : p.dbias);
-      if (gradient == nullptr) continue;
-      for_each_vector<T>(end - begin, [&](int64_t j, auto width) __attribute__((always_inline)) {
-        Vec<T> total = Vec<T>::zero();
-        for (int64_t first = 0; first < blocks; first += kBlocks) {
-          Vec<T> sum = Vec<T>::zero();
-          for (int64_t block = first; block < min_of(first + kBlocks, blocks); ++block) {
-            sum = sum + load<T>(block_sums<T>(p, block) + which * p.cols + begin + j, width);
-          }
-          total = total + sum;
-        }
-        store(total, gradient + begin + j, width);
-      });
+FASTATTN_INLINE bool join_block(const LayerNormBwdParams& p, int64_t block, int32_t* arrived) {
+  const int64_t blocks = count_blocks(p);
+  for (int64_t size = 1; size < blocks; size *= 2) {
+    const int64_t left = block / (2 * size) * (2 * size), right = left + size;
+    if (right < blocks) {
+      if (__atomic_fetch_add(arrived + right, 1, __ATOMIC_ACQ_REL) == 0) return false;
+      add_sums(block_sums<T>(p, left), block_sums<T>(p, right), p.cols);
     }
-  });
+    block = left;
+  }
+  return true;
+}
+
+// dweight, dbias = the sums; 0 if there are no rows.
+template <typename T>
+FASTATTN_INLINE void write_param_grads(const LayerNormBwdParams& p) {
+  const T* sums = p.rows == 0 ? nullptr : block_sums<T>(p, 0);
+  const auto write = [&](void* gradient, int64_t at) __attribute__((always_inline)) {
+    if (gradient == nullptr) return;
+    if (sums == nullptr) {
+      std::memset(gradient, 0, sizeof(T) * p.cols);
+    } else {
+      std::memcpy(gradient, sums + at, sizeof(T) * p.cols);
+    }
+  };
+  write(p.dweight, 0);
+  write(p.dbias, p.cols);
 }
 
 }  // namespace
 
 void layer_norm_bwd_cpu(const LayerNormBwdParams& p) {
-  const int64_t blocks = (p.rows + p.rows_per_block - 1) / p.rows_per_block;
   const int64_t grain = kElementsPerThread / (p.rows_per_block * max_of<int64_t>(p.cols, 1)) + 1;
   const bool param_grads = p.dweight != nullptr || p.dbias != nullptr;
   dispatch_elements(p.x_dtype, p.out_dtype, [&](auto x, auto out) __attribute__((always_inline)) {
     using Element = typename decltype(x)::type;
     using OutElement = typename decltype(out)::type;
+    using T = StatisticsOf<Element>;
     const auto run_block = p.rms ? choose_block<Element, OutElement, true>(p, param_grads)
                                  : choose_block<Element, OutElement, false>(p, param_grads);
-    parallel_ranges(blocks, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) run_block(p, block);
+    int32_t arrived[kMaxBwdBlocks] = {};
+    parallel_ranges(count_blocks(p), grain, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        run_block(p, block);
+        if (param_grads && join_block<T>(p, block, arrived)) write_param_grads<T>(p);
+      }
     });
-    if (param_grads) sum_blocks<StatisticsOf<Element>>(p, blocks);
+    if (p.rows == 0) write_param_grads<T>(p);
   });
 }
 
