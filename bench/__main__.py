@@ -27,6 +27,7 @@ from bench import (
     gpu_cases,
     gpu_peers,
     machine,
+    memory,
     page,
     peaks,
     plot,
@@ -179,6 +180,7 @@ def main(
             report.write_json(replace(run, rows=[*earlier, *run.rows]), results)
 
     torch.set_num_threads(threads or torch.get_num_threads())
+    memory.settle_heap()
     effort, aim_s = (QUICK, QUICK_RUN_S) if quick else (Effort(), FULL_RUN_S)
     gpu = Gpu() if device is Device.cuda else None
     run = run_cases(cases, name, effort, aim_s, console, gpu, keep)
