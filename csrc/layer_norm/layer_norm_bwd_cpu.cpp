@@ -181,7 +181,7 @@ void backward_block(const LayerNormBwdParams& p, int64_t block) {
   using T = typename Traits::T;
   const Sweep sweep = choose_sweep<Element>(p);
   const int64_t begin = block * p.rows_per_block, end = min_of(begin + p.rows_per_block, p.rows);
-  T* total = block_sums<T>(p, block);
+  T* total = Traits::kParamGrads ? block_sums<T>(p, block) : nullptr;
   T* dweight = nullptr;
   for (int64_t row = begin, count = 0; row < end; row += count) {
     if (Traits::kParamGrads && (row - begin) % kChunk == 0) {
