@@ -149,7 +149,7 @@ def scores(gpu: Gpu, dtype: torch.dtype, block_d: int) -> Tile:
 # Attention to a cache: of up to 16 rows (queries of the heads that share keys), 32, or more. Few rows wait for memory,
 # which tiles on their way hide; more multiply, as in the forward, with the registers of as many rows' addresses gone.
 _CACHED: dict[int, tuple[Tile, Tile, Tile]] = {
-    64: (Tile(16, 64, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 4, 2)),
+    64: (Tile(16, 64, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 4, 2, True)),
     128: (Tile(16, 64, 4, 3), Tile(32, 64, 4, 2, True), Tile(64, 64, 8, 2)),
     256: (Tile(16, 32, 4, 2), Tile(32, 32, 4, 2), Tile(64, 32, 8, 1)),
 }
