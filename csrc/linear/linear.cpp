@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -73,21 +74,37 @@ Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& b
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-Tensor linear_op(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, c10::string_view activation) {
+const auto& linear_op() {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastattn::linear", "")
                              .typed<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, c10::string_view)>();
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(input, weight, bias, activation);
+  return op;
 }
 
-// Without activation, whose gradient would need what it was applied to. The backward's products are PyTorch's.
+Tensor linear_without_grad(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                           c10::string_view activation) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return linear_op().call(input, weight, bias, activation);
+}
+
+// a @ b. The kernel wants b by columns and a by rows; copying them so pays where each is used often enough.
+Tensor product(const Tensor& a, const Tensor& b) {
+  constexpr int64_t kWorthCopying = 64, kAnyRows = std::numeric_limits<int64_t>::max();
+  const bool large = std::min({a.size(0), a.size(1), b.size(1)}) >= kWorthCopying;
+  const bool taken = a.scalar_type() == at::kFloat && b.scalar_type() == at::kFloat;
+  if (large && taken && linear_max_rows(DType::kFloat32) == kAnyRows) {
+    return linear_op().call(a, b.t(), std::nullopt, "none");
+  }
+  return a.mm(b);
+}
+
+// Without activation, whose gradient would need what it was applied to.
 struct Product : torch::autograd::Function<Product> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
     // Kept only where a gradient needs it: a frozen weight's layer holds no input.
     ctx->saved_data["has_bias"] = bias.has_value();
     ctx->save_for_backward({weight.requires_grad() ? input : Tensor(), input.requires_grad() ? weight : Tensor()});
-    return linear_op(input, weight, bias, "none");
+    return linear_without_grad(input, weight, bias, "none");
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -98,9 +115,9 @@ struct Product : torch::autograd::Function<Product> {
     if (ctx->needs_input_grad(0)) {
       at::DimVector shape(grads[0].sizes());
       shape.back() = weight.size(1);
-      dinput = dout.mm(weight).view(shape);
+      dinput = product(dout, weight).view(shape);
     }
-    if (ctx->needs_input_grad(1)) dweight = dout.t().mm(input.reshape({-1, input.size(-1)}));
+    if (ctx->needs_input_grad(1)) dweight = product(dout.t(), input.reshape({-1, input.size(-1)}));
     if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) dbias = dout.sum(0);
     return {dinput, dweight, dbias};
   }
@@ -126,7 +143,7 @@ Tensor linear_autograd(const Tensor& input, const Tensor& weight, const Optional
                        c10::string_view activation) {
   const bool wants_grad = at::GradMode::is_enabled() && (input.requires_grad() || weight.requires_grad() ||
                                                          (bias.has_value() && bias->requires_grad()));
-  if (!wants_grad) return linear_op(input, weight, bias, activation);
+  if (!wants_grad) return linear_without_grad(input, weight, bias, activation);
   return activated(Product::apply(input, weight, bias), parse_activation(kOp, activation));
 }
 
