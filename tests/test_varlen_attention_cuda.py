@@ -29,8 +29,8 @@ def test_every_tile(options, head_dim):
     check(operands, lengths_q, lengths_k, "emulated", **OPTIONS[options])
 
 
-def test_hoppers_own_kernels_which_see_whole_tensors_are_not_taken():
-    # With one sequence, which the tensors do not end with, they could be.
+def test_rows_behind_one_sequence_on_hopper():
+    # Hopper's kernel of the forward sees whole tensors, which do not end with the sequence.
     Mode().apply(compute_capability=90, multiprocessors=2)
     leaves = of_head_dim(64, (200,), (200,), torch.float16)
     for leaf in leaves:

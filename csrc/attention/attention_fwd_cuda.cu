@@ -126,8 +126,10 @@ int heads_packed_sm90(const AttentionParams& p) {
   const int64_t group = p.heads / p.heads_kv, head_dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
   const bool is_power_of_two = (group & (group - 1)) == 0;
   const bool one_mask_row = p.mask.data == nullptr || (p.mask.stride_q == 0 && p.mask.stride_head == 0);
-  const auto rows = [](int64_t used) { return ceil_div(used, kBlockQ) * kBlockQ; };
-  const bool pays = 10 * rows(p.seqlen_q * group) <= 9 * group * rows(p.seqlen_q);
+  // Of a packed sequence, whose length only the device knows, half of the last tile is idle in the mean.
+  const int64_t queries = is_packed(p) ? p.packed_q.total / p.batch : p.seqlen_q;
+  const auto rows = [&](int64_t used) { return is_packed(p) ? used + kBlockQ / 2 : ceil_div(used, kBlockQ) * kBlockQ; };
+  const bool pays = 10 * rows(queries * group) <= 9 * group * rows(queries) && p.seqlen_q * group <= kMaxCudaSeqlen;
   if (!one_mask_row || !is_power_of_two || group > 64 || !pays) return 1;
   for (const FwdSm90Tile& tile : kFwdSm90Tiles) {
     if (tile.head_dim < head_dim) continue;
@@ -136,21 +138,25 @@ int heads_packed_sm90(const AttentionParams& p) {
   return 1;
 }
 
-// The Hopper kernel takes what its tensor maps can describe, which end with the tensor and not with a packed sequence,
-// and what fills the card without split keys.
+// The Hopper kernel takes what its tensor maps can describe, of packed sequences all of them at once, and what fills
+// the card without split keys.
 int choose_sm90_tile(const AttentionParams& p, const DeviceLaunch& launch, int64_t group) {
   const int64_t rows = p.seqlen_q * group;
-  if (launch.compute_capability != 90 || rows <= 64 || is_cached(p) || is_packed(p)) return -1;
-  if (!tma_can_address(p.q, p.batch, p.heads, p.seqlen_q, p.head_dim) ||
-      !tma_can_address(p.k, p.batch, p.heads_kv, p.seqlen_k, p.head_dim) ||
-      !tma_can_address(p.v, p.batch, p.heads_kv, p.seqlen_k, p.head_dim_v) ||
-      !tma_can_address(p.out, p.batch, p.heads, p.seqlen_q, p.head_dim_v)) {
+  if (launch.compute_capability != 90 || rows <= 64 || is_cached(p)) return -1;
+  const int64_t batch = is_packed(p) ? 1 : p.batch;
+  const int64_t rows_q = is_packed(p) ? p.packed_q.total : p.seqlen_q;
+  const int64_t rows_k = is_packed(p) ? p.packed_k.total : p.seqlen_k;
+  constexpr int64_t kMostRows = INT32_MAX - 256;  // positions of boxes that reach past the end are 32-bit numbers
+  if (rows_q > kMostRows || rows_k > kMostRows || !tma_can_address(p.q, batch, p.heads, rows_q, p.head_dim) ||
+      !tma_can_address(p.k, batch, p.heads_kv, rows_k, p.head_dim) ||
+      !tma_can_address(p.v, batch, p.heads_kv, rows_k, p.head_dim_v) ||
+      !tma_can_address(p.out, batch, p.heads, rows_q, p.head_dim_v)) {
     return -1;
   }
   const int64_t head_dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
   for (int i = 0; i < kFwdSm90TileCount; ++i) {
     const FwdSm90Tile& tile = kFwdSm90Tiles[i];
-    if (!tile.serves(head_dim, score_kind(p), rows)) continue;
+    if (!tile.serves(head_dim, score_kind(p), rows) || (is_packed(p) && !tile.packed())) continue;
     const int64_t blocks = p.batch * (p.heads / group) * ceil_div(rows, tile.block_q());
     const int64_t key_tiles = visible_key_tiles(p, min_of(p.seqlen_q, tile.block_q()), tile.block_k);
     return choose_splits(blocks, key_tiles, launch.multiprocessors) == 1 ? i : -1;
@@ -197,7 +203,9 @@ FwdPlan plan_fwd(const AttentionParams& p, const DeviceLaunch& launch) {
 
 FwdOrder order_of(const AttentionParams& p, const FwdPlan& plan) {
   const int64_t bytes = 2 * p.seqlen_k * (p.head_dim + p.head_dim_v);
-  const int64_t heads = kv_heads_per_section(p.batch * p.heads_kv, bytes) * (plan.tile_heads / p.heads_kv);
+  // On Hopper a packed sequence is a section or more of its own.
+  const int64_t entries = is_packed(p) && plan.sm90_tile >= 0 ? 1 : p.batch;
+  const int64_t heads = kv_heads_per_section(entries * p.heads_kv, bytes) * (plan.tile_heads / p.heads_kv);
   return {static_cast<int>(p.batch), static_cast<int>(plan.tile_heads), static_cast<int>(plan.row_tiles),
           static_cast<int>(heads)};
 }

@@ -39,6 +39,16 @@ struct FwdOrder {
     const bool goes_up = alternates && ((total - 1) / heads_per_section - section) % 2 == 1;
     return {batch_head / tile_heads, batch_head % tile_heads, goes_up ? nth_tile : row_tiles - 1 - nth_tile, split};
   }
+
+  // The same for the places of one of packed sequences, which has its own number of row tiles. Up and down alternate
+  // from sequence to sequence, too.
+  FASTATTN_DEVICE FwdWork work_of_sequence(int sequence, int own_row_tiles, int place) const {
+    FwdWork work = FwdOrder{1, tile_heads, own_row_tiles, heads_per_section}.work(place, 0, true);
+    const int sections_behind = (batch - 1 - sequence) * ((tile_heads + heads_per_section - 1) / heads_per_section);
+    if (sections_behind % 2 == 1) work.row_tile = own_row_tiles - 1 - work.row_tile;
+    work.batch = sequence;
+    return work;
+  }
 };
 
 // The place of this round of a persistent block; the last round may lead past the end.

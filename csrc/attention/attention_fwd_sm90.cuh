@@ -8,12 +8,14 @@
 // Memory:  q (kGroups tiles of 64 rows), kStages tiles of k and of v; one or two tiles of attn_mask a warpgroup and a
 //          tile of out where they fit, else the mask is read from global memory and out takes q's place.
 //          Probabilities never leave the registers; out leaves through shared memory by TMA.
+// Packed:  sequences one behind the other have row tiles of their own; attention_packed_sm90.cuh.
 // Numbers: fp16/bf16 inputs, fp32 scores, softmax and accumulation; probabilities are rounded for the product with v.
 // Source:  Shah et al., "FlashAttention-3", arXiv:2407.08608, algorithms 1 and 2.
 #pragma once
 
 #include "attention/attention_fwd_sm80.cuh"
 #include "attention/attention_mask_stage_sm90.cuh"
+#include "attention/attention_packed_sm90.cuh"
 #include "attention/attention_tile_sm90.cuh"
 
 namespace fastattn {
@@ -23,11 +25,12 @@ constexpr bool fwd_sm90_packs_heads(int head_dim, ScoreKind kind) {
   return kind == ScoreKind::kPlain || (head_dim < 256 && !(kind == ScoreKind::kEverything && head_dim == 128));
 }
 
-template <typename Element_, int kHeadDim_, int kGroups_, int kBlockK_, ScoreKind kKind_>
+template <typename Element_, int kHeadDim_, int kGroups_, int kBlockK_, ScoreKind kKind_, bool kPacked_>
 struct AttentionFwdSm90Traits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_, kBlockK = kBlockK_, kStages = 2;
   static constexpr ScoreKind kKind = kKind_;
+  static constexpr bool kPacked = kPacked_;  // sequences, which have no mask
   static constexpr int kThreads = 128 * (1 + kGroups), kBlockQ = 64 * kGroups;
   // Rows from `first` on of a head or of packed heads.
   FASTATTN_DEVICE static QueryRows query_rows(const AttentionFwdArgs& args, int first, int tile_head) {
@@ -41,7 +44,7 @@ struct AttentionFwdSm90Traits {
   static constexpr int kSpareBytes = 224 * 1024 - kMinSmemBytes, kOutBytes = kGroups * TileQ::kBytes;
   // Tiles of the mask come first, of which fp32 takes most. With a tile of its own, out need not have left when the
   // next q arrives.
-  static constexpr bool kHasMask = kKind != ScoreKind::kPlain, kOutFits = kOutBytes <= kSpareBytes;
+  static constexpr bool kHasMask = kKind != ScoreKind::kPlain && !kPacked, kOutFits = kOutBytes <= kSpareBytes;
   static constexpr int kMostMaskBytes = kMaxMaskStages * kGroups * mask_stage_bytes(kBlockK, 4);
   static constexpr int kOptionalBytes =
       !kHasMask ? kOutFits * kOutBytes
@@ -70,6 +73,8 @@ struct AttentionFwdSm90Smem {
   uint64_t q_full[kGroups], q_empty[kGroups];
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
   uint64_t mask_full[kMaxMaskStages][kGroups], mask_empty[kMaxMaskStages][kGroups];
+  uint64_t v_arrived[kStages];  // with rows behind a sequence's last key; it is full when they are cleared
+  PackedEntry entries[Traits::kPacked ? Traits::kThreads / 32 : 1];
 
   FASTATTN_DEVICE uint8_t* out(int group, bool has_tile) {
     return has_tile ? optional + Traits::kOptionalBytes - Traits::kOutBytes + group * kQBytes : q[group];
@@ -96,7 +101,8 @@ struct AttentionFwdMaps {
 // One row tile of one head, or of the heads packed into its rows, and the key tiles that it visits.
 template <typename Traits>
 struct FwdTileWork {
-  FwdWork at;
+  std::conditional_t<Traits::kPacked, const FwdWork&, FwdWork> at;
+  EntryPlace<Traits::kPacked> entry;
   int first_row, head_kv;
   KeyTiles keys;
 };
@@ -107,14 +113,15 @@ FASTATTN_DEVICE int row_tile_of_round(int round) {
 }
 
 template <typename Traits>
-FASTATTN_DEVICE FwdTileWork<Traits> fwd_tile_work(const AttentionFwdArgs& args, int row_tile) {
-  FwdTileWork<Traits> work;
-  work.at = args.order.work(row_tile, 0, true);
+FASTATTN_DEVICE FwdTileWork<Traits> fwd_tile_work(const AttentionFwdArgs& args, const EntryWalk<Traits>& walk,
+                                                  int place) {
+  FwdTileWork<Traits> work{walk.work(args, place), walk.entry()};
   work.first_row = work.at.row_tile * Traits::kBlockQ;
   const QueryRows rows = Traits::query_rows(args, 0, 0);
   work.head_kv = rows.group > 1 ? work.at.tile_head : work.at.tile_head / (args.heads / args.heads_kv);
-  const int end_row = min(work.first_row + Traits::kBlockQ, args.scores.seqlen_q * rows.group);
-  work.keys = key_tiles<Traits::kBlockK>(args.scores, {rows.query_of(work.first_row), rows.query_of(end_row - 1) + 1});
+  const auto& scores = work.entry.scores(args.scores);
+  const int end_row = min(work.first_row + Traits::kBlockQ, scores.seqlen_q * rows.group);
+  work.keys = key_tiles<Traits::kBlockK>(scores, {rows.query_of(work.first_row), rows.query_of(end_row - 1) + 1});
   return work;
 }
 
@@ -128,30 +135,34 @@ FASTATTN_DEVICE void produce_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const
   const bool copies = threadIdx.x == 0;
   RingPosition<Traits::kStages> k_at, v_at;
   RingPosition<1> q_at;
-  for (int round = 0; row_tile_of_round(round) < row_tiles; ++round, ++q_at.count) {
-    const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, row_tile_of_round(round));
+  EntryWalk<Traits> walk(smem.entries);
+  for (int round = 0; walk.reaches(args, row_tile_of_round(round), row_tiles); ++round, ++q_at.count) {
+    const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, walk, row_tile_of_round(round));
     // The first round finds every stage empty.
     const auto load_k = [&](int tile) {
       uint64_t* const full = &smem.k_full[k_at.stage()];
       if (copies) {
         mbarrier_wait(&smem.k_empty[k_at.stage()], k_at.parity() ^ 1);
         mbarrier_arrive_expect_tx(full, TileK::kBytes);
-        load_tile_sm90<TileK>(smem.k[k_at.stage()], &maps.k, full, tile * Traits::kBlockK, work.head_kv, work.at.batch);
+        load_tile_sm90<TileK>(smem.k[k_at.stage()], &maps.k, full, work.entry.key_row(tile * Traits::kBlockK),
+                              work.head_kv, work.entry.of_map(work.at.batch));
       }
       ++k_at.count;
     };
     const auto load_v = [&](int tile) {
-      uint64_t* const full = &smem.v_full[v_at.stage()];
+      const bool cleared = work.entry.ends_in(tile * Traits::kBlockK, Traits::kBlockK);
+      uint64_t* const full = cleared ? &smem.v_arrived[v_at.stage()] : &smem.v_full[v_at.stage()];
       if (copies) {
         mbarrier_wait(&smem.v_empty[v_at.stage()], v_at.parity() ^ 1);
         mbarrier_arrive_expect_tx(full, TileK::kBytes);
-        load_tile_sm90<TileK>(smem.v[v_at.stage()], &maps.v, full, tile * Traits::kBlockK, work.head_kv, work.at.batch);
+        load_tile_sm90<TileK>(smem.v[v_at.stage()], &maps.v, full, work.entry.key_row(tile * Traits::kBlockK),
+                              work.head_kv, work.entry.of_map(work.at.batch));
       }
       ++v_at.count;
     };
 
-    MaskTileReader<Traits::kKind == ScoreKind::kPlain> visible(args.mask_tiles, work.at.batch, work.at.tile_head,
-                                                               work.at.row_tile, work.keys.end);
+    MaskTileReader<!Traits::kHasMask> visible(args.mask_tiles, work.at.batch, work.at.tile_head, work.at.row_tile,
+                                              work.keys.end);
     int tile = visible.next(work.keys.begin);
     if (tile < work.keys.end) load_k(tile);
     if (copies) {
@@ -164,8 +175,8 @@ FASTATTN_DEVICE void produce_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const
 #pragma unroll
         for (int panel = 0; panel < TileQ::kPanels; ++panel) {
           tma_load(smem.q[group] + panel * TileQ::kPanelBytes, &maps.q, &smem.q_full[group],
-                   {panel * TileQ::kPanelCols, rows.head_in_group(row), rows.query_of(row), work.at.tile_head,
-                    work.at.batch});
+                   {panel * TileQ::kPanelCols, rows.head_in_group(row), work.entry.query_row(rows.query_of(row)),
+                    work.at.tile_head, work.entry.of_map(work.at.batch)});
         }
       }
     }
@@ -186,8 +197,9 @@ FASTATTN_DEVICE void produce_fwd_masks(AttentionFwdSm90Smem<Traits>& smem, const
                                        const MaskStages& mask, int row_tiles) {
   if (mask.count == 0) return;
   MaskRingPosition at;
-  for (int round = 0; row_tile_of_round(round) < row_tiles; ++round) {
-    const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, row_tile_of_round(round));
+  EntryWalk<Traits> walk(smem.entries);
+  for (int round = 0; walk.reaches(args, row_tile_of_round(round), row_tiles); ++round) {
+    const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, walk, row_tile_of_round(round));
     MaskTileReader<false> visible(args.mask_tiles, work.at.batch, work.at.tile_head, work.at.row_tile, work.keys.end);
     for (int tile = visible.next(work.keys.begin); tile < work.keys.end; tile = visible.next(tile + 1)) {
       if (!visible.is_partial(tile)) continue;
@@ -200,6 +212,30 @@ FASTATTN_DEVICE void produce_fwd_masks(AttentionFwdSm90Smem<Traits>& smem, const
       __syncwarp();
       ++at.count;
     }
+  }
+}
+
+// The rows of v behind a sequence's last key are the next one's, or nobody's. Their probabilities are 0, but 0 * NaN is
+// NaN: they become zeros on their way, by a warp of its own, so that neither the copies nor the products wait for it.
+template <typename Traits>
+FASTATTN_DEVICE void clear_value_tails(AttentionFwdSm90Smem<Traits>& smem, const AttentionFwdArgs& args,
+                                       int row_tiles) {
+  RingPosition<Traits::kStages> v_at;
+  uint32_t parities = 0;  // a bit a stage
+  EntryWalk<Traits> walk(smem.entries);
+  for (int round = 0; walk.reaches(args, row_tile_of_round(round), row_tiles); ++round) {
+    const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, walk, row_tile_of_round(round));
+    if (work.keys.end == work.keys.begin) continue;
+    const int last_key = (work.keys.end - 1) * Traits::kBlockK;
+    v_at.count += static_cast<uint32_t>(work.keys.end - work.keys.begin);
+    if (!work.entry.ends_in(last_key, Traits::kBlockK)) continue;
+    const int stage = RingPosition<Traits::kStages>{v_at.count - 1}.stage();
+    mbarrier_wait(&smem.v_arrived[stage], static_cast<int>(parities >> stage & 1));
+    clear_last_rows<typename Traits::TileK>(smem.v[stage], work.entry.own->seqlen_k - last_key);
+    fence_proxy_async();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(&smem.v_full[stage]);
+    parities ^= 1u << stage;
   }
 }
 
@@ -235,7 +271,7 @@ struct FwdRows {
     constexpr bool kPlain = Traits::kKind == ScoreKind::kPlain, kEverything = Traits::kKind == ScoreKind::kEverything;
     const int col0 = tile * kBlockK;
     const bool cut = tile < work.keys.full_begin || tile >= work.keys.full_end;
-    modify_scores<Traits::kKind>(s, args.scores, rows, work.at.batch, col0, cut, [&] {
+    modify_scores<Traits::kKind>(s, work.entry.scores(args.scores), rows, work.at.batch, col0, cut, [&] {
       if (masked) add_mask(s, col0);
     });
     const float factor = kPlain ? args.scores.scale_log2 : 1.0f;
@@ -286,8 +322,8 @@ FASTATTN_DEVICE void attend(float (&o)[1][Traits::kHeadDim / 8][4], FwdRows<Trai
     wgmma_commit_group();
   };
 
-  MaskTileReader<Traits::kKind == ScoreKind::kPlain> visible(rows.args.mask_tiles, work.at.batch, work.at.tile_head,
-                                                             work.at.row_tile, work.keys.end);
+  MaskTileReader<!Traits::kHasMask> visible(rows.args.mask_tiles, work.at.batch, work.at.tile_head, work.at.row_tile,
+                                            work.keys.end);
   int tile = visible.next(work.keys.begin);
   const bool any = tile < work.keys.end;
   Position before = at;  // of the last tile that s was made of
@@ -353,10 +389,10 @@ FASTATTN_DEVICE void finish_fwd_rows(float (&o)[1][Traits::kHeadDim / 8][4], con
       o[0][n][2 * half + 1] *= normaliser;
     }
     const int row = rows.rows.row(0, half);
-    if (row >= args.scores.seqlen_q * rows.rows.group || threadIdx.x % 4 != 0) continue;
-    const int64_t batch_head = int64_t{rows.work.at.batch} * args.heads + rows.rows.head_of(row);
-    args.lse[batch_head * args.scores.seqlen_q + rows.rows.query_of(row)] =
-        rows.softmax.lse_log2(0, half, total) * kLn2;
+    const auto& scores = rows.work.entry.scores(args.scores);
+    if (row >= scores.seqlen_q * rows.rows.group || threadIdx.x % 4 != 0) continue;
+    const int64_t head_lse = rows.work.entry.lse_offset(args, rows.work.at.batch, rows.rows.head_of(row));
+    args.lse[head_lse + rows.rows.query_of(row)] = rows.softmax.lse_log2(0, half, total) * kLn2;
   }
 }
 
@@ -377,15 +413,26 @@ FASTATTN_DEVICE void store_fwd_rows(const float (&o)[1][Traits::kHeadDim / 8][4]
   write_rows<typename Traits::Element>(TileQ{smem_address(out_smem)}, warp_row, o);
   fence_proxy_async();
   __syncwarp();
+  if constexpr (Traits::kPacked) {
+    // A box of 16 rows that do not all exist would write the next sequence's.
+    const QueryRows rows = Traits::query_rows(args, 0, work.at.tile_head);
+    const int row = work.first_row + 64 * group + warp_row;
+    const int count = work.entry.own->seqlen_q * rows.group - row;
+    if (count < 16) {
+      store_last_rows<Traits>(out_smem, warp_row, count, args, work.entry, rows, row);
+      if (!has_tile && stores) mbarrier_arrive(&smem.q_empty[group]);
+      return;
+    }
+  }
   if (!stores) return;
   const QueryRows rows = Traits::query_rows(args, 0, 0);
   const int row = work.first_row + 64 * group + warp_row;
 #pragma unroll
   for (int panel = 0; panel < TileQ::kPanels; ++panel) {
     if (panel * TileQ::kPanelCols >= args.head_dim_v) break;
-    tma_store(
-        &maps.out, out_smem + panel * TileQ::kPanelBytes + warp_row * TileQ::kRowBytes,
-        {panel * TileQ::kPanelCols, rows.head_in_group(row), rows.query_of(row), work.at.tile_head, work.at.batch});
+    tma_store(&maps.out, out_smem + panel * TileQ::kPanelBytes + warp_row * TileQ::kRowBytes,
+              {panel * TileQ::kPanelCols, rows.head_in_group(row), work.entry.query_row(rows.query_of(row)),
+               work.at.tile_head, work.entry.of_map(work.at.batch)});
   }
   bulk_commit_group();
   if (!has_tile) {
@@ -407,9 +454,12 @@ FASTATTN_DEVICE void consume_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const
   RingPosition<1> q_at;
   MaskRingPosition mask_at;
   if (group == Traits::kGroups - 1) give_products_turn<Traits>(0);
-  for (int round = 0; row_tile_of_round(round) < row_tiles; ++round, ++q_at.count) {
-    const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, row_tile_of_round(round));
-    const int first_row = work.first_row + 64 * group + 16 * (warp % 4) + lane / 4;
+  EntryWalk<Traits> walk(smem.entries);
+  for (int round = 0; walk.reaches(args, row_tile_of_round(round), row_tiles); ++round, ++q_at.count) {
+    const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, walk, row_tile_of_round(round));
+    // Of three warpgroups' registers none is left to keep what is made of the lane.
+    constexpr bool kMakesAnew = Traits::kPacked && Traits::kGroups == 3;
+    const int first_row = work.first_row + 64 * group + 16 * (warp % 4) + (kMakesAnew ? opaque(lane) : lane) / 4;
     const QueryRows lane_rows = Traits::query_rows(args, first_row, work.at.tile_head);
     FwdRows<Traits> rows{args, work, smem, maps.mask, mask_at, group, lane_rows, {}, dropout};
 #pragma unroll
@@ -454,6 +504,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       mbarrier_init(&smem.v_full[stage], 1);
       mbarrier_init(&smem.k_empty[stage], kWarps);
       mbarrier_init(&smem.v_empty[stage], kWarps);
+      if (Traits::kPacked) mbarrier_init(&smem.v_arrived[stage], 1);
     }
     fence_mbarrier_init();
   }
@@ -465,6 +516,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       produce_fwd_tiles(smem, args, maps, row_tiles);
     } else if (Traits::kHasMask && warp == 1) {
       produce_fwd_masks(smem, args, maps.mask, row_tiles);
+    } else if constexpr (Traits::kPacked) {
+      if (warp == 1) clear_value_tails(smem, args, row_tiles);
     }
   } else {
     setmaxnreg_inc<Traits::kConsumerRegisters>();

@@ -14,6 +14,12 @@ struct FwdSm90Tile {
   int groups, block_k;
 
   constexpr int block_q() const { return 64 * groups; }
+  // Packed sequences have no mask: a tile with masks serves them, without that code, only where the plain one has more
+  // warpgroups than short sequences have use for. Of 256 with everything, registers would spill.
+  constexpr bool packed() const {
+    return kind == ScoreKind::kMask ? head_dim == 64 : kind == ScoreKind::kPlain || head_dim < 256;
+  }
+  constexpr ScoreKind packed_kind() const { return kind == ScoreKind::kMask ? ScoreKind::kPlain : kind; }
   constexpr bool serves(int64_t head_dim_asked, ScoreKind kind_asked, int64_t rows) const {
     return head_dim >= head_dim_asked && kind >= kind_asked && rows > block_q() - 64;  // no warpgroup is idle
   }
@@ -35,7 +41,10 @@ const char* make_fwd_maps(AttentionFwdMaps& maps, const AttentionFwdArgs& args) 
   using Element = typename Traits::Element;
   using TileQ = typename Traits::TileQ;
   using TileK = typename Traits::TileK;
-  const int batch = args.batch, seqlen_q = args.scores.seqlen_q, seqlen_k = args.scores.seqlen_k;
+  // Packed sequences are one batch entry of the tensors.
+  const int64_t batch = Traits::kPacked ? 1 : args.batch;
+  const int64_t seqlen_q = Traits::kPacked ? args.packed.q.total : args.scores.seqlen_q;
+  const int64_t seqlen_k = Traits::kPacked ? args.packed.k.total : args.scores.seqlen_k;
   const char* errors[] = {
       make_packed_rows_map<TileQ, Element>(maps.q, args.q, batch, args.heads, args.group, seqlen_q, args.head_dim, 64),
       make_rows_map<TileK, Element>(maps.k, args.k, batch, args.heads_kv, seqlen_k, args.head_dim, Traits::kBlockK),
@@ -47,8 +56,8 @@ const char* make_fwd_maps(AttentionFwdMaps& maps, const AttentionFwdArgs& args) 
     if (error != nullptr) return error;
   }
   if constexpr (Traits::kHasMask) {
-    const char* error = make_mask_stages(maps.mask, args.scores, batch, args.heads, Traits::kBlockK, Traits::kGroups,
-                                         Traits::kOptionalBytes);
+    const char* error = make_mask_stages(maps.mask, args.scores, args.batch, args.heads, Traits::kBlockK,
+                                         Traits::kGroups, Traits::kOptionalBytes);
     const int mask_bytes = maps.mask.count * Traits::kGroups * maps.mask.stage_bytes;
     maps.out_fits = mask_bytes + Traits::kOutBytes <= Traits::kOptionalBytes;
     return error;
@@ -77,8 +86,13 @@ const char* launch_fwd_sm90_tile(int tile, const AttentionFwdArgs& args, int mul
   } else {
     constexpr FwdSm90Tile kFacts = kFwdSm90Tiles[kTile];
     if constexpr (kFacts.head_dim == kHeadDim) {
-      using Traits = AttentionFwdSm90Traits<Element, kHeadDim, kFacts.groups, kFacts.block_k, kFacts.kind>;
-      if (tile == kTile) return launch_fwd_sm90<Traits>(args, multiprocessors, stream);
+      using Traits = AttentionFwdSm90Traits<Element, kHeadDim, kFacts.groups, kFacts.block_k, kFacts.kind, false>;
+      if constexpr (kFacts.packed()) {
+        constexpr ScoreKind kKind = kFacts.packed_kind();
+        using Packed = AttentionFwdSm90Traits<Element, kHeadDim, kFacts.groups, kFacts.block_k, kKind, true>;
+        if (tile == kTile && is_packed(args.packed)) return launch_fwd_sm90<Packed>(args, multiprocessors, stream);
+      }
+      if (tile == kTile && !is_packed(args.packed)) return launch_fwd_sm90<Traits>(args, multiprocessors, stream);
     }
     return launch_fwd_sm90_tile<Element, kHeadDim, kTile + 1>(tile, args, multiprocessors, stream);
   }

@@ -31,6 +31,17 @@ FASTATTN_DEVICE T warp_reduce(T value, Op op) {
   return value;
 }
 
+// The sum of the values of this lane and those before it. All lanes of the warp call it.
+FASTATTN_DEVICE int warp_prefix_sum(int value) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int before = __shfl_up_sync(kFullWarp, value, distance);
+    if (lane >= distance) value += before;
+  }
+  return value;
+}
+
 // Reduces over a block of kWarps full warps; every thread gets the result, computed in the same order. `scratch` is
 // shared; the barrier in front lets it be used again at once.
 template <int kWarps, typename Op, typename T>
