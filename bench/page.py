@@ -73,7 +73,7 @@ def render(run: Run) -> str:
          "whiskers from the lowest to the highest of the ratios of medians, first quartiles and minima.",
          speedup_by_length(run.rows)),
         ("Roofline", "Each row's speed over the arithmetic it does for a byte of compulsory traffic. The roofs are a "
-         "GEMM and a copy by PyTorch, measured in the same run. Hover over a mark for its row.",
+         "GEMM, PyTorch's or ours, and a copy, measured in the same run. Hover over a mark for its row.",
          roofline(run.rows, run.peaks)),
         ("Every row against PyTorch", "The ratio to the strongest form of PyTorch, named at the right; the logarithmic "
          "scale makes twice as fast as long as half as fast.", ratio_bars(run.rows)),

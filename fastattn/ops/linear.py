@@ -1,4 +1,4 @@
-"""Linear layers: PyTorch's product, or a kernel of the extension where that is faster; gradients by PyTorch's.
+"""Linear layers: PyTorch's product, or a kernel of the extension where that is faster.
 
 Behind ``Linear``, ``MultiHeadAttention`` and the models; not an op of the backend table: PyTorch runs what it does not.
 """
