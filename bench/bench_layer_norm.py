@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,16 +12,20 @@ from torch import Tensor
 
 import fastattn
 from bench.case import Case, Subject, as_accurate_as_eager, gradients, like, seeded_generator, torch_dtype
+from fastattn import dispatch
 
 GROUP = "layer_norm"
 EPS = 1e-5
 SHAPES = ((128, 768), (512, 768), (4096, 768), (4096, 4096), (16384, 1024))
+SMALL_SHAPES = ((128, 768), (512, 768))  # where a call of autograd's engine takes as long as the kernel
 
 
 def cases() -> Iterator[Case]:
     for direction in ("forward", "backward"):
         for rows, columns in SHAPES:
             yield norm("layer norm", direction, rows, columns)
+    for rows, columns in SMALL_SHAPES:
+        yield op_alone(rows, columns)
     for direction in ("forward", "backward"):
         for rows, columns in ((512, 768), (4096, 4096)):
             yield norm("rms norm", direction, rows, columns)
@@ -119,3 +124,37 @@ def build(op: str, direction: str, rows: int, columns: int, dtype: str) -> Subje
     )
     peer = {"layer norm": "F.layer_norm", "rms norm": "F.rms_norm", "add + layer norm": "add, F.layer_norm"}[op]
     return Subject(mine, {peer: callee(theirs, tensors, douts)}, check)
+
+
+def op_alone(rows: int, columns: int) -> Case:
+    """The backward without autograd's engine, which a network pays once for all its layers."""
+    whole = norm("layer norm", "backward", rows, columns)
+    return replace(whole, op=f"{whole.op}, op", build=partial(build_op_alone, rows, columns), quick=False, headline="")
+
+
+def build_op_alone(rows: int, columns: int) -> Subject:
+    if not dispatch.takes_cpu("auto"):
+        raise NotImplementedError("the op that is timed alone is the CPU's")
+    generator = seeded_generator(0)
+    x, dout = (torch.randn(rows, columns, generator=generator) for _ in range(2))
+    weight, bias = 1 + 0.1 * torch.randn(columns, generator=generator), torch.randn(columns, generator=generator)
+    _, mean, rstd = torch.native_layer_norm(x, (columns,), weight, bias, EPS)
+    row_mean, row_rstd = mean.flatten(), rstd.flatten()
+
+    def ours() -> tuple[Tensor, ...]:
+        return torch.ops.fastattn.layer_norm_backward.default(
+            dout, x, row_mean, row_rstd, weight, 1, False, True, True, torch.float32
+        )
+
+    def theirs() -> tuple[Tensor, ...]:
+        return torch.ops.aten.native_layer_norm_backward.default(
+            dout, x, (columns,), mean, rstd, weight, bias, (True, True, True)
+        )
+
+    def definition(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in (x, weight, bias)]
+        return gradients(eager_layer_norm(*inputs), inputs, dout.to(dtype))
+
+    names = ("dx", "dweight", "dbias")
+    check = as_accurate_as_eager(ours, lambda: definition(torch.float32), lambda: definition(torch.float64), names)
+    return Subject(ours, {"native_layer_norm_backward": theirs}, check)
