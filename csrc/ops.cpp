@@ -42,10 +42,11 @@ TORCH_LIBRARY(fastattn, m) {
       "Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_state, float dropout_p, bool is_causal, float scale, "
       "SymInt window_left, SymInt window_right, bool bottom_right, float softcap, bool need_dsinks) -> "
       "(Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
-  // A step of decoding, on the CPU and the CUDA kernels: appends key and value to the caches and rotates them and query, all
-  // (batch, seqlen, heads, head_dim), then attends to the first cache_seqlens + seqlen_new tokens, bottom-right.
-  // cache_seqlens (batch,) and block_table (batch, blocks_per_sequence) are int32 or int64; cache_seqlen counts where
-  // cache_seqlens is absent. Returns out (batch, seqlen_q, heads, head_dim_v) and lse (batch, heads, seqlen_q).
+  // A step of decoding, on the CPU and the CUDA kernels: appends key and value to the caches and rotates them and
+  // query, all (batch, seqlen, heads, head_dim), then attends to the first cache_seqlens + seqlen_new tokens,
+  // bottom-right. cache_seqlens (batch,) and block_table (batch, blocks_per_sequence) are int32 or int64; cache_seqlen
+  // counts where cache_seqlens is absent. Returns out (batch, seqlen_q, heads, head_dim_v) and lse (batch, heads,
+  // seqlen_q).
   m.def(
       "attention_with_kv_cache(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor? key, Tensor? value, "
       "Tensor? cache_seqlens, SymInt cache_seqlen, Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, "
