@@ -8,5 +8,5 @@ from pathlib import Path
 
 def interface_stamp(csrc: Path) -> str:
     """Of the files that say what Python may call: the schemas of the ops, and the functions of ``fastattn._C``."""
-    files = (csrc / "ops.cpp", csrc / "bindings.cpp", *sorted(csrc.glob("*/*_bindings.cpp")))
+    files = [file for name in ("ops.cpp", "bindings.cpp", "*/*_bindings.cpp") for file in sorted(csrc.glob(name))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

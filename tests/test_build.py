@@ -162,7 +162,8 @@ def tiny_build(folder: Path, compiler: str | None = None) -> tuple[dict, str]:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     (folder / "fastattn").mkdir()
-    shutil.copy(ROOT / "fastattn" / "__init__.py", folder / "fastattn")
+    for name in ("__init__.py", "_interface.py"):
+        shutil.copy(ROOT / "fastattn" / name, folder / "fastattn")
     (folder / "csrc" / "common").mkdir(parents=True)
     (folder / "csrc" / "common" / "tiny.h").write_text("int tiny();\n")
     for name in ("tiny.cpp", "tiny_cpu.cpp"):

