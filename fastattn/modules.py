@@ -14,7 +14,7 @@ from fastattn._nested import is_packed, nested_like, packed_tokens
 from fastattn.ops import int8_matmul as int8_ops
 from fastattn.ops import int8_matmul_compiled
 from fastattn.ops.layer_norm import layer_norm, rms_norm
-from fastattn.ops.linear import gather_weight, linear
+from fastattn.ops.linear import backend_of, gather_weight, linear
 
 
 def _packing_key(weight: Tensor) -> tuple[int, int] | None:
@@ -172,10 +172,7 @@ class Linear(nn.Linear):
     backend = "auto"
 
     def forward(self, input: Tensor, activation: str = "none") -> Tensor:
-        # While training, a checkpointed block computes without gradients what it computes again with them: one product,
-        # compiled too, where the kernel does not serve gradients.
-        backend = "eager" if self.training and torch.compiler.is_compiling() else self.backend
-        return linear(input, self.weight, self.bias, activation=activation, backend=backend)
+        return linear(input, self.weight, self.bias, activation=activation, backend=backend_of(self))
 
 
 class LayerNorm(nn.LayerNorm):

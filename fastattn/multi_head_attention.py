@@ -17,7 +17,7 @@ from fastattn._nested import nested_like, packed_tokens, pad_tokens, token_posit
 from fastattn.dispatch import BACKENDS
 from fastattn.ops.attention import attention, attention_and_weights
 from fastattn.ops.attention_checks import autocast_is_on, window_sides
-from fastattn.ops.linear import linear
+from fastattn.ops.linear import backend_of, linear
 from fastattn.ops.tensor_checks import check_probability
 from fastattn.ops.varlen_attention import varlen_attention
 
@@ -265,10 +265,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
                 f"MultiHeadAttention: query, key and value are {got} but the module's weights {weight.dtype}; they "
                 "must be equal. Convert one of them with .to(dtype), or use torch.autocast."
             )
-        # While training, a checkpointed block computes without gradients what it computes again with them: one product,
-        # compiled too, where the kernel does not serve gradients.
-        eager = self.training and torch.compiler.is_compiling()
-        product = partial(linear, backend="eager" if eager else self.backend)
+        product = partial(linear, backend=backend_of(self))
         if self.in_proj_weight is None:
             kv_dim = self.num_kv_heads * self.head_dim
             biases = _split(self.in_proj_bias, [self.embed_dim, kv_dim, kv_dim])

@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from devices import new_tensors_for, pytest_runtest_makereport  # noqa: F401  (a hook)
+from emulated import Mode
 
 from fastattn._extension import extension, missing_reason
 from fastattn.dispatch import available_backends
@@ -52,6 +53,13 @@ def tensors_where_the_backend_runs(request: pytest.FixtureRequest) -> Iterator[N
     callspec = getattr(request.node, "callspec", None)
     with new_tensors_for(callspec.params.get("backend", "cpu") if callspec else "cpu"):
         yield
+
+
+@pytest.fixture
+def plain_mode_afterwards() -> Iterator[None]:
+    """For files whose tests run the emulator in other modes, or as other cards."""
+    yield
+    Mode().apply()
 
 
 @pytest.fixture(params=_ISAS or [pytest.param(None, marks=pytest.mark.skip(reason=str(missing_reason)))])

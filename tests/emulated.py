@@ -84,6 +84,12 @@ MODES = (
 )
 
 
+def hopper(mode: Mode = MODES[0], multiprocessors: int = 1) -> None:
+    """A card for Hopper's forward. Few multiprocessors: blocks take several row tiles, and no keys are split, which the
+    kernel leaves to others."""
+    mode.apply(compute_capability=90, multiprocessors=multiprocessors)
+
+
 class KernelError(RuntimeError):
     """A launch failed, or the emulator found the kernel at fault."""
 

@@ -100,3 +100,21 @@ class Problem:
                     fresh[0] = rotated(fresh[0], length + i, angles, interleaved)
                 before[(slice(None), *self.place(b, length + i))] = fresh
         torch.testing.assert_close(self.caches, before, equal_nan=True)
+
+
+def check_empty(backend, dtype):
+    """Nothing in the cache, no query, no sequence."""
+    cache, lengths = torch.full((2, 2, 32, 2, 16), NAN, dtype=dtype), torch.zeros(2, dtype=torch.int32)
+    query, table = torch.randn(2, 1, 4, 16).to(dtype), torch.zeros(2, 3, dtype=torch.int32)
+
+    def call(query=query, cache=cache, **options):
+        return fastattn.attention_with_kv_cache(query, *cache, return_lse=True, backend=backend, **options)
+
+    for options in ({}, {"block_table": table}):
+        for length in (lengths, 0):
+            out, lse = call(cache_seqlens=length, **options)
+            assert not out.any() and (lse == -float("inf")).all()
+    out, lse = call(cache=cache[:, :0], cache_seqlens=lengths, block_table=table)
+    assert not out.any() and (lse == -float("inf")).all()
+    assert call(query=query[:, :0], cache_seqlens=lengths)[0].shape == (2, 0, 4, 16)
+    assert call(query=query[:0], cache=cache[:, :0], cache_seqlens=lengths[:0])[0].shape == (0, 1, 4, 16)

@@ -15,18 +15,15 @@ from emulated import MODES, Mode
 import fastattn
 from fastattn.ops.attention import attention_and_weights
 
-pytestmark = pytest.mark.skipif(
-    fastattn.available_backends()["emulated"] is not None, reason=str(fastattn.available_backends()["emulated"])
-)
+pytestmark = [
+    pytest.mark.skipif(
+        fastattn.available_backends()["emulated"] is not None, reason=str(fastattn.available_backends()["emulated"])
+    ),
+    pytest.mark.usefixtures("plain_mode_afterwards"),
+]
 HALF = [torch.bfloat16, torch.float16]
 each_dtype = pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
 each_harsh_mode = pytest.mark.parametrize("mode", MODES[1:], ids=str)
-
-
-@pytest.fixture(autouse=True)
-def plain_mode_afterwards():
-    yield
-    Mode().apply()
 
 
 @each_harsh_mode

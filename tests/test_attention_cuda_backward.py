@@ -14,17 +14,14 @@ from test_attention_backward import MASK_SHAPES, SIZES
 import fastattn
 from fastattn._extension import extension
 
-pytestmark = pytest.mark.skipif(
-    fastattn.available_backends()["emulated"] is not None, reason=str(fastattn.available_backends()["emulated"])
-)
+pytestmark = [
+    pytest.mark.skipif(
+        fastattn.available_backends()["emulated"] is not None, reason=str(fastattn.available_backends()["emulated"])
+    ),
+    pytest.mark.usefixtures("plain_mode_afterwards"),
+]
 HALF = [torch.bfloat16, torch.float16]
 each_dtype = pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
-
-
-@pytest.fixture(autouse=True)
-def plain_mode_afterwards():
-    yield
-    Mode().apply()
 
 
 # --- The gradient of a mask ------------------------------------------------------------------------------------------

@@ -8,27 +8,19 @@ import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
 from attention_cases import FEATURES, Case, dtype_id
-from emulated import MODES, Mode, emulated_library
+from emulated import MODES, Mode, emulated_library, hopper
 
 import fastattn
 
-pytestmark = pytest.mark.skipif(
-    fastattn.available_backends()["emulated"] is not None, reason=str(fastattn.available_backends()["emulated"])
-)
+pytestmark = [
+    pytest.mark.skipif(
+        fastattn.available_backends()["emulated"] is not None, reason=str(fastattn.available_backends()["emulated"])
+    ),
+    pytest.mark.usefixtures("plain_mode_afterwards"),
+]
 HALF = [torch.bfloat16, torch.float16]
 HEAD_DIMS = (40, 64, 96, 128, 192, 256)
 each_harsh_mode = pytest.mark.parametrize("mode", MODES[1:], ids=str)
-
-
-@pytest.fixture(autouse=True)
-def plain_mode_afterwards():
-    yield
-    Mode().apply()
-
-
-def hopper(mode: Mode = MODES[0], multiprocessors: int = 1) -> None:
-    """Few multiprocessors: blocks take several row tiles, and no keys are split, which the kernel leaves to others."""
-    mode.apply(compute_capability=90, multiprocessors=multiprocessors)
 
 
 def forward(case: Case, inputs: dict[str, torch.Tensor], backend: str, wide: bool = False) -> tuple[torch.Tensor, ...]:

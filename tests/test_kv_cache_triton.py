@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from devices import device_for
-from kv_cache_cases import BATCH, CAPACITY, NAN, Problem
+from kv_cache_cases import BATCH, CAPACITY, NAN, Problem, check_empty
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
@@ -120,21 +120,7 @@ def test_strided_operands():
 
 
 def test_empty():
-    """Nothing in the cache, no query, no sequence."""
-    cache, lengths = torch.full((2, 2, 32, 2, 16), NAN, dtype=DTYPE), torch.zeros(2, dtype=torch.int32)
-    query, table = torch.randn(2, 1, 4, 16).to(DTYPE), torch.zeros(2, 3, dtype=torch.int32)
-
-    def call(query=query, cache=cache, **options):
-        return fastattn.attention_with_kv_cache(query, *cache, return_lse=True, backend="triton", **options)
-
-    for options in ({}, {"block_table": table}):
-        for length in (lengths, 0):
-            out, lse = call(cache_seqlens=length, **options)
-            assert not out.any() and (lse == -float("inf")).all()
-    out, lse = call(cache=cache[:, :0], cache_seqlens=lengths, block_table=table)
-    assert not out.any() and (lse == -float("inf")).all()
-    assert call(query=query[:, :0], cache_seqlens=lengths)[0].shape == (2, 0, 4, 16)
-    assert call(query=query[:0], cache=cache[:, :0], cache_seqlens=lengths[:0])[0].shape == (0, 1, 4, 16)
+    check_empty("triton", DTYPE)
 
 
 # ---- what a step costs

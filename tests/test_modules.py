@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastattn
-from fastattn import multi_head_attention
 
 BATCH, SEQLEN_Q, SEQLEN_K, EMBED, HEADS = 3, 5, 7, 16, 4
 
@@ -379,77 +378,6 @@ def test_returned_weights_are_those_that_made_the_output(dropout):
     torch.testing.assert_close(ours(query, query, query)[1], weights.mean(1))
 
 
-# --- Costs: matmuls, copies, masks ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def attention_calls(monkeypatch) -> list[dict]:
-    """What each call of ``fastattn.attention`` from the module was given."""
-    calls = []
-
-    def recorded(query, key, value, **options):
-        calls.append({"query": query, "key": key, "value": value, **options})
-        return fastattn.attention(query, key, value, **options)
-
-    monkeypatch.setattr(multi_head_attention, "attention", recorded)
-    return calls
-
-
-@pytest.mark.parametrize("same, matmuls", [("all", 2), ("key_value", 3), ("query_key", 3), ("none", 4)])
-def test_inputs_that_are_one_tensor_share_a_matmul(same, matmuls, monkeypatch):
-    _, ours = make_pair()
-    ours.backend = "eager"  # its products are PyTorch's
-    calls = []
-    linear = F.linear
-    monkeypatch.setattr(F, "linear", lambda *args: calls.append(args) or linear(*args))
-    ours(*make_inputs(same), need_weights=False)
-    assert len(calls) == matmuls
-
-
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_heads_are_views_of_the_projection(batch_first, attention_calls):
-    _, ours = make_pair(batch_first=batch_first)
-    inputs = make_inputs("all", batch_first)
-    ours(*inputs, need_weights=False)
-    (call,) = attention_calls
-    storages = {call[name].untyped_storage().data_ptr() for name in ("query", "key", "value")}
-    assert len(storages) == 1
-    assert call["query"].untyped_storage().nbytes() == 3 * inputs[0].nbytes
-    assert call["query"].stride(-1) == 1
-
-
-@pytest.mark.parametrize(
-    "attn, padding, causal, shape",
-    [
-        (None, "bool", False, (BATCH, 1, 1, SEQLEN_Q)),
-        (None, "float", True, (BATCH, 1, 1, SEQLEN_Q)),
-        ("bool2", None, False, (SEQLEN_Q, SEQLEN_Q)),
-        ("float2", None, False, (SEQLEN_Q, SEQLEN_Q)),
-        ("bool2", "bool", False, (BATCH, 1, SEQLEN_Q, SEQLEN_Q)),
-        ("bool3", "bool", False, (BATCH, HEADS, SEQLEN_Q, SEQLEN_Q)),
-        ("float2", "bool", True, (BATCH, 1, 1, SEQLEN_Q)),
-        ("float2", None, True, None),
-    ],
-)
-def test_masks_stay_in_the_smallest_shape(attn, padding, causal, shape, attention_calls):
-    _, ours = make_pair(batch_first=True)
-    masks = make_masks(attn, padding, SEQLEN_Q, unbatched=False)
-    ours(*make_inputs("all", batch_first=True), need_weights=False, is_causal=causal, **masks)
-    (call,) = attention_calls
-    assert call["is_causal"] == causal
-    assert shape is None if call["attn_mask"] is None else tuple(call["attn_mask"].shape) == shape
-
-
-def test_causal_promise_does_not_drop_a_learned_or_rectangular_mask(attention_calls):
-    _, ours = make_pair(batch_first=True)
-    query, key, _ = make_inputs("key_value", batch_first=True)
-    learned = torch.randn(SEQLEN_Q, SEQLEN_Q, requires_grad=True)
-    ours(query, query, query, need_weights=False, attn_mask=learned, is_causal=True)
-    rectangular = hidden_by(-1, 2, SEQLEN_Q, SEQLEN_K)
-    ours(query, key, key, need_weights=False, attn_mask=rectangular, is_causal=True)
-    assert [call["attn_mask"] is not None and not call["is_causal"] for call in attention_calls] == [True, True]
-
-
 # --- Around the module ------------------------------------------------------------------------------------------------
 
 
@@ -510,72 +438,6 @@ def test_backend_is_passed_on():
     module.backend = "cuda"
     with pytest.raises(NotImplementedError, match="cuda"):
         module(*inputs)
-
-
-# --- Errors -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "args, options, message",
-    [
-        ((0, 1), {}, "must be positive, got 0, 1, 1"),
-        ((16, 3), {}, "num_heads must divide embed_dim, got 3 for 16"),
-        ((16, 4), {"num_kv_heads": 3}, "num_kv_heads must divide num_heads, got 3 for 4"),
-        ((16, 4), {"dropout": 1.5}, "dropout must be between 0 and 1, got 1.5"),
-        (
-            (16, 4),
-            {"window": (-2, 0)},
-            r"window must be .*, two integers >= -1, .*; got \(-2, 0\)",
-        ),
-        ((16, 4), {"backend": "tpu"}, "backend must be 'auto' or one of .*, got 'tpu'"),
-    ],
-)
-def test_rejects_bad_configurations(args, options, message):
-    with pytest.raises(ValueError, match=message):
-        fastattn.MultiHeadAttention(*args, **options)
-
-
-@pytest.mark.parametrize(
-    "shapes, masks, error, message",
-    [
-        (((16,), (7, 16), (7, 16)), {}, ValueError, r"must all have 3 dimensions, or 2 if unbatched, got \(16,\)"),
-        (((3, 5, 16), (7, 16), (7, 16)), {}, ValueError, "must all have 3 dimensions"),
-        (((3, 5, 8), (3, 7, 16), (3, 7, 16)), {}, ValueError, "query must have embed_dim = 16 features, got"),
-        (((3, 5, 16), (3, 7, 8), (3, 7, 16)), {}, ValueError, "key must have kdim = 16 features, got"),
-        (((3, 5, 16), (3, 7, 16), (3, 7, 9)), {}, ValueError, "or make the module with vdim=9"),
-        (((3, 5, 16), (3, 7, 16), (3, 6, 16)), {}, ValueError, "key and value must have the same"),
-        (((3, 5, 16), (2, 7, 16), (2, 7, 16)), {}, ValueError, "same batch size, got .* With batch_first=True"),
-        (((3, 5, 16),) * 3, {"key_padding_mask": torch.zeros(5, 3) > 0}, ValueError, r"here \(3, 5\), got \(5, 3\)"),
-        (((3, 5, 16),) * 3, {"key_padding_mask": torch.zeros(3, 5).int()}, TypeError, "got torch.int32. If nonzero"),
-        (((3, 5, 16),) * 3, {"attn_mask": torch.zeros(5, 6)}, ValueError, r"attn_mask must be .* here \(5, 5\), got"),
-        (((3, 5, 16),) * 3, {"attn_mask": torch.zeros(3, 5, 5)}, ValueError, r"here \(12, 5, 5\), got \(3, 5, 5\)"),
-        (((3, 5, 16),) * 3, {"attn_mask": torch.zeros(5)}, ValueError, r"here \(5, 5\), got \(5,\)"),
-    ],
-)
-def test_rejects_inputs_that_do_not_fit(shapes, masks, error, message):
-    module = fastattn.MultiHeadAttention(EMBED, HEADS, batch_first=True)
-    with pytest.raises(error, match=message):
-        module(*(torch.zeros(shape) for shape in shapes), **masks)
-
-
-def test_rejects_a_dtype_that_is_not_the_weights():
-    query = torch.zeros(3, 5, EMBED, dtype=torch.bfloat16)
-    for options in ({}, {"num_kv_heads": 2}):
-        with pytest.raises(TypeError, match=r"are .*bfloat16.* but the module's weights torch.float32"):
-            fastattn.MultiHeadAttention(EMBED, HEADS, **options)(query, query, query)
-
-
-def test_rejects_nested_input_that_it_cannot_take():
-    rows = [torch.randn(3, EMBED), torch.randn(2, EMBED)]
-    nested, jagged = torch.nested.nested_tensor(rows), torch.nested.nested_tensor(rows, layout=torch.jagged)
-    module = fastattn.MultiHeadAttention(EMBED, HEADS, batch_first=True)
-    for inputs in ((jagged, jagged, jagged), (nested, torch.randn(2, 3, EMBED), nested)):
-        with pytest.raises(TypeError, match=r"must all be nested with layout torch.strided, or none"):
-            module(*inputs)
-    with pytest.raises(ValueError, match="take no masks: remove key_padding_mask"):
-        module(nested, nested, nested, key_padding_mask=torch.zeros(2, 3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="set batch_first=True"):
-        fastattn.MultiHeadAttention(EMBED, HEADS)(nested, nested, nested)
 
 
 # --- Packed sequences -------------------------------------------------------------------------------------------------

@@ -9,15 +9,12 @@ from test_varlen_attention import OPTIONS, check, cu_seqlens, of_head_dim
 
 import fastattn
 
-pytestmark = pytest.mark.skipif(
-    fastattn.available_backends()["emulated"] is not None, reason=str(fastattn.available_backends()["emulated"])
-)
-
-
-@pytest.fixture(autouse=True)
-def plain_mode_afterwards():
-    yield
-    Mode().apply()
+pytestmark = [
+    pytest.mark.skipif(
+        fastattn.available_backends()["emulated"] is not None, reason=str(fastattn.available_backends()["emulated"])
+    ),
+    pytest.mark.usefixtures("plain_mode_afterwards"),
+]
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])

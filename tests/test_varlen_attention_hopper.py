@@ -8,29 +8,21 @@ import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
 from attention_cases import dtype_id
-from emulated import MODES, Mode
+from emulated import MODES, Mode, hopper
 from test_varlen_attention import OPTIONS, cu_seqlens, one_by_one
 
 import fastattn
 
-pytestmark = pytest.mark.skipif(
-    fastattn.available_backends()["emulated"] is not None, reason=str(fastattn.available_backends()["emulated"])
-)
+pytestmark = [
+    pytest.mark.skipif(
+        fastattn.available_backends()["emulated"] is not None, reason=str(fastattn.available_backends()["emulated"])
+    ),
+    pytest.mark.usefixtures("plain_mode_afterwards"),
+]
 NAN = float("nan")
 # Around tiles of 64 rows and of 128 keys; sequences without queries, without keys, and of one token.
 LENGTHS_Q, LENGTHS_K = (65, 0, 1, 129, 63, 20), (129, 30, 65, 128, 0, 1)
 each_harsh_mode = pytest.mark.parametrize("mode", MODES[1:], ids=str)
-
-
-@pytest.fixture(autouse=True)
-def plain_mode_afterwards():
-    yield
-    Mode().apply()
-
-
-def hopper(mode: Mode = MODES[0], multiprocessors: int = 1) -> None:
-    """Few multiprocessors: blocks take several row tiles, and no keys are split, which the kernel leaves to others."""
-    mode.apply(compute_capability=90, multiprocessors=multiprocessors)
 
 
 def operands_of(lengths_q, lengths_k, head_dim, dtype, heads=4, heads_kv=2, head_dim_v=None):

@@ -134,8 +134,7 @@ void bind_layer_norm(py::module_& m) {
         return add_norm_if_plain(input, residual, shape, weight, bias, eps, /*rms=*/false);
       },
       "The op add_layer_norm on the CPU without dropout (input, residual, normalized_shape, weight, bias, eps), or "
-      "None "
-      "likewise.");
+      "None likewise.");
   m.def(
       "add_rms_norm_if_plain",
       [](Handle input, Handle residual, Handle shape, Handle weight, Handle eps) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -80,16 +80,21 @@ def run_varlen(call: VarlenCall) -> tuple[Tensor, Tensor]:
     return torch.ops.fastattn.varlen_attention(*call)
 
 
-@torch.no_grad()
-def run_with_kv_cache(call: KvCacheCall) -> tuple[Tensor, Tensor]:
-    """Appends, rotates and attends without a copy of the cache."""
+def kv_cache_arguments(call: KvCacheCall) -> tuple[Any, ...]:
+    """As the schema of attention_with_kv_cache has them (csrc/ops.cpp)."""
     lengths, cos_and_sin, slopes = call.cache_seqlens, call.rotary or (None, None), call.alibi_slopes
     each, one = (lengths, 0) if isinstance(lengths, Tensor) else (None, lengths)
-    return torch.ops.fastattn.attention_with_kv_cache(
+    return (
         *call[:5], each, one, call.block_table, *cos_and_sin, call.rotary_interleaved,
         None if slopes is None else slopes.float(), call.sinks, call.is_causal, call.scale, call.window_left,
         call.window_right, call.softcap,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def run_with_kv_cache(call: KvCacheCall) -> tuple[Tensor, Tensor]:
+    """Appends, rotates and attends without a copy of the cache."""
+    return torch.ops.fastattn.attention_with_kv_cache(*kv_cache_arguments(call))
 
 
 def run_weights(call: AttentionCall, lse: Tensor, average_heads: bool) -> Tensor:

@@ -41,6 +41,11 @@ class KvCacheCall(NamedTuple):
     window_right: int
     softcap: float
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that a sequence's part of the cache can hold."""
+        return self.key.shape[1] * (1 if self.block_table is None else self.block_table.shape[1])
+
 
 def attention_with_kv_cache(
     query: Tensor,
@@ -283,7 +288,7 @@ def _step(call: KvCacheCall, attend: Callable[[AttentionCall], tuple[Tensor, Ten
         new_key = new_value = None
     block_size, blocks = key_cache.shape[1], key_cache.shape[0]
     paged, one_length = table is not None, not isinstance(lengths, Tensor)
-    capacity = block_size if table is None else table.shape[1] * block_size
+    capacity = call.capacity
     positions = -1 if call.rotary is None else call.rotary[0].shape[0]
     rotated = max(new, seqlen_q)
     if one_length:
@@ -337,9 +342,8 @@ def _append(cache: Tensor, rows: Tensor, lengths: int | Tensor, table: Tensor | 
 
 
 def _refuses_cpu(call: Any) -> str | None:
-    tokens = call.key.shape[1] * (1 if call.block_table is None else call.block_table.shape[1])
-    if max(tokens, call.key.shape[0]) > _MOST_ON_CPU:
-        return f"the cache has room for {tokens} tokens in {call.key.shape[0]} blocks; both must be below 2^31"
+    if max(call.capacity, call.key.shape[0]) > _MOST_ON_CPU:
+        return f"the cache has room for {call.capacity} tokens in {call.key.shape[0]} blocks; both must be below 2^31"
     return compiled.refuses_cpu(call)
 
 

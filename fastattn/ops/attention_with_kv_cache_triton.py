@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn.ops import attention_checks as checks
+from fastattn.ops.attention_compiled import kv_cache_arguments
 from fastattn.ops.attention_triton import refuses_triton
 
 if TYPE_CHECKING:
@@ -27,18 +28,13 @@ def refuses_kv_cache_triton(call: KvCacheCall) -> str | None:
     reason = refuses_triton(call)
     if reason is not None:
         return reason
-    capacity = call.key.shape[1] * (1 if call.block_table is None else call.block_table.shape[1])
-    return None if capacity <= _MAX_CAPACITY else f"the cache has room for {capacity} tokens a sequence, above 2^28"
+    if call.capacity <= _MAX_CAPACITY:
+        return None
+    return f"the cache has room for {call.capacity} tokens a sequence, above 2^28"
 
 
 def run_kv_cache_triton(call: KvCacheCall) -> tuple[Tensor, Tensor]:
-    lengths, cos_and_sin, slopes = call.cache_seqlens, call.rotary or (None, None), call.alibi_slopes
-    each, one = (lengths, 0) if isinstance(lengths, Tensor) else (None, lengths)
-    return torch.ops.fastattn.attention_with_kv_cache_triton(
-        *call[:5], each, one, call.block_table, *cos_and_sin, call.rotary_interleaved,
-        None if slopes is None else slopes.float(), call.sinks, call.is_causal, call.scale, call.window_left,
-        call.window_right, call.softcap,
-    )  # fmt: skip
+    return torch.ops.fastattn.attention_with_kv_cache_triton(*kv_cache_arguments(call))
 
 
 # --- The op ----------------------------------------------------------------------------------------------------------

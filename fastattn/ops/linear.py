@@ -9,7 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastattn import dispatch
 from fastattn._extension import extension
@@ -50,6 +50,15 @@ def linear(
             if out is not None:
                 return out
     return ACTIVATION_FUNCTIONS[activation](F.linear(input, weight, bias))
+
+
+def backend_of(module: nn.Module) -> str:
+    """The backend of the products of ``module``, which has a ``backend``.
+
+    While training, a checkpointed block computes without gradients what it computes again with them: one product,
+    compiled too, where the kernel does not serve gradients.
+    """
+    return "eager" if module.training and torch.compiler.is_compiling() else str(module.backend)
 
 
 def gather_weight(weight: Tensor) -> None:
