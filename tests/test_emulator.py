@@ -131,6 +131,13 @@ def test_impossible_launches_are_refused(threads, blocks_y, smem_bytes, message)
         emulated_library().call("misuse_launch", threads, blocks_y, smem_bytes)
 
 
+def test_static_shared_memory_counts_in_the_limit():
+    """With what lies between it and the dynamic part, which starts at a multiple of 1024 bytes."""
+    emulated_library().call("misuse_static_shared", 226 * 1024)
+    with pytest.raises(KernelError, match="232449 bytes of static and dynamic shared memory"):
+        emulated_library().call("misuse_static_shared", 226 * 1024 + 1)
+
+
 def test_a_launch_after_an_error_is_clean():
     with pytest.raises(KernelError):
         run("wgmma_without_fence")

@@ -380,6 +380,19 @@ def test_every_card_gives_the_same_integers(capability, rows):
         Mode().apply()
 
 
+@pytest.mark.skipif(fastattn.available_backends()["emulated"] is not None, reason="no emulated CUDA kernels")
+@pytest.mark.parametrize("rows, depth", [(1, 32600), (2, 16200), (3, 10700), (4, 8000)])
+def test_quantised_rows_that_just_fit_unasked_shared_memory(rows, depth):
+    """They and the sums leave less than 1 KiB of 48, which static shared memory does not fit in."""
+    x, weight, scale = torch.randn(rows, depth).half(), random_int8(64, depth), torch.ones(64)
+    Mode().apply(multiprocessors=1)
+    try:
+        out = fastattn.int8_linear(x, weight, scale, backend="emulated")
+    finally:
+        Mode().apply()
+    assert torch.equal(out, fastattn.int8_linear(x, weight, scale, backend="eager"))
+
+
 # --- Gradients -------------------------------------------------------------------------------------------------------
 
 

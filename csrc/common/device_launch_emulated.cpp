@@ -12,9 +12,25 @@ static int os_threads_of(const EmulatorSettings& settings) {
   return std::max(static_cast<int>(std::thread::hardware_concurrency()), 1);
 }
 
+// Shared memory that one block may have: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+static size_t shared_bytes_per_block(int compute_capability) {
+  switch (compute_capability) {
+    case 80:
+    case 87:
+      return 163 * 1024;
+    case 90:
+    case 100:
+    case 103:
+    case 110:
+      return 227 * 1024;
+    default:
+      return 99 * 1024;
+  }
+}
+
 static emu::Config config_of(const EmulatorSettings& settings) {
   return {static_cast<emu::Schedule>(settings.schedule), static_cast<emu::AsyncMode>(settings.async_mode),
-          settings.seed, os_threads_of(settings)};
+          settings.seed, os_threads_of(settings), shared_bytes_per_block(settings.compute_capability)};
 }
 
 static EmulatorSettings& current_settings() {
@@ -29,21 +45,6 @@ static EmulatorSettings& current_settings() {
 void configure_emulator(const EmulatorSettings& settings) {
   current_settings() = settings;
   emu::config() = config_of(settings);
-}
-
-// Shared memory that one block may have: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
-static size_t shared_bytes_per_block(int compute_capability) {
-  switch (compute_capability) {
-    case 80:
-    case 87:
-      return 163 * 1024;
-    case 90:
-    case 100:
-    case 103:
-      return 227 * 1024;
-    default:
-      return 99 * 1024;
-  }
 }
 
 DeviceLaunch make_launch(const at::Tensor& tensor) {

@@ -11,6 +11,10 @@
 
 namespace fastattn {
 
+// A kernel that does not ask for more has 48 KiB, static and dynamic shared memory together. No more than 8 KiB are
+// static: the emulator sees to that.
+inline bool asks_for_shared_memory(size_t dynamic_smem_bytes) { return dynamic_smem_bytes > 40 * 1024; }
+
 // launch_clusters(kernel<Traits>, grid, cluster, block, dynamic_smem_bytes, stream, arguments...) starts clusters of up
 // to 8 blocks (compute capability 9.0; ptx_cluster.cuh), which divide the grid. It is the only way to a cluster:
 // kernels have no __cluster_dims__. Never synchronises: on a device the result covers the launch, in the emulator also
@@ -19,10 +23,9 @@ template <typename... Parameters, typename... Arguments>
 const char* launch_clusters(void (*kernel)(Parameters...), dim3 grid, dim3 cluster, dim3 block, size_t smem_bytes,
                             [[maybe_unused]] cudaStream_t stream, Arguments&&... arguments) {
 #if defined(FASTATTN_EMULATED)
-  return emu::launch(kernel, grid, cluster, block, smem_bytes, arguments...);
+  return emu::launch(kernel, grid, cluster, block, {smem_bytes, asks_for_shared_memory(smem_bytes)}, arguments...);
 #else
-  constexpr size_t kSmemWithoutOptIn = 48 * 1024;
-  if (smem_bytes > kSmemWithoutOptIn) {
+  if (asks_for_shared_memory(smem_bytes)) {
     const cudaError_t status =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(smem_bytes));

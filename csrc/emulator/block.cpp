@@ -59,18 +59,23 @@ static void run_thread() {
   __builtin_unreachable();
 }
 
+static size_t shared_limit(SharedMemory shared) {
+  return shared.asks_for_more ? config().max_shared_bytes : kUnaskedSharedBytes;
+}
+
 // A block, and everything it reuses from one of its lives to the next.
 class BlockState {
  public:
-  BlockState(Cluster& cluster, uint32_t rank, dim3 grid, dim3 block, size_t dynamic_shared_bytes)
-      : shared_(kStaticSharedBytes + dynamic_shared_bytes), async_view_(kStaticSharedBytes + dynamic_shared_bytes) {
+  BlockState(Cluster& cluster, uint32_t rank, dim3 grid, dim3 block, SharedMemory shared)
+      : shared_(kStaticSharedBytes + shared.dynamic_bytes), async_view_(kStaticSharedBytes + shared.dynamic_bytes) {
     block_.cluster = &cluster;
     block_.rank = rank;
     block_.grid_dim = grid;
     block_.block_dim = block;
     block_.shared = shared_.data();
     block_.async_view = async_view_.data();
-    block_.shared_bytes = kStaticSharedBytes + dynamic_shared_bytes;
+    block_.shared_bytes = kStaticSharedBytes + shared.dynamic_bytes;
+    block_.shared_limit = shared_limit(shared);
     cluster.blocks.push_back(&block_);
     make_threads(static_cast<int>(block.x * block.y * block.z));
   }
@@ -177,11 +182,11 @@ struct ClusteredGrid {
 // One OS thread's blocks, a cluster after the other.
 class ClusterRunner {
  public:
-  ClusterRunner(const ClusteredGrid& grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& body)
+  ClusterRunner(const ClusteredGrid& grid, dim3 block, SharedMemory shared, const std::function<void()>& body)
       : grid_(grid) {
     cluster_.body = body;
     for (unsigned rank = 0; rank < grid.blocks(); ++rank) {
-      states_.push_back(std::make_unique<BlockState>(cluster_, rank, grid.grid, block, dynamic_shared_bytes));
+      states_.push_back(std::make_unique<BlockState>(cluster_, rank, grid.grid, block, shared));
     }
     threads_ = static_cast<int>(block.x * block.y * block.z * grid.blocks());
   }
@@ -224,7 +229,7 @@ class ClusterRunner {
   std::vector<std::unique_ptr<BlockState>> states_;
 };
 
-static std::string launch_problem(dim3 grid, dim3 cluster, dim3 block, size_t dynamic_shared_bytes) {
+static std::string launch_problem(dim3 grid, dim3 cluster, dim3 block, SharedMemory shared) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads < 1 || threads > kMaxWarps * kWarpSize) {
     return "launch: a block has 1 to 1024 threads, not " + std::to_string(threads);
@@ -233,9 +238,9 @@ static std::string launch_problem(dim3 grid, dim3 cluster, dim3 block, size_t dy
     return "launch: a grid of (" + std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " +
            std::to_string(grid.z) + ") blocks; the limits are 1 and (2^31 - 1, 65535, 65535)";
   }
-  if (dynamic_shared_bytes > kMaxSharedBytes) {
-    return "launch: " + std::to_string(dynamic_shared_bytes) + " bytes of dynamic shared memory; the limit is " +
-           std::to_string(kMaxSharedBytes);
+  if (shared.dynamic_bytes > shared_limit(shared)) {
+    return "launch: " + std::to_string(shared.dynamic_bytes) + " bytes of dynamic shared memory; the limit is " +
+           std::to_string(shared_limit(shared));
   }
   const uint64_t blocks = uint64_t{cluster.x} * cluster.y * cluster.z;
   if (blocks < 1 || blocks > kMaxClusterBlocks) {
@@ -247,9 +252,8 @@ static std::string launch_problem(dim3 grid, dim3 cluster, dim3 block, size_t dy
   return "";
 }
 
-std::string run_grid(dim3 grid, dim3 cluster, dim3 block, size_t dynamic_shared_bytes,
-                     const std::function<void()>& body) {
-  std::string problem = launch_problem(grid, cluster, block, dynamic_shared_bytes);
+std::string run_grid(dim3 grid, dim3 cluster, dim3 block, SharedMemory shared, const std::function<void()>& body) {
+  std::string problem = launch_problem(grid, cluster, block, shared);
   if (!problem.empty()) return problem;
   ++launch_count;
   const ClusteredGrid clustered{grid, cluster};
@@ -259,7 +263,7 @@ std::string run_grid(dim3 grid, dim3 cluster, dim3 block, size_t dynamic_shared_
   std::atomic<bool> failed{false};
 
   const auto work = [&] {
-    ClusterRunner runner(clustered, block, dynamic_shared_bytes, body);
+    ClusterRunner runner(clustered, block, shared, body);
     for (uint64_t i; !failed && (i = next_cluster++) < clusters;) {
       const uint64_t seed = (config().seed + 1) * 0x9E3779B97F4A7C15ull + i * 0xD1B54A32D192ED03ull;
       std::string error = runner.run(i, seed | 1);

@@ -20,22 +20,26 @@ enum class AsyncMode : int {
   kRandom,  // a coin for each operation
 };
 
+constexpr size_t kMaxSharedBytes = 227 * 1024;  // what one block of compute capability 9.0 can ask for
+
 struct Config {
   Schedule schedule = Schedule::kInOrder;
   AsyncMode async_mode = AsyncMode::kEager;
   uint64_t seed = 0;
-  int os_threads =
-      1;  // blocks, or clusters, are shared out between them; more than one also shows races between blocks
+  // Blocks, or clusters, are shared out between them; more than one also shows races between blocks.
+  int os_threads = 1;
+  // What a block of the card can ask for, static and dynamic shared memory together.
+  size_t max_shared_bytes = kMaxSharedBytes;
 };
 
 Config& config();
 
 constexpr size_t kStackBytes = 64 * 1024;
-constexpr size_t kMaxSharedBytes = 227 * 1024;   // what one block of compute capability 9.0 can have
-constexpr size_t kStaticSharedBytes = 8 * 1024;  // room for static shared memory, a part of the above
-constexpr uint32_t kSharedBase = 1024;           // 32-bit shared address of the block's first byte; 0 stays invalid
-constexpr uint32_t kClusterWindow =
-    1u << 24;  // size of a block's window into shared::cluster; mapa gives rank + 1 of it
+constexpr size_t kUnaskedSharedBytes = 48 * 1024;  // what a block has, static and dynamic, that asks for nothing
+constexpr size_t kStaticSharedBytes = 8 * 1024;    // room for static shared memory
+constexpr uint32_t kSharedBase = 1024;             // 32-bit shared address of the block's first byte; 0 stays invalid
+// Size of a block's window into shared::cluster; mapa gives rank + 1 of it.
+constexpr uint32_t kClusterWindow = 1u << 24;
 constexpr int kWarpSize = 32;
 constexpr int kMaxWarps = 32;
 constexpr unsigned kMaxClusterBlocks = 8;  // what every card with clusters can run

@@ -10,20 +10,24 @@
 
 namespace fastattn::emu {
 
+// Of a launch. A device knows by a kernel's attributes whether it was asked for more than 48 KiB.
+struct SharedMemory {
+  size_t dynamic_bytes = 0;
+  bool asks_for_more = false;
+};
+
 // Runs `body` once for each thread of the grid; empty if all went well, else what went wrong in which block.
-std::string run_grid(dim3 grid, dim3 cluster, dim3 block, size_t dynamic_shared_bytes,
-                     const std::function<void()>& body);
+std::string run_grid(dim3 grid, dim3 cluster, dim3 block, SharedMemory shared, const std::function<void()>& body);
 
 // Keeps the text alive until this OS thread's next launch. Null for an empty one.
 const char* keep_error(std::string text);
 
 // The arguments are converted once and passed by value to every thread, as on the device.
 template <typename... Parameters, typename... Arguments>
-const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 cluster, dim3 block, size_t dynamic_shared_bytes,
+const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 cluster, dim3 block, SharedMemory shared,
                    Arguments&&... arguments) {
   const std::tuple<Parameters...> parameters{static_cast<Parameters>(arguments)...};
-  return keep_error(
-      run_grid(grid, cluster, block, dynamic_shared_bytes, [kernel, &parameters] { std::apply(kernel, parameters); }));
+  return keep_error(run_grid(grid, cluster, block, shared, [kernel, &parameters] { std::apply(kernel, parameters); }));
 }
 
 // Once any range is declared, asynchronous copies must stay within the declared ranges (tests declare their tensors).

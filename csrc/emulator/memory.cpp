@@ -77,6 +77,20 @@ static void add_static_slot(Block& block, const void* key, size_t start, size_t 
   block.red_zones.push_back(memory + bytes);
 }
 
+// A device refuses the launch. Dynamic shared memory starts at a multiple of 1024 there, behind the static arrays.
+static void check_shared_limit(const Block& block, size_t new_static_bytes, const Site& site) {
+  constexpr size_t kDynamicAlignment = 1024;
+  size_t bytes = new_static_bytes;
+  for (const StaticSlot& slot : block.static_slots) bytes += slot.bytes;
+  const size_t dynamic_bytes = block.shared_bytes - kStaticSharedBytes;
+  if (dynamic_bytes > 0)
+    bytes = (bytes + kDynamicAlignment - 1) / kDynamicAlignment * kDynamicAlignment + dynamic_bytes;
+  if (bytes > block.shared_limit) {
+    fail(site, "%zu bytes of static and dynamic shared memory; the limit of this launch is %zu", bytes,
+         block.shared_limit);
+  }
+}
+
 // Arrays lie in the order in which they are met first, at the same place in all blocks of a cluster.
 void* static_shared(const void* key, size_t bytes, size_t alignment, Site site) {
   const IgnoreScope hidden;
@@ -88,6 +102,7 @@ void* static_shared(const void* key, size_t bytes, size_t alignment, Site site) 
   if (start + bytes + kRedZoneBytes > kStaticSharedBytes) {
     fail(site, "static shared memory exceeds the emulator's %zu bytes; use dynamic shared memory", kStaticSharedBytes);
   }
+  check_shared_limit(block, bytes, site);
   for (Block* each : block.cluster->blocks) add_static_slot(*each, key, start, bytes);
   return block.shared + start;
 }

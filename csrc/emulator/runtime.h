@@ -151,6 +151,7 @@ struct Block {
   uint8_t* shared = nullptr;
   uint8_t* async_view = nullptr;
   size_t shared_bytes = 0;  // static part, then dynamic part
+  size_t shared_limit = 0;  // of what is declared as static and the dynamic part
   std::vector<StaticSlot> static_slots;
   size_t static_bytes = 0;
   std::vector<const uint8_t*> red_zones;  // behind static arrays
