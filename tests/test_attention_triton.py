@@ -7,6 +7,7 @@ seen in full; its tiles are 32 x 32.
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -353,6 +354,16 @@ def test_strides(view):
     check(case, torch.float32, "triton", views)
 
 
+@pytest.mark.parametrize("slopes_shape", [(2,), (1, 2)], ids=["heads", "batch_heads"])
+def test_slopes_and_sinks_in_the_columns_of_a_table(slopes_shape):
+    inputs = {"alibi_slopes": lambda case: torch.rand(slopes_shape), "sinks": lambda case: torch.randn(2)}
+    case = Case(batch=1, heads=2, seqlen_q=20, seqlen_k=40, head_dim=16, tensors=inputs)
+    dense = case.inputs(torch.float32)
+    views = {name: x if x.dim() == 4 else x[..., None].repeat_interleave(3, -1)[..., 0] for name, x in dense.items()}
+    assert views["sinks"].stride(0) == views["alibi_slopes"].stride(-1) == 3
+    check(case, torch.float32, "triton", views)
+
+
 def test_rows_too_far_apart_for_32_bits_are_copied():
     near, far = (torch.empty_strided((1, 1, 2, 8), (1, 1, stride, 1)) for stride in (2**10, 2**24))
     assert face.rows_of(near) is near and face.rows_of(far).stride(2) == 8
@@ -395,6 +406,20 @@ def test_lse_alone_can_be_differentiated():
     dlse = torch.randn_like(lse)
     for a, b in zip(*(torch.autograd.grad(x, (query, key), dlse) for x in (lse, expected)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_tensor_float_32_is_what_the_newer_attribute_says(precision):
+    """Where only this one was set, the older torch.get_float32_matmul_precision() raises."""
+    from fastattn.ops.attention_triton_plan import allows_tf32
+
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, precision
+    try:
+        assert allows_tf32(types.SimpleNamespace(dtype=torch.float32, is_cuda=True)) == (precision == "tf32")
+        assert not allows_tf32(types.SimpleNamespace(dtype=torch.float16, is_cuda=True))
+    finally:
+        products.fp32_precision = before
 
 
 def test_second_derivatives_raise():

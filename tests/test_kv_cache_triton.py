@@ -30,14 +30,19 @@ def parted(monkeypatch, parts: int) -> None:
     monkeypatch.setattr(plan, "_parts", lambda *numbers: parts)
 
 
+def _column(*numbers: float) -> torch.Tensor:
+    """A number for each head, as a column of a table has them."""
+    return torch.tensor(numbers)[:, None].repeat(1, 3)[:, 0]
+
+
 OPTIONS = {
     "causal": dict,
     "not_causal": lambda: {"is_causal": False},
     "window": lambda: {"window": (40, 0)},
     "window_both_sides": lambda: {"window": (9, 1), "is_causal": False},
     "softcap_scale": lambda: {"softcap": 1.5, "scale": -0.5},
-    "alibi": lambda: {"alibi_slopes": torch.tensor([0.1, 0.2, 0.4, 0.8])},
-    "sinks": lambda: {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+    "alibi": lambda: {"alibi_slopes": _column(0.1, 0.2, 0.4, 0.8)},
+    "sinks": lambda: {"sinks": _column(0.5, -1.0, 2.0, 0.0)},
 }
 # What a tile of 32 keys meets: a cache in one piece, blocks that divide it, that it divides, that do neither.
 BLOCK_SIZES = [None, 16, 64, 48, 6]

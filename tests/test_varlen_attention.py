@@ -322,6 +322,16 @@ def test_rows_without_any_sequence(cu, backend):
 
 
 @pytest.mark.parametrize("backend", [*MATRIX_BACKENDS, "eager"])
+def test_sequences_without_keys_between_rows_of_none(backend):
+    leaves = [operand.requires_grad_() for operand in inputs(torch.float16, (3, 4), (5,))]
+    cu_q, cu_k = cu_seqlens((3, 4)), torch.zeros(3, dtype=torch.int32)
+    out, lse = fastattn.varlen_attention(*leaves, cu_q, cu_k, 4, 0, return_lse=True, backend=backend)
+    assert (out == 0).all() and (lse == -INF).all()
+    gradients = torch.autograd.grad((out, lse), leaves, (torch.ones_like(out), torch.ones_like(lse)))
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("backend", [*MATRIX_BACKENDS, "eager"])
 def test_rows_past_the_last_sequence_are_zero_and_get_no_gradient(backend):
     operands = inputs(torch.float32, (3, 5), (4, 6), tail=2)
     operands = [torch.cat((operand[:-2], torch.full_like(operand[-2:], float("nan")))) for operand in operands]

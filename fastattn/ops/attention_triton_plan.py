@@ -19,7 +19,7 @@ from fastattn.ops.attention_triton_mask import ceil_div, mask_arguments, plan_li
 from fastattn.ops.attention_triton_packed import STATISTICS_ROWS
 from fastattn.ops.attention_triton_scores import MASK_ADD, MASK_NONE
 from fastattn.ops.attention_triton_tiles import Tile, Tiling
-from fastattn.ops.triton_launch import Launch, descriptor
+from fastattn.ops.triton_launch import Launch, descriptor, neighbours
 
 LOG2_E = math.log2(math.e)
 # How many programs share the batches and heads that add to one tile of a mask's gradient, so that a small mask fills a
@@ -84,7 +84,8 @@ def _scoring_arguments(query: Tensor, key: Tensor, scoring: Scoring) -> dict[str
     # A side of the window that reaches past every key limits nothing.
     longest = seqlen_q + seqlen_k
     right = 0 if scoring.is_causal else scoring.window_right
-    slopes, softcap, scale, dropout_p = scoring.alibi_slopes, scoring.softcap, scoring.scale, scoring.dropout_p
+    softcap, scale, dropout_p = scoring.softcap, scoring.scale, scoring.dropout_p
+    slopes = None if scoring.alibi_slopes is None else neighbours(scoring.alibi_slopes)
     plain = scale > 0 and softcap == 0 and slopes is None and mask["MASK"] != MASK_ADD.value
     return mask | {
         "alibi_ptr": slopes,
@@ -128,7 +129,8 @@ def _packing_arguments(query: Tensor, key: Tensor, scoring: Scoring) -> dict[str
 
 def allows_tf32(query: Tensor) -> bool:
     """float32 products are exact unless the user told PyTorch that TensorFloat-32 will do."""
-    return query.dtype == torch.float32 and query.is_cuda and torch.get_float32_matmul_precision() != "highest"
+    # Not torch.get_float32_matmul_precision(), which raises where the user told it by this newer attribute.
+    return query.dtype == torch.float32 and query.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _key_mask(arguments: dict[str, Any], mask_states: Tensor | None) -> bool:
@@ -199,15 +201,16 @@ def plan_forward(
     """Writes out and lse. ``mask_states``, here and below: of attention_triton_mask.py."""
     arguments = _scoring_arguments(query, key, scoring) | _whole_rows(query, value)
     arguments |= _packing_arguments(query, key, scoring) | {"q_ptr": query}
-    if scoring.sinks is not None:
+    sinks = None if scoring.sinks is None else neighbours(scoring.sinks)
+    if sinks is not None:
         # The sink is a natural logit, so the others are too.
         arguments |= {"PLAIN": False, "unit": LOG2_E}
     arguments |= {
-        "k_ptr": key, "v_ptr": value, "out_ptr": out, "lse_ptr": lse, "sinks_ptr": scoring.sinks,
+        "k_ptr": key, "v_ptr": value, "out_ptr": out, "lse_ptr": lse, "sinks_ptr": sinks,
         **_strides("q", query), **_strides("k", key), **_strides("v", value), **_strides("out", out),
         "KEY_MASK": _key_mask(arguments, mask_states),
         "ONE_WALK": _one_walk(arguments, mask_states, _widest_of_two_walks(gpu)),
-        "SINKS": scoring.sinks is not None,
+        "SINKS": sinks is not None,
     }  # fmt: skip
     (tile,) = tiling or tiles.forward(gpu, *shape_of_tiles(arguments))
     tile = _with_lengths(tile, arguments)
@@ -264,6 +267,7 @@ def plan_delta(
     # Programs past the end of their packed sequence write no share.
     allocate = lse.new_empty if packing is None else lse.new_zeros
     dsinks = None if sinks is None else allocate((batch, heads, row_tiles))
+    sinks = None if sinks is None else neighbours(sinks)
     arguments = {
         "out_ptr": out, "dout_ptr": dout, "dlse_ptr": dlse, "lse_ptr": lse, "row_lse_ptr": row_lse, "delta_ptr": delta,
         "sinks_ptr": sinks, "dsinks_ptr": dsinks, **_strides("out", out), **_strides("dout", dout), "heads": heads,

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastattn.ops import attention_checks as checks
 from fastattn.ops.attention_compiled import kv_cache_arguments
 from fastattn.ops.attention_triton import refuses_triton
+from fastattn.ops.triton_launch import neighbours
 
 if TYPE_CHECKING:
     from fastattn.ops.attention_with_kv_cache import KvCacheCall
@@ -48,11 +49,6 @@ _library.define(
 )
 
 
-def _neighbours(tensor: Tensor) -> Tensor:
-    """With the elements of a row as neighbours, as kernels read them."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
-
-
 def _attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, key: Tensor | None, value: Tensor | None,
             cache_seqlens: Tensor | None, cache_seqlen: int, block_table: Tensor | None, rotary_cos: Tensor | None,
             rotary_sin: Tensor | None, rotary_interleaved: bool, alibi_slopes: Tensor | None, sinks: Tensor | None,
@@ -74,12 +70,12 @@ def _attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, key: Tensor |
 
     out = query.new_empty(*query.shape[:3], value_cache.shape[3])
     lse = query.new_empty(query.shape[0], query.shape[2], query.shape[1], dtype=torch.float32)
-    cache = cache._replace(key=_neighbours(key_cache), value=_neighbours(value_cache))
+    cache = cache._replace(key=neighbours(key_cache), value=neighbours(value_cache))
     angles = None
     if rotary_cos is not None and rotary_sin is not None:
         angles = plan.Rotation(_angles(rotary_cos), _angles(rotary_sin), rotary_interleaved)
-    fresh = None if key is None or value is None or appended == 0 else (_neighbours(key), _neighbours(value))
-    query = _neighbours(query)
+    fresh = None if key is None or value is None or appended == 0 else (neighbours(key), neighbours(value))
+    query = neighbours(query)
     plan.run_step(query, fresh, cache, angles, out, lse, plan.Scores(alibi_slopes, sinks, *scoring))
     for caller, written in ((key_cache, cache.key), (value_cache, cache.value)):
         if written is not caller and fresh is not None:
@@ -89,7 +85,7 @@ def _attend(query: Tensor, key_cache: Tensor, value_cache: Tensor, key: Tensor |
 
 def _angles(angles: Tensor) -> Tensor:
     """cos or sin, in a dtype that the kernel reads."""
-    return _neighbours(angles.float() if angles.dtype == torch.float64 else angles)
+    return neighbours(angles.float() if angles.dtype == torch.float64 else angles)
 
 
 for _key in ("CUDA", "CPU"):

@@ -20,7 +20,7 @@ from fastattn.ops.attention_with_kv_cache_triton_kernels import (
     combine_parts_kernel,
     kv_append_kernel,
 )
-from fastattn.ops.triton_launch import Launch, device_of, next_power_of_2
+from fastattn.ops.triton_launch import Launch, device_of, neighbours, next_power_of_2
 
 # Programs for each multiprocessor that the keys are parted to reach, and how few tiles of keys a part has.
 _PROGRAMS, _PART_TILES = 2, 2
@@ -199,17 +199,20 @@ def _is_plain(scores: Scores) -> bool:
 
 def _score_arguments(query: Tensor, cache: Cache, scores: Scores) -> dict[str, Any]:
     heads, heads_kv = query.shape[2], cache.key.shape[2]
-    slopes, plain = scores.alibi_slopes, _is_plain(scores)
+    slopes, sinks = (
+        None if numbers is None else neighbours(numbers) for numbers in (scores.alibi_slopes, scores.sinks)
+    )
+    plain = _is_plain(scores)
     # A side of the window that reaches past every key limits nothing.
     longest = query.shape[1] + cache.capacity
     right = 0 if scores.is_causal else scores.window_right
     return {
-        "alibi_ptr": slopes, "sinks_ptr": scores.sinks,
+        "alibi_ptr": slopes, "sinks_ptr": sinks,
         "stride_alibi_batch": slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
         "heads": heads, "group": heads // max(heads_kv, 1), "seqlen_q": query.shape[1],
         "window_left": min(max(scores.window_left, 0), longest), "window_right": min(max(right, 0), longest),
         "LEFT": 0 <= scores.window_left < longest, "RIGHT": 0 <= right < longest,
         "scale": scores.scale, "unit": scores.scale * LOG2_E if plain else LOG2_E, "softcap": scores.softcap,
-        "ALIBI": slopes is not None, "SOFTCAP": scores.softcap > 0, "SINKS": scores.sinks is not None, "PLAIN": plain,
+        "ALIBI": slopes is not None, "SOFTCAP": scores.softcap > 0, "SINKS": sinks is not None, "PLAIN": plain,
         "PRECISION": "tf32" if allows_tf32(query) else "ieee",
     }  # fmt: skip

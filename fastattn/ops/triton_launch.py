@@ -106,6 +106,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def neighbours(tensor: Tensor) -> Tensor:
+    """``tensor`` with the elements of its last dim next to each other, as kernels read them."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
 def as_rows(tensor: Tensor, rows: int, cols: int) -> tuple[Tensor, int]:
     """``tensor`` as (rows, cols) with neighbouring columns, and its stride in rows; copied only where it has to be."""
     if tensor.is_contiguous():

@@ -94,6 +94,9 @@ def _backward(dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, val
     call = _scoring((cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), tuple(scoring_values))
     dq, dk, dv = (_empty_like(rows, rows.shape[2]) for rows in (query, key, value))
     dsinks = call.sinks.new_zeros(call.sinks.shape) if need_dsinks else query.new_empty(0)
+    if max_seqlen_k == 0:
+        # No program: nobody fills what lies between sequences without keys.
+        dk.zero_(), dv.zero_()
     if call.packing.batch == 0 or max_seqlen_q == 0 or lse.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dsinks
     operands = as_entry(query), as_entry(key), as_entry(value), as_entry(out), as_entry(dout)
