@@ -44,11 +44,14 @@ class JointProjection:
 
 def _key(layers: Sequence[Int8Linear]) -> _Key | None:
     """Identifies what the layers hold. None if they are to be called one by one: off the CPU, because nothing would
-    tell of a change (inference mode), for the gradients of their biases, or because somebody watches one of them."""
+    tell of a change (inference mode), for the gradients of their biases, or because somebody watches one of them or has
+    made its bias an attribute (a parametrization, FSDP)."""
     first, key = layers[0], []
     for layer in layers:
         watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
         if layer._packed is None or watched or layer.activation is not None or layer.backend != first.backend:
+            return None
+        if "bias" not in layer._parameters:
             return None
         bias = layer._parameters["bias"]
         if (bias is None) != (first._parameters["bias"] is None):

@@ -96,9 +96,20 @@ def restore(model: nn.Module) -> nn.Module:
     """Undoes ``accelerate`` in ``model``: the same modules as what they were, with their parameters as they are now.
 
     Modules that became INT8 get their float weights back. Returns ``model``.
+
+    Raises: ValueError, before it changes anything, if a swapped module was given another class since, as
+        parametrizations and ``fully_shard`` do.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore: model must be a torch.nn.Module, got {type(model).__name__}.")
+    for name, module in model.named_modules():
+        before = module.__dict__.get(_UNDO)
+        if before and type(module) is not before[-1].became:
+            raise ValueError(
+                f"restore: {name or 'the model'} is a {type(module).__name__} and no longer the "
+                f"{before[-1].became.__name__} that accelerate made; undo what changed its class first, such as "
+                "parametrizations."
+            )
     # Again, because a restored module may have swapped ones inside that the model did not show meanwhile.
     while swapped := [module for module in model.modules() if _UNDO in module.__dict__]:
         for module in swapped:
@@ -179,6 +190,7 @@ _LEFT = "_fastattn_left"
 
 class _Before(NamedTuple):
     cls: type[nn.Module]
+    became: type[nn.Module]
     replaced: dict[str, Any]
     added: tuple[str, ...]
 
@@ -187,7 +199,7 @@ def _become(module: nn.Module, cls: type[nn.Module], attributes: dict[str, Any])
     state = module.__dict__
     replaced = {name: state[name] for name in attributes if name in state}
     added = tuple(name for name in attributes if name not in state)
-    state.setdefault(_UNDO, []).append(_Before(type(module), replaced, added))
+    state.setdefault(_UNDO, []).append(_Before(type(module), cls, replaced, added))
     state.update(attributes)
     module.__class__ = cls
 

@@ -100,10 +100,12 @@ class Int8Linear(nn.Module):
         # weight is packed, and nobody asked for another backend than the CPU's. The op checks its arguments.
         if self._packed is not None and not torch.compiler.is_compiling() and dispatch.takes_cpu(self.backend):
             activation_name = int8_ops.ACTIVATIONS.get(self.activation)
-            if activation_name is not None:
-                buffers: dict[str, Any] = self._buffers
+            buffers: dict[str, Any] = self._buffers
+            parameters: dict[str, Any] = self._parameters
+            # A parametrization, FSDP or a replica makes the bias an attribute, which the general way finds.
+            if activation_name is not None and "bias" in parameters:
                 out = int8_matmul_compiled.int8_linear_if_packed(
-                    input, self._packed, buffers["weight"], buffers["weight_scale"], self._parameters["bias"],
+                    input, self._packed, buffers["weight"], buffers["weight_scale"], parameters["bias"],
                     activation_name,
                 )  # fmt: skip
                 if out is not None:

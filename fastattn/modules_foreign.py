@@ -38,14 +38,15 @@ class ForeignNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         weight: Tensor = self.weight
-        bias, formula = self._parameters.get("bias"), self.formula
+        # Not from _parameters: a parametrization, FSDP or a replica of DataParallel makes it an attribute.
+        bias, formula = getattr(self, "bias", None), self.formula
         x = hidden_states
         if x.dtype != weight.dtype and formula.result != "input":
             x = x.to(weight.dtype if formula.result == "weight" else torch.promote_types(x.dtype, weight.dtype))
         if formula.offset:
             weight = formula.offset + weight.to(torch.promote_types(weight.dtype, torch.float32))
         if formula.centred:
-            return layer_norm(x, weight.shape, weight, bias, self.norm_eps)
+            return layer_norm(x, weight.shape, weight, bias if isinstance(bias, Tensor) else None, self.norm_eps)
         return rms_norm(x, weight.shape, weight, self.norm_eps)
 
     def extra_repr(self) -> str:

@@ -156,6 +156,71 @@ def test_checkpointing_repeats_the_very_dropout(use_reentrant):
         assert torch.equal(a, b)
 
 
+# --- Parameters that are attributes, as parametrizations and FSDP leave them ------------------------------------------
+
+
+class CentredNorm(nn.Module):
+    """A layer norm of another library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.rand(DIM)), nn.Parameter(torch.rand(DIM)), 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps) * self.weight + self.bias
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("how", ["parametrized", "replica"])
+@pytest.mark.parametrize("kind", ["norm", "int8", "int8 attention"])
+@torch.no_grad()
+def test_a_bias_that_is_an_attribute_is_added(kind, how):
+    torch.manual_seed(0)
+    model = {"norm": CentredNorm, "int8": lambda: nn.Linear(DIM, DIM)}.get(
+        kind, lambda: nn.MultiheadAttention(DIM, 4, batch_first=True)
+    )()
+    for name, parameter in model.named_parameters():
+        if "bias" in name:
+            parameter.uniform_(1, 2)
+    fastattn.accelerate(model, int8=kind != "norm", verbose=False)
+    assert type(model).__name__ == {"norm": "ForeignNorm", "int8": "Int8Linear"}.get(kind, "Int8MultiHeadAttention")
+    holder = model.v_proj if kind == "int8 attention" else model
+    x = torch.randn(2, 3, DIM)
+
+    def run() -> Tensor:
+        return model(x, x, x)[0] if kind == "int8 attention" else model(x)
+
+    before = run()
+    if how == "parametrized":
+        nn.utils.parametrize.register_parametrization(holder, "bias", Doubled())
+        after = run()
+        nn.utils.parametrize.remove_parametrizations(holder, "bias", leave_parametrized=True)
+    else:
+        bias = 2 * holder.bias
+        del holder.bias
+        holder.bias = bias
+        after = run()
+        del holder.bias
+        holder.bias = nn.Parameter(bias)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, run(), rtol=1e-5, atol=1e-5)
+
+
+def test_restore_refuses_modules_whose_class_changed():
+    model = fastattn.accelerate(nn.Sequential(nn.LayerNorm(DIM), nn.LayerNorm(DIM)), verbose=False)
+    nn.utils.parametrize.register_parametrization(model[1], "weight", Doubled())
+    with pytest.raises(ValueError, match="restore: 1 is a ParametrizedLayerNorm and no longer the LayerNorm"):
+        fastattn.restore(model)
+    assert type(model[0]) is fastattn.LayerNorm
+    nn.utils.parametrize.remove_parametrizations(model[1], "weight")
+    assert [type(module) for module in fastattn.restore(model)] == [nn.LayerNorm, nn.LayerNorm]
+
+
 # --- Copies and files -------------------------------------------------------------------------------------------------
 
 
