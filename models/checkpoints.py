@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, scaler: Any) -> None:
-    """Writes model.safetensors and training.safetensors; an interruption leaves those that were there before."""
+    """Writes model.safetensors and training.safetensors; an interruption, whenever it comes, leaves two of one step
+    (see `finish_saving`)."""
     folder.mkdir(parents=True, exist_ok=True)
     state: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     for device in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -26,9 +28,17 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     files = {"model.safetensors": (unique_tensors(model), {}), "training.safetensors": (state, metadata)}
     for name, (tensors, facts) in files.items():
         save_file(tensors, folder / f"{name}.partial", facts)
-    # Both are whole before either replaces its predecessor.
+    # Both are whole before either replaces its predecessor, the model first.
     for name in files:
         os.replace(folder / f"{name}.partial", folder / name)
+
+
+def finish_saving(folder: Path) -> None:
+    """Puts training.safetensors in its place where ``save_checkpoint`` was ended with the model in its own."""
+    partial = folder / "training.safetensors.partial"
+    if partial.exists() and not (folder / "model.safetensors.partial").exists():
+        with suppress(FileNotFoundError):  # another process of the run has done it
+            os.replace(partial, folder / "training.safetensors")
 
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:

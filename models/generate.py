@@ -41,9 +41,11 @@ def generate(options: argparse.Namespace) -> None:
         [ids], count, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
         generator=generator,
     )  # fmt: skip
-    print(options.text, end="", flush=True)
-    shown, new, start = options.text, list(ids), time.perf_counter()
+    shown, new, start = tokenizer.decode(ids), list(ids), time.perf_counter()
     for token in tokens:
+        if len(new) == len(ids):
+            # Not before the first token: what is wrong shows by then, and gets a line of its own.
+            print(options.text, end="", flush=True)
         new.append(token.item())
         text = tokenizer.decode(new)
         # A character may take several tokens: it is shown once it is whole.

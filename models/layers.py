@@ -6,6 +6,8 @@ parameters, and so the state dict, are the same on every backend; INT8 replaces 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +53,19 @@ def set_backend(model: nn.Module, backend: str = "auto", *, int8: bool = False) 
             if isinstance(module, fastattn.Int8Linear):
                 module.backend = backend
     return model
+
+
+@contextmanager
+def another_backend(model: nn.Module, backend: str) -> Iterator[None]:
+    """Within the block the modules of ``model`` run on ``backend``."""
+    before = [(module, module.backend) for module in model.modules() if hasattr(module, "backend")]
+    try:
+        for module, _ in before:
+            module.backend = backend  # type: ignore[assignment]
+        yield
+    finally:
+        for module, own in before:
+            module.backend = own
 
 
 # --- Norms -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from models import tasks, training
 from models.commands import Parser, add_kernels, number, run, whole
 from models.data import DataError
-from models.layers import set_backend
+from models.layers import another_backend, set_backend
 
 SHAPES = {"dim": 192, "layers": 4, "heads": 6}
 OBJECTIVES = ("masked", "next", "replaced")
@@ -31,7 +31,7 @@ LOOP = {
     "weight_decay": (number(0), "of matrices"),
     "clip_norm": (number(0, above=True), "longer gradients are shortened to this"),
     "accumulation": (whole(1), "batches an update"),
-    "precision": (str, "of the products; weights stay float32"),
+    "precision": (str, "of the products in training; weights and evaluation stay float32"),
     "seed": (whole(0), "of weights, batches and dropout"),
     "evaluate_every": (whole(0), "steps; 0 = at the end only"),
     "save_every": (whole(0), "steps; 0 = at the end, and when interrupted"),
@@ -187,8 +187,14 @@ def train(options: argparse.Namespace) -> None:
                 text = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
                 progress.console.print(f"step {row['step']}: loss {row['loss']:.4g}, {text}")
 
+        def evaluate() -> dict[str, float]:
+            # In float32, which the kernels of mixed precision may refuse.
+            mixed = config.precision != "float32" and options.backend in ("cuda", "emulated")
+            with another_backend(task.model, "auto" if mixed else options.backend):
+                return task.measure(task.model)
+
         rows = training.train(
-            task.model, task.loss, task.batches, config, folder=options.out, evaluate=lambda: task.measure(task.model),
+            task.model, task.loss, task.batches, config, folder=options.out, evaluate=evaluate,
             processes=processes, resume=options.resume, report=report,
             # Of several processes, torchrun ends each by itself, at a step of its own.
             stop=interrupted if processes.world == 1 else lambda: False,

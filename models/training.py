@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.checkpoints import resume_checkpoint, save_checkpoint
+from models.checkpoints import finish_saving, resume_checkpoint, save_checkpoint
 
 Batch = dict[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -155,9 +155,11 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     torch.manual_seed(config.seed + processes.rank)
     first, rows = 0, []
-    if resume and folder is not None and (folder / "training.safetensors").exists():
-        first = resume_checkpoint(folder, model, optimizer, scaler)
-        rows = _read_log(folder / "log.csv", first)
+    if resume and folder is not None:
+        finish_saving(folder)
+        if (folder / "training.safetensors").exists():
+            first = resume_checkpoint(folder, model, optimizer, scaler)
+            rows = _read_log(folder / "log.csv", first)
     parallel = nn.parallel.DistributedDataParallel(model) if processes.world > 1 else model
 
     for step in range(first, config.steps):
@@ -192,8 +194,9 @@ def train(
             raise FloatingPointError(f"train: the loss of step {done} is {total}; try a smaller learning_rate.")
         ends = done == config.steps or stop()
         if folder is not None and processes.rank == 0 and (ends or _due(done, config.save_every)):
-            save_checkpoint(folder, model, optimizer, done, scaler)
+            # The log first: of one that reaches further than the checkpoint, resuming takes what it needs.
             _write_log(folder / "log.csv", rows)
+            save_checkpoint(folder, model, optimizer, done, scaler)
         if ends:
             break
     model.eval()
@@ -206,10 +209,13 @@ def _due(step: int, every: int) -> bool:
 
 def _write_log(path: Path, rows: list[dict[str, float]]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
+    os.replace(partial, path)
 
 
 def _read_log(path: Path, steps: int) -> list[dict[str, float]]:
@@ -218,6 +224,6 @@ def _read_log(path: Path, steps: int) -> list[dict[str, float]]:
     try:
         with path.open(newline="") as file:
             rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-        return [row for row in rows if row["step"] <= steps]
+        return [row | {"step": int(row["step"])} for row in rows if row["step"] <= steps]
     except (ValueError, TypeError, KeyError, csv.Error) as error:
         raise ValueError(f"{path} is not a log that training wrote ({error}): remove it to go on without.") from error
