@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from fastattn import dispatch
 from fastattn._extension import extension
 from fastattn._nested import is_packed, nested_like, packed_tokens
+from fastattn._tracing import as_fx_node, unseen_by_jit
 from fastattn.ops import int8_matmul as int8_ops
 from fastattn.ops import int8_matmul_compiled
 from fastattn.ops.layer_norm import layer_norm, rms_norm
@@ -113,6 +115,8 @@ class Int8Linear(nn.Module):
         return self._forward_in_general(input)
 
     def _forward_in_general(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return as_fx_node(self, input)
         if is_packed(input):
             return nested_like(self.forward(packed_tokens(input)), input)
         if torch.compiler.is_compiling():
@@ -137,8 +141,9 @@ class Int8Linear(nn.Module):
     def _pack(self) -> None:
         self._packed, self._packed_key = None, _packing_key(self.weight)
         if self._packed_key is not None:
-            self._packed = int8_matmul_compiled.pack_weight(self.weight)
-            gather_weight(self._packed)
+            with unseen_by_jit():
+                self._packed = int8_matmul_compiled.pack_weight(self.weight)
+                gather_weight(self._packed)
 
     @torch.inference_mode(False)
     def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
@@ -174,6 +179,8 @@ class Linear(nn.Linear):
     backend = "auto"
 
     def forward(self, input: Tensor, activation: str = "none") -> Tensor:
+        if isinstance(input, Proxy):
+            return as_fx_node(self, input, activation)
         return linear(input, self.weight, self.bias, activation=activation, backend=backend_of(self))
 
 
@@ -181,6 +188,8 @@ class LayerNorm(nn.LayerNorm):
     """``torch.nn.LayerNorm`` on fastattn's kernels: same arguments, parameters and ``state_dict``."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return as_fx_node(self, input)
         if is_packed(input):
             return nested_like(self.forward(packed_tokens(input)), input)
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
@@ -190,6 +199,8 @@ class RMSNorm(nn.RMSNorm):
     """``torch.nn.RMSNorm`` on fastattn's kernels: same arguments, parameters and ``state_dict``."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return as_fx_node(self, x)
         if is_packed(x):
             return nested_like(self.forward(packed_tokens(x)), x)
         return rms_norm(x, self.normalized_shape, self.weight, self.eps)

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
+from fastattn._tracing import as_fx_node
 from fastattn.ops.layer_norm import layer_norm, rms_norm
 
 
@@ -37,6 +39,8 @@ class ForeignNorm(nn.Module):
     norm_eps: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if isinstance(hidden_states, Proxy):
+            return as_fx_node(self, hidden_states)
         weight: Tensor = self.weight
         # Not from _parameters: a parametrization, FSDP or a replica of DataParallel makes it an attribute.
         bias, formula = getattr(self, "bias", None), self.formula

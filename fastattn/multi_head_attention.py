@@ -10,10 +10,12 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter
 
 from fastattn._nested import nested_like, packed_tokens, pad_tokens, token_positions
+from fastattn._tracing import as_fx_node
 from fastattn.dispatch import BACKENDS
 from fastattn.ops.attention import attention, attention_and_weights
 from fastattn.ops.attention_checks import autocast_is_on, window_sides
@@ -149,6 +151,10 @@ class MultiHeadAttention(nn.MultiheadAttention):
         Raises: ValueError, TypeError for inputs that do not fit the module or each other; NotImplementedError, with
             reasons, if ``backend`` cannot run them.
         """
+        if isinstance(query, Proxy):
+            options = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            node: Any = as_fx_node(self, query, key, value, *options)
+            return node
         _check_tensors(query=query, key=key, value=value, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
         if query.is_nested or key.is_nested or value.is_nested:
             self._check_nested_inputs(query, key, value, key_padding_mask, attn_mask)

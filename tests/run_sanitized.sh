@@ -4,7 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root="$PWD"
-python="$root/${VENV:-.venv}/bin/python"
+venv="${VENV:-.venv}"
+[[ "$venv" = /* ]] || venv="$root/$venv"  # the tests run from another folder
+python="$venv/bin/python"
 package="$root/build/sanitized"
 
 "$python" setup.py -q build_py --build-lib "$package" build_ext --sanitize --build-lib "$package" 2>/dev/null

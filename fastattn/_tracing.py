@@ -1,0 +1,38 @@
+"""What torch.fx and torch.jit see of fastattn's modules while they trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Proxy
+
+
+def as_fx_node(module: nn.Module, *arguments: Any) -> Proxy:
+    """The call of ``module`` as one node of the graph that torch.fx traces, as those of torch.nn are: ``arguments[0]``
+    is a Proxy, of which no meaning can be checked.
+
+    Raises: TypeError for a module that is traced by itself, which has no name in the graph.
+    """
+    tracer: Any = arguments[0].tracer
+    if tracer.root is module:
+        raise TypeError(
+            f"{type(module).__name__}: torch.fx cannot trace into it, only a model that contains it: trace "
+            "torch.nn.Sequential(module), or use torch.export or torch.compile."
+        )
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
+
+
+@contextmanager
+def unseen_by_jit() -> Iterator[None]:
+    """While entered, torch.jit.trace records nothing: what is made is a constant of its graph."""
+    bindings: Any = torch._C
+    state = bindings._get_tracing_state()
+    bindings._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        bindings._set_tracing_state(state)
