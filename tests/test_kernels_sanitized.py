@@ -143,9 +143,9 @@ LENGTHS = {
 }
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("card, head_dim", [(80, 64), (80, 96), (80, 128), (90, 96)])
 @pytest.mark.parametrize("name", LENGTHS)
-def test_lengths_of_packed_sequences_stay_inside(name, head_dim):
+def test_lengths_of_packed_sequences_stay_inside(name, card, head_dim):
     """Tensors and workspace are no larger than they have to be; where sequences overlap, only that counts."""
     cu, longest = LENGTHS[name]
     total, batch, heads = 40, len(cu) - 1, 2
@@ -155,8 +155,9 @@ def test_lengths_of_packed_sequences_stay_inside(name, head_dim):
                    (("q", wrong_q), ("k", wrong_k))}  # fmt: skip
         call = AttentionCall(dtype=DTYPES[torch.float16], batch=batch, heads=heads, heads_kv=1, head_dim=head_dim,
                              seqlen_q=lengths["q"][1], seqlen_k=lengths["k"][1], total_q=total, total_k=total,
-                             causal=wrong_q, bottom_right=wrong_k, compute_capability=80,
-                             multiprocessors=multiprocessors, scale=head_dim**-0.5)  # fmt: skip
+                             causal=wrong_q, bottom_right=wrong_k, compute_capability=card,
+                             multiprocessors=multiprocessors, deterministic=int(wrong_q),
+                             scale=head_dim**-0.5)  # fmt: skip
         shapes = {"q": heads, "out": heads, "dout": heads, "dq": heads, "k": 1, "v": 1, "dk": 1, "dv": 1}
         tensors = {name: torch.randn(n, total, head_dim).half() for name, n in shapes.items()}
         tensors |= {f"cu_seqlens_{side}": torch.tensor(lengths[side][0], dtype=torch.int32) for side in "qk"}

@@ -164,9 +164,8 @@ BwdPlan plan_bwd(const AttentionBwdParams& p, const DeviceLaunch& launch) {
   plan.sm90_tile = choose_bwd_sm90_tile(p, launch);
   if (plan.is_on_hopper()) {
     plan.dkv_mask_tiles = plan_mask_tiles(p, plan.sm90_tile.block_q(), plan.sm90_tile.block_k(), 1);
-    const int64_t rows = p.batch * p.heads * plan.padded_rows;
-    plan.dq_sum_bytes = rows * plan.sm90_tile.head_dim * 4;
-    plan.turns_bytes = launch.deterministic ? rows / DqSum::kRows * 2 * 4 : 0;
+    plan.dq_sum_bytes = plan.statistics * plan.sm90_tile.head_dim * 4;
+    plan.turns_bytes = launch.deterministic ? plan.statistics / DqSum::kRows * 2 * 4 : 0;
     choose_parts(plan, p, launch);
     return plan;
   }
@@ -256,7 +255,7 @@ const char* launch_hopper(const BwdPlan& plan, const AttentionBwdParams& p, cons
   AttentionBwdSm90Args args;
   args.bwd = bwd;
   args.dq.sum = rows.dq_sum, args.dq.turns = rows.turns;
-  args.dq.padded_rows = rows.padded_rows, args.dq.columns = rows.dq_columns;
+  args.dq.padded_rows = bwd.padded_rows, args.dq.columns = rows.dq_columns;
   const unsigned shared_blocks = blocks * static_cast<unsigned>(bwd.parts.count());
   const char* error = launch_choice<64, 96, 128, 192, 256>(plan.sm90_tile.head_dim, [&](auto head_dim) {
     return launch_bwd_sm90<Element, head_dim()>(plan.sm90_tile.kind, args, p.batch, shared_blocks, stream);
@@ -266,6 +265,8 @@ const char* launch_hopper(const BwdPlan& plan, const AttentionBwdParams& p, cons
   DqFinishArgs finish;
   finish.dq = args.dq;
   finish.out = p.dq;
+  finish.packed_q = bwd.packed.q;
+  finish.padded_rows = rows.padded_rows;
   finish.heads = bwd.heads, finish.seqlen_q = bwd.scores.seqlen_q, finish.head_dim = bwd.head_dim;
   finish.items = p.batch * p.heads * rows.padded_rows / 2 * (args.dq.columns / 8);
   finish.scale = bwd.scale;

@@ -32,11 +32,23 @@ struct AttentionBwdSm90Args {
   DqSum dq;
 };
 
+// Makes args those of batch entry `batch` alone. Sums of packed sequences lie where their statistics do: heads take the
+// place of (batch, head).
+FASTATTN_DEVICE void narrow_to_entry(AttentionBwdSm90Args& args, int batch) {
+  const int64_t first_query = packed_sequence(args.bwd.packed.q, batch, args.bwd.scores.seqlen_q).begin;
+  const int64_t row = packed_statistics_row(batch, first_query);
+  args.dq.sum += row * args.dq.columns;
+  if (args.dq.turns != nullptr) args.dq.turns += row / DqSum::kRows * 2;
+  narrow_to_entry(args.bwd, batch);
+}
+
 constexpr int kDqFinishThreads = 256;
 
 struct DqFinishArgs {
   DqSum dq;
   AttentionTensor out;
+  PackedRows packed_q;
+  int64_t padded_rows = 0;  // of the longest sequence
   int heads = 0, seqlen_q = 0, head_dim = 0;
   int64_t items = 0;
   float scale = 0.0f;
@@ -53,14 +65,21 @@ __global__ void __launch_bounds__(kDqFinishThreads)
   const int chunks = args.dq.columns / 8, col = static_cast<int>(item % chunks) * 8;
   const int64_t pair = item / chunks;  // of rows: eight pairs to 16 rows
   const int64_t padded_row = pair / 8 * 16 + pair % 8;
-  const int64_t batch_head = padded_row / args.dq.padded_rows;
-  const int row = static_cast<int>(padded_row % args.dq.padded_rows);
-  if (row >= args.seqlen_q || col >= args.head_dim) return;
+  const int64_t batch_head = padded_row / args.padded_rows;
+  const int row = static_cast<int>(padded_row % args.padded_rows);
+  const int batch = static_cast<int>(batch_head / args.heads), head = static_cast<int>(batch_head % args.heads);
+  IndexRange queries = {0, args.seqlen_q};
+  int64_t row_tile = args.dq.row_tile(batch_head, row);
+  if (args.packed_q.cu_seqlens != nullptr) {
+    queries = packed_sequence(args.packed_q, batch, args.seqlen_q);
+    row_tile = args.dq.row_tile(head, packed_statistics_row(batch, queries.begin) + row);
+  }
+  const int seqlen_q = static_cast<int>(queries.end - queries.begin);
+  if (row >= seqlen_q || col >= args.head_dim) return;
 
   // Rows g and g + 8 of eight columns lie together: of lanes 4 g to 4 g + 3 of a warp.
   const int first_lane = row % DqSum::kRows / 16 * 32 + row % 8 * 4;
-  const float4* source =
-      reinterpret_cast<const float4*>(args.dq.piece(args.dq.row_tile(batch_head, row), col)) + first_lane;
+  const float4* source = reinterpret_cast<const float4*>(args.dq.piece(row_tile, col)) + first_lane;
   Vec<Element> upper, lower;
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
@@ -70,9 +89,7 @@ __global__ void __launch_bounds__(kDqFinishThreads)
     lower[2 * t] = from_float<Element>(args.scale * quad.z),
               lower[2 * t + 1] = from_float<Element>(args.scale * quad.w);
   }
-  Element* out = head_gmem<Element>(args.out, static_cast<int>(batch_head / args.heads),
-                                    static_cast<int>(batch_head % args.heads)) +
-                 row * args.out.stride_row + col;
+  Element* out = head_gmem<Element>(args.out, batch, head) + (queries.begin + row) * args.out.stride_row + col;
   const auto store = [&](Element* dst, const Vec<Element>& chunk) {
     if (args.is_aligned) {
       store_vec(dst, chunk);
@@ -81,7 +98,7 @@ __global__ void __launch_bounds__(kDqFinishThreads)
     }
   };
   store(out, upper);
-  if (row + 8 < args.seqlen_q) store(out + 8 * args.out.stride_row, lower);
+  if (row + 8 < seqlen_q) store(out + 8 * args.out.stride_row, lower);
 }
 
 }  // namespace fastattn

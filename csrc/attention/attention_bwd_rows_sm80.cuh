@@ -64,7 +64,6 @@ __global__ void __launch_bounds__(kRowStatisticsThreads)
   const int64_t batch = batch_head / heads, head = batch_head % heads;
   const int row_in_block = static_cast<int>(threadIdx.x) / kLanesPerRow;
   const int64_t row = int64_t{blockIdx.x % head_blocks} * kRowsPerBlock + row_in_block;
-  const int64_t index = int64_t{blockIdx.x} * kRowsPerBlock + row_in_block;
   const int lane = static_cast<int>(threadIdx.x) % kLanesPerRow;
 
   const StatisticsRows rows = statistics_rows(p, stats, batch, head);
@@ -73,6 +72,7 @@ __global__ void __launch_bounds__(kRowStatisticsThreads)
   if (is_packed(p) && row >= (seqlen_q + kRowPadding - 1) / kRowPadding * kRowPadding) return;
 
   const bool exists = row < seqlen_q;
+  const int64_t target = rows.first + row;
   const auto row_of = [&](const AttentionTensor& tensor) {
     return static_cast<const Element*>(tensor.data) + batch * tensor.stride_batch + head * tensor.stride_head +
            (rows.queries.begin + row) * tensor.stride_row;
@@ -81,12 +81,12 @@ __global__ void __launch_bounds__(kRowStatisticsThreads)
   const float dot = row_dot<Element, kAligned ? 8 : 1>(row_of(p.dout), row_of(p.out),
                                                        exists ? static_cast<int>(p.head_dim_v) : 0, lane);
   if (stats.dq_sum != nullptr) {
-    auto* zeros = reinterpret_cast<float4*>(stats.dq_sum + index * stats.dq_columns);
+    auto* zeros = reinterpret_cast<float4*>(stats.dq_sum + target * stats.dq_columns);
     for (int i = lane; i < stats.dq_columns / 4; i += kLanesPerRow) zeros[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
   if (lane != 0) return;
-  if (stats.turns != nullptr && index % 64 < 2) stats.turns[index / 64 * 2 + index % 64] = 0;
-  const int64_t source = lse_offset(p, batch, head) + rows.queries.begin + row, target = rows.first + row;
+  if (stats.turns != nullptr && target % 64 < 2) stats.turns[target / 64 * 2 + target % 64] = 0;
+  const int64_t source = lse_offset(p, batch, head) + rows.queries.begin + row;
   const float lse = exists ? static_cast<const float*>(p.lse)[source] : -INFINITY;
   // Not lse > -inf, which would hide a NaN.
   const bool sees_nothing = lse == -INFINITY;

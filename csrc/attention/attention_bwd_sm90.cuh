@@ -8,21 +8,24 @@
 // Memory:  k and v stay; q with lse, dO with delta arrive in two stages. dX^T is stored as it lies in registers, a row
 //          a key: read with the queries as its rows, it needs no transposition. dq leaves in fp32, 16 KiB a warpgroup,
 //          by a bulk copy that adds: in any order, or in the order of the keys where every run must give the same.
+// Packed:  sequences one behind the other have tiles of their own; attention_bwd_packed_sm90.cuh.
 // Numbers: fp16/bf16 inputs, fp32 scores, P, dX and sums; P and dX are rounded for the products with dO, q and k.
 // Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 2; Shah et al., "FlashAttention-3", arXiv:2407.08608.
 #pragma once
 
+#include "attention/attention_bwd_packed_sm90.cuh"
 #include "attention/attention_bwd_probabilities_sm90.cuh"
 #include "attention/attention_bwd_stages_sm90.cuh"
 
 namespace fastattn {
 
-template <typename Element_, int kHeadDim_, ScoreKind kKind_>
+template <typename Element_, int kHeadDim_, ScoreKind kKind_, bool kPacked_>
 struct AttentionBwdSm90Traits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr ScoreKind kKind = kKind_;
-  static constexpr bool kNoMask = kKind == ScoreKind::kPlain;
+  static constexpr bool kPacked = kPacked_;  // sequences, which have no mask
+  static constexpr bool kHasMask = kKind != ScoreKind::kPlain && !kPacked, kNoMask = !kHasMask;
   // Of 240 registers two gradients take 64, 96 or 128, S and dP 128 or 64, P and dX, rounded, half as much.
   static constexpr int kBlockK = 128, kBlockQ = kHeadDim == 64 && kKind == ScoreKind::kPlain ? 128 : 64;
   static constexpr int kGroups = 2, kGroupKeys = 64, kStages = 2, kDoutStages = 2;
@@ -34,7 +37,8 @@ struct AttentionBwdSm90Traits {
   static constexpr bool kEarlyDp = kKind != ScoreKind::kEverything;
   static constexpr bool kEarlyDv = kBlockQ == 64 && !(kFewLeft && kKind == ScoreKind::kMask);
   // Whether tiles of attn_mask come ahead; with everything at head_dim 128 there are no registers for it.
-  static constexpr bool kCopiesMasks = kKind == ScoreKind::kMask || (kKind == ScoreKind::kEverything && !kFewLeft);
+  static constexpr bool kCopiesMasks =
+      kHasMask && (kKind == ScoreKind::kMask || (kKind == ScoreKind::kEverything && !kFewLeft));
   // Whether dv runs while dX is made; else it is done before dP begins, and P's registers are dP's.
   static constexpr bool kOverlapsDv = kEarlyDv && !kFewLeft;
 
@@ -60,7 +64,7 @@ struct AttentionBwdSm90Traits {
 
   // 65536 registers for three warpgroups: what the first gives up, the others get. It needs more where it looks for
   // visible tiles of a mask.
-  static constexpr int kFeedingRegisters = kKind == ScoreKind::kPlain ? 24 : kFewLeft ? 40 : 56;
+  static constexpr int kFeedingRegisters = !kHasMask ? 24 : kFewLeft ? 40 : 56;
   static constexpr int kMultiplyingRegisters = (512 - kFeedingRegisters) / 2 / 8 * 8;
   static_assert(kFeedingRegisters + kGroups * kMultiplyingRegisters <= 3 * 168, "what the launch gave");
 };
@@ -86,6 +90,7 @@ struct AttentionBwdSm90Smem {
   uint64_t dout_full[Traits::kStages], dout_empty[Traits::kStages];  // and delta
   uint64_t mask_full[kMaxMaskStages], mask_empty[kMaxMaskStages];
   uint64_t dq_full[Traits::kGroups], dq_empty[Traits::kGroups];
+  BwdPackedSmem<Traits> packed;
 };
 
 // ---- the storing warps, one for each warpgroup
@@ -101,8 +106,9 @@ FASTATTN_DEVICE void add_dq_pieces(AttentionBwdSm90Smem<Traits>& smem, const Att
     const BwdStageInfo info = smem.dq_info[group];
     if (info.head < 0) break;
     const int row = info.query_tile * Traits::kBlockQ + Traits::dq_row(group);
-    const int64_t row_tile = args.dq.row_tile(int64_t{keys.batch} * args.bwd.heads + info.head, row);
-    if (takes_turns) wait_for_turn(args.dq.turn(row_tile, group), turn_of_block<Traits>(args.bwd, keys, info));
+    const int64_t row_tile = args.dq.row_tile(statistics_head<Traits>(args.bwd, keys.batch, info.head), row);
+    if (takes_turns)
+      wait_for_turn<!Traits::kPacked>(args.dq.turn(row_tile, group), turn_of_block<Traits>(args.bwd, keys, info));
     bulk_reduce_add(args.dq.piece(row_tile, Traits::dq_column(group)), smem.dq[group], bytes);
     bulk_commit_group();
     bulk_wait_group_read<0>();
@@ -128,15 +134,17 @@ struct BwdGroup {
   using TileDx = typename Traits::TileDx;
 
   AttentionBwdSm90Smem<Traits>& smem;
-  const AttentionBwdArgs& args;
-  const BwdKeys<Traits> keys;
+  const AttentionBwdArgs &args, &own;  // every block's, and those of its sequence
+  BwdGroupKeys<Traits> keys;
   const int group, first_key, warp_row, lane;  // first_key and warp_row count from the block's first key
   DropoutState dropout;
 
-  FASTATTN_DEVICE BwdGroup(AttentionBwdSm90Smem<Traits>& smem_, const AttentionBwdArgs& args_, int group_)
+  FASTATTN_DEVICE BwdGroup(AttentionBwdSm90Smem<Traits>& smem_, const AttentionBwdArgs& args_,
+                           const AttentionBwdArgs& own_, int group_)
       : smem(smem_),
         args(args_),
-        keys(args_),
+        own(own_),
+        keys(keys_of_block<Traits>(smem_, own_)),
         group(group_),
         first_key(group_ * Traits::kGroupKeys),
         warp_row(first_key + static_cast<int>(threadIdx.x) / 32 % 4 * 16),
@@ -181,8 +189,8 @@ struct BwdGroup {
 
   FASTATTN_DEVICE void store_gradients(const typename Traits::Gradient& dk, const typename Traits::Gradient& dv) {
     if (args.parts.count() > 1) {
-      store_shared_sums<Traits>(dv, args.scores.dropout_scale, args, /*of_dv=*/true, warp_row);
-      store_shared_sums<Traits>(dk, args.scale, args, /*of_dv=*/false, warp_row);
+      store_shared_sums<Traits>(dv, args.scores.dropout_scale, own, args.scores.seqlen_k, /*of_dv=*/true, warp_row);
+      store_shared_sums<Traits>(dk, args.scale, own, args.scores.seqlen_k, /*of_dv=*/false, warp_row);
       return;
     }
     const int rows = keys.count - warp_row, key = keys.first + warp_row;
@@ -192,17 +200,17 @@ struct BwdGroup {
     };
     meet();  // neither reads k any more, nor v, which at head_dim 96 lends k columns
     store_accumulators<Element>(dv, args.scores.dropout_scale, v_tile(), smem.v, warp_row,
-                                output(args.dv, args.head_dim_v, args.dv_is_aligned));
+                                output(own.dv, args.head_dim_v, args.dv_is_aligned));
     store_accumulators<Element>(dk, args.scale, k_tile(), smem.k, warp_row,
-                                output(args.dk, args.head_dim, args.dk_is_aligned));
+                                output(own.dk, args.head_dim, args.dk_is_aligned));
   }
 };
 
 template <typename Traits>
 FASTATTN_DEVICE void multiply_bwd_tiles(AttentionBwdSm90Smem<Traits>& smem, const AttentionBwdArgs& args,
-                                        const MaskStages& mask, int group_) {
+                                        const AttentionBwdArgs& own, const MaskStages& mask, int group_) {
   using Element = typename Traits::Element;
-  BwdGroup<Traits> group(smem, args, group_);
+  BwdGroup<Traits> group(smem, args, own, group_);
   typename Traits::Gradient dk = {}, dv = {};
   RingPosition<Traits::kStages> at;
   mbarrier_wait(&smem.k_full, 0);
@@ -237,8 +245,8 @@ FASTATTN_DEVICE void multiply_bwd_tiles(AttentionBwdSm90Smem<Traits>& smem, cons
     if constexpr (Traits::kEarlyDp) issue_dp();
     wgmma_wait_group<Traits::kEarlyDp ? 1 : 0>();  // dp
     pin_accumulators(wgmma_registers(s));
-    make_step_probabilities<Traits>(s, p, smem, args.scores, mask, group.dropout, group.keys, info,
-                                    group.warp_row + group.lane / 4, smem.lse[stage]);
+    make_step_probabilities<Traits>(s, p, smem, tile_scores<Traits>(args.scores, own.scores), mask, group.dropout,
+                                    group.keys, info, group.warp_row + group.lane / 4, smem.lse[stage]);
     if constexpr (Traits::kEarlyDv) issue_dv();
     if constexpr (Traits::kEarlyDv && !Traits::kOverlapsDv) wgmma_wait_group<0>();
     if constexpr (!Traits::kEarlyDp) issue_dp();
@@ -280,6 +288,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                               const __grid_constant__ MaskStages mask) {
   FASTATTN_DYNAMIC_SMEM(bytes);
   auto& smem = *reinterpret_cast<AttentionBwdSm90Smem<Traits>*>(bytes);
+  const AttentionBwdSm90Args& own = args_of_block<Traits>(smem, args);
   if (threadIdx.x == 0) {
     for (const TensorMap* map : {&q_map, &k_map, &v_map, &dout_map}) prefetch_tensor_map(map);
     mbarrier_init(&smem.k_full, 1);
@@ -299,23 +308,26 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       mbarrier_init(&smem.dq_full[group], 4);
       mbarrier_init(&smem.dq_empty[group], 1);
     }
+    if constexpr (Traits::kPacked) init_packed(smem.packed, own.bwd);
     fence_mbarrier_init();
   }
   __syncthreads();
+  if (Traits::kPacked && smem.packed.keys.count <= 0) return;  // the sequence has no such tile
   // Where few registers are left, ptxas spills some if it knows that this is uniform.
   const int warp = Traits::kFewLeft ? static_cast<int>(threadIdx.x) / 32 : warp_of_block();
   if (warp < 4) {
     setmaxnreg_dec<Traits::kFeedingRegisters>();
     if (warp == 0) {
-      feed_bwd_stages<Traits>(smem, args.bwd, &q_map, &k_map, &v_map, &dout_map);
+      feed_bwd_stages<Traits>(smem, own.bwd, &q_map, &k_map, &v_map, &dout_map);
     } else if (warp <= Traits::kGroups && threadIdx.x % 32 == 0) {
-      add_dq_pieces(smem, args, warp - 1);
+      add_dq_pieces(smem, own, warp - 1);
     } else if (warp == 3) {
       if constexpr (Traits::kCopiesMasks) feed_bwd_masks<Traits>(smem, args.bwd, mask);
+      if constexpr (Traits::kPacked) clear_bwd_edges<Traits>(smem, own.bwd);
     }
   } else {
     setmaxnreg_inc<Traits::kMultiplyingRegisters>();
-    multiply_bwd_tiles(smem, args.bwd, mask, warp / 4 - 1);
+    multiply_bwd_tiles(smem, args.bwd, own.bwd, mask, warp / 4 - 1);
   }
 }
 

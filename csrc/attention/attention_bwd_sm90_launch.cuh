@@ -20,14 +20,26 @@ struct BwdSm90Tile {
   int block_k() const { return head_dim > 128 ? 64 : 128; }
 };
 
+// The tensors as TMA sees them: of packed sequences all at once.
+struct BwdSm90Extent {
+  int64_t batch, seqlen_q, seqlen_k;
+};
+inline BwdSm90Extent extent_sm90(const PackedSequences& packed, int64_t batch, int64_t seqlen_q, int64_t seqlen_k) {
+  return is_packed(packed) ? BwdSm90Extent{1, packed.q.total, packed.k.total}
+                           : BwdSm90Extent{batch, seqlen_q, seqlen_k};
+}
+
 // Hopper serves tensors that TMA can address; expanded operands, whose rows coincide, are not among them.
 inline BwdSm90Tile choose_bwd_sm90_tile(const AttentionBwdParams& p, const DeviceLaunch& launch) {
   const int64_t head_dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
-  const bool served = launch.compute_capability == 90 && head_dim <= 256 && !is_packed(p) &&
-                      tma_can_address(p.q, p.batch, p.heads, p.seqlen_q, p.head_dim) &&
-                      tma_can_address(p.k, p.batch, p.heads_kv, p.seqlen_k, p.head_dim) &&
-                      tma_can_address(p.v, p.batch, p.heads_kv, p.seqlen_k, p.head_dim_v) &&
-                      tma_can_address(p.dout, p.batch, p.heads, p.seqlen_q, p.head_dim_v);
+  const BwdSm90Extent extent = extent_sm90(packed_sequences(p), p.batch, p.seqlen_q, p.seqlen_k);
+  constexpr int64_t kMostRows = INT32_MAX - 256;  // positions of boxes that reach past the end are 32-bit numbers
+  const bool served = launch.compute_capability == 90 && head_dim <= 256 && extent.seqlen_q <= kMostRows &&
+                      extent.seqlen_k <= kMostRows &&
+                      tma_can_address(p.q, extent.batch, p.heads, extent.seqlen_q, p.head_dim) &&
+                      tma_can_address(p.k, extent.batch, p.heads_kv, extent.seqlen_k, p.head_dim) &&
+                      tma_can_address(p.v, extent.batch, p.heads_kv, extent.seqlen_k, p.head_dim_v) &&
+                      tma_can_address(p.dout, extent.batch, p.heads, extent.seqlen_q, p.head_dim_v);
   if (!served) return {};
   const bool everything = p.softcap != 0.0 || p.alibi_slopes != nullptr || p.dropout_p != 0.0 || p.scale <= 0.0;
   return {head_dim <= 64    ? 64
@@ -52,7 +64,7 @@ struct BwdSm90KernelOf<Traits, true> {
 };
 
 template <typename Traits>
-const char* launch_bwd_sm90_kernel(const AttentionBwdSm90Args& args, int64_t batch, unsigned blocks,
+const char* launch_bwd_sm90_kernel(const AttentionBwdSm90Args& args, int64_t entries, unsigned blocks,
                                    cudaStream_t stream) {
   using Element = typename Traits::Element;
   using TileQ = typename Traits::TileQ;
@@ -61,7 +73,7 @@ const char* launch_bwd_sm90_kernel(const AttentionBwdSm90Args& args, int64_t bat
   static_assert(kSmemBytes <= 227 * 1024, "what a block of compute capability 9.0 can have");
   const AttentionBwdArgs& bwd = args.bwd;
   const int64_t heads = bwd.heads, heads_kv = bwd.heads_kv;
-  const int64_t seqlen_q = bwd.scores.seqlen_q, seqlen_k = bwd.scores.seqlen_k;
+  const auto [batch, seqlen_q, seqlen_k] = extent_sm90(bwd.packed, entries, bwd.scores.seqlen_q, bwd.scores.seqlen_k);
   TensorMap q_map, k_map, v_map, dout_map;
   const char* error =
       make_rows_map<TileQ, Element>(q_map, bwd.q, batch, heads, seqlen_q, bwd.head_dim, Traits::kBlockQ);
@@ -77,7 +89,7 @@ const char* launch_bwd_sm90_kernel(const AttentionBwdSm90Args& args, int64_t bat
     error = make_rows_map<TileQ, Element>(dout_map, bwd.dout, batch, heads, seqlen_q, bwd.head_dim_v, Traits::kBlockQ);
   }
   MaskStages mask;
-  if (error == nullptr && Traits::kKind != ScoreKind::kPlain) {
+  if (error == nullptr && Traits::kHasMask) {
     error = make_mask_stages(mask, bwd.scores, static_cast<int>(batch), bwd.heads, Traits::kBlockK, 1,
                              static_cast<int>(sizeof(Smem::mask)));
   }
@@ -86,23 +98,28 @@ const char* launch_bwd_sm90_kernel(const AttentionBwdSm90Args& args, int64_t bat
                        k_map, v_map, dout_map, mask);
 }
 
-template <typename Element, int kHeadDim, ScoreKind kKind>
-using BwdSm90TraitsOf = std::conditional_t<(kHeadDim > 128), AttentionBwdWideSm90Traits<Element, kHeadDim, kKind>,
-                                           AttentionBwdSm90Traits<Element, kHeadDim, kKind>>;
+template <typename Element, int kHeadDim, ScoreKind kKind, bool kPacked>
+using BwdSm90TraitsOf =
+    std::conditional_t<(kHeadDim > 128), AttentionBwdWideSm90Traits<Element, kHeadDim, kKind, kPacked>,
+                       AttentionBwdSm90Traits<Element, kHeadDim, kKind, kPacked>>;
 
-// Starts the kernel of `kind`; args are for its tile.
+// Starts the kernel of `kind`; args are for its tile. Packed sequences have no mask.
 template <typename Element, int kHeadDim>
 const char* launch_bwd_sm90(ScoreKind kind, const AttentionBwdSm90Args& args, int64_t batch, unsigned blocks,
                             cudaStream_t stream) {
-  switch (kind) {
-    case ScoreKind::kPlain:
-      return launch_bwd_sm90_kernel<BwdSm90TraitsOf<Element, kHeadDim, ScoreKind::kPlain>>(args, batch, blocks, stream);
-    case ScoreKind::kMask:
-      return launch_bwd_sm90_kernel<BwdSm90TraitsOf<Element, kHeadDim, ScoreKind::kMask>>(args, batch, blocks, stream);
-    default:
-      return launch_bwd_sm90_kernel<BwdSm90TraitsOf<Element, kHeadDim, ScoreKind::kEverything>>(args, batch, blocks,
-                                                                                                stream);
+  const auto launch = [&](auto kind_of, auto packed) {
+    using Traits = BwdSm90TraitsOf<Element, kHeadDim, kind_of(), packed()>;
+    return launch_bwd_sm90_kernel<Traits>(args, batch, blocks, stream);
+  };
+  constexpr std::integral_constant<ScoreKind, ScoreKind::kPlain> kPlain;
+  constexpr std::integral_constant<ScoreKind, ScoreKind::kMask> kMask;
+  constexpr std::integral_constant<ScoreKind, ScoreKind::kEverything> kEverything;
+  if (is_packed(args.bwd.packed)) {
+    return kind == ScoreKind::kPlain ? launch(kPlain, std::true_type{}) : launch(kEverything, std::true_type{});
   }
+  return kind == ScoreKind::kPlain  ? launch(kPlain, std::false_type{})
+         : kind == ScoreKind::kMask ? launch(kMask, std::false_type{})
+                                    : launch(kEverything, std::false_type{});
 }
 
 #define FASTATTN_BWD_SM90_UNIT(declaration, Element, kHeadDim)                                                         \

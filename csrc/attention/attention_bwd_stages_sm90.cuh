@@ -32,6 +32,36 @@ struct BwdKeys {
   }
 };
 
+// Where the block's batch entry lies in the tensors that TMA knows. A packed sequence's rows are followed by the next
+// one's, which are cleared in shared memory (attention_bwd_packed_sm90.cuh).
+template <bool kPacked>
+struct BwdEntry {
+  int batch;
+  FASTATTN_DEVICE BwdEntry(const AttentionBwdArgs&, int batch_) : batch(batch_) {}
+  FASTATTN_DEVICE int of_map() const { return batch; }
+  FASTATTN_DEVICE static int query_row(int query) { return query; }
+  FASTATTN_DEVICE static int key_row(int key) { return key; }
+  FASTATTN_DEVICE static constexpr bool ends_before(int, int) { return false; }
+};
+
+template <>
+struct BwdEntry<true> {
+  int first_query, first_key;
+  FASTATTN_DEVICE BwdEntry(const AttentionBwdArgs& own, int batch)
+      : first_query(static_cast<int>(packed_sequence(own.packed.q, batch, 0).begin)),
+        first_key(static_cast<int>(packed_sequence(own.packed.k, batch, 0).begin)) {}
+  FASTATTN_DEVICE static int of_map() { return 0; }
+  FASTATTN_DEVICE int query_row(int query) const { return first_query + query; }
+  FASTATTN_DEVICE int key_row(int key) const { return first_key + key; }
+  FASTATTN_DEVICE static bool ends_before(int seqlen, int end) { return seqlen < end; }
+};
+
+// Of (batch, head) among the heads of statistics and dq's sums, which for packed sequences start with the block's own.
+template <typename Traits>
+FASTATTN_DEVICE int64_t statistics_head(const AttentionBwdArgs& own, int batch, int head) {
+  return Traits::kPacked ? head : int64_t{batch} * own.heads + head;
+}
+
 // Tiles of attn_mask in what a block's other tiles leave of shared memory.
 template <int kOtherBytes, int kBlockK, bool kCopiesMasks>
 constexpr int bwd_mask_bytes() {
@@ -51,11 +81,16 @@ FASTATTN_DEVICE void feed_bwd_stages(Smem& smem, const AttentionBwdArgs& args, c
   constexpr uint32_t kRowBytes = Traits::kBlockQ * 4;  // of lse or delta
   const BwdKeys<Traits> keys(args);
   const bool is_leader = threadIdx.x % 32 == 0;
+  const BwdEntry<Traits::kPacked> entry(args, keys.batch);
   if (is_leader) {
-    mbarrier_arrive_expect_tx(&smem.k_full, TileK::kBytes);
-    load_tile_sm90<TileK>(smem.k, k_map, &smem.k_full, keys.first, keys.head_kv, keys.batch);
-    mbarrier_arrive_expect_tx(&smem.v_full, TileV::kBytes);
-    load_tile_sm90<TileV>(smem.v, v_map, &smem.v_full, keys.first, keys.head_kv, keys.batch);
+    const bool cleared = entry.ends_before(args.scores.seqlen_k, keys.first + Traits::kBlockK);
+    const int row = entry.key_row(keys.first);
+    uint64_t* const k_there = cleared ? &smem.packed.k_arrived : &smem.k_full;
+    mbarrier_arrive_expect_tx(k_there, TileK::kBytes);
+    load_tile_sm90<TileK>(smem.k, k_map, k_there, row, keys.head_kv, entry.of_map());
+    uint64_t* const v_there = cleared ? &smem.packed.v_arrived : &smem.v_full;
+    mbarrier_arrive_expect_tx(v_there, TileV::kBytes);
+    load_tile_sm90<TileV>(smem.v, v_map, v_there, row, keys.head_kv, entry.of_map());
   }
   RingPosition<Traits::kStages> at;
   RingPosition<Traits::kDoutStages> dout_at;
@@ -66,16 +101,20 @@ FASTATTN_DEVICE void feed_bwd_stages(Smem& smem, const AttentionBwdArgs& args, c
        !walk.done(); walk.advance(), ++at.count, ++dout_at.count) {
     if (is_leader) {
       const int stage = at.stage(), dout_stage = dout_at.stage(), query = walk.tile * Traits::kBlockQ;
-      const int64_t row = (int64_t{keys.batch} * args.heads + walk.head) * args.padded_rows + query;
+      const int64_t row = statistics_head<Traits>(args, keys.batch, walk.head) * args.padded_rows + query;
+      const bool cleared = entry.ends_before(args.scores.seqlen_q, query + Traits::kBlockQ);
+      const int tensor_row = entry.query_row(query);
       mbarrier_wait(&smem.q_empty[stage], at.parity() ^ 1);  // the first round finds every stage empty
       smem.info[stage] = {walk.head, walk.tile, walk.is_partial() ? ++masks : 0};
-      mbarrier_arrive_expect_tx(&smem.q_full[stage], TileQ::kBytes + kRowBytes);
-      load_tile_sm90<TileQ>(smem.q[stage], q_map, &smem.q_full[stage], query, walk.head, keys.batch);
-      bulk_load(smem.lse[stage], args.lse_log2 + row, kRowBytes, &smem.q_full[stage]);
+      uint64_t* const q_there = cleared ? &smem.packed.q_arrived[stage] : &smem.q_full[stage];
+      mbarrier_arrive_expect_tx(q_there, TileQ::kBytes + kRowBytes);
+      load_tile_sm90<TileQ>(smem.q[stage], q_map, q_there, tensor_row, walk.head, entry.of_map());
+      bulk_load(smem.lse[stage], args.lse_log2 + row, kRowBytes, q_there);
       mbarrier_wait(&smem.dout_empty[dout_stage], dout_at.parity() ^ 1);
-      mbarrier_arrive_expect_tx(&smem.dout_full[dout_stage], TileQ::kBytes + kRowBytes);
-      load_tile_sm90<TileQ>(smem.dout[dout_stage], dout_map, &smem.dout_full[dout_stage], query, walk.head, keys.batch);
-      bulk_load(smem.delta[dout_stage], args.delta + row, kRowBytes, &smem.dout_full[dout_stage]);
+      uint64_t* const dout_there = cleared ? &smem.packed.dout_arrived[dout_stage] : &smem.dout_full[dout_stage];
+      mbarrier_arrive_expect_tx(dout_there, TileQ::kBytes + kRowBytes);
+      load_tile_sm90<TileQ>(smem.dout[dout_stage], dout_map, dout_there, tensor_row, walk.head, entry.of_map());
+      bulk_load(smem.delta[dout_stage], args.delta + row, kRowBytes, dout_there);
     }
     __syncwarp();
   }
@@ -140,22 +179,22 @@ FASTATTN_DEVICE void make_step_probabilities(typename Traits::Scores& s, typenam
   const bool is_cut = all.begin > keys.first || all.end < keys.first + Traits::kBlockK;
   const TransposedPlace place = {keys.first + row, query + lane_column(), keys.batch, info.head};
   StepMask step_mask;
-  if constexpr (Traits::kKind != ScoreKind::kPlain) step_mask = wait_for_mask<Traits>(smem, mask, info, row);
+  if constexpr (Traits::kHasMask) step_mask = wait_for_mask<Traits>(smem, mask, info, row);
   make_probabilities<Traits>(s, p, scores, dropout, place, is_cut, lse_smem, step_mask);
-  if constexpr (Traits::kKind != ScoreKind::kPlain) release_mask(smem, step_mask);
+  if constexpr (Traits::kHasMask) release_mask(smem, step_mask);
 }
 
 // ---- few keys
 
 // What this block knows of dk or dv, where others have more of it: fp32 sums of a warp's 16 keys, the first of which is
-// `warp_row`.
+// `warp_row`. Each sequence has room for `longest` keys.
 template <typename Traits>
 FASTATTN_DEVICE void store_shared_sums(const typename Traits::Gradient& gradient, float factor,
-                                       const AttentionBwdArgs& args, bool of_dv, int warp_row) {
+                                       const AttentionBwdArgs& args, int longest, bool of_dv, int warp_row) {
   // Unknown to the compiler, which would otherwise make the addresses ahead of all steps and keep them.
   const BwdKeys<Traits> keys(args, opaque(static_cast<int>(blockIdx.x)));
   const int64_t batch_head = int64_t{keys.batch} * args.heads_kv + keys.head_kv;
-  const int64_t key = batch_head * args.scores.seqlen_k + keys.first + warp_row;
+  const int64_t key = batch_head * longest + keys.first + warp_row;
   store_part(gradient, factor, args.parts.sums(of_dv, keys.part) + key * args.parts.columns, args.parts.columns,
              keys.count - warp_row);
 }
@@ -171,7 +210,7 @@ FASTATTN_DEVICE int turn_of_block(const AttentionBwdArgs& args, const BwdKeys<Tr
   const int first_tile = static_cast<int>(seen.begin) / Traits::kBlockK;
   int turn = keys.tile - first_tile;
   const MaskTiles& tiles = args.mask_tiles;
-  if (Traits::kKind != ScoreKind::kPlain && tiles.state != nullptr) {
+  if (Traits::kHasMask && tiles.state != nullptr) {
     const MaskTileState* state = tiles.state + keys.batch * tiles.stride_batch + info.head * tiles.stride_head +
                                  info.query_tile * tiles.stride_row_tile;
     for (int tile = first_tile; tile < keys.tile; ++tile) turn -= state[tile] == MaskTileState::kHidden ? 1 : 0;

@@ -11,21 +11,23 @@
 // Source:  as attention_bwd_sm90.cuh.
 #pragma once
 
+#include "attention/attention_bwd_packed_sm90.cuh"
 #include "attention/attention_bwd_probabilities_sm90.cuh"
 #include "attention/attention_bwd_stages_sm90.cuh"
 
 namespace fastattn {
 
-template <typename Element_, int kHeadDim_, ScoreKind kKind_>
+template <typename Element_, int kHeadDim_, ScoreKind kKind_, bool kPacked_>
 struct AttentionBwdWideSm90Traits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr ScoreKind kKind = kKind_;
-  static constexpr bool kNoMask = kKind == ScoreKind::kPlain;
+  static constexpr bool kPacked = kPacked_;  // sequences, which have no mask
+  static constexpr bool kHasMask = kKind != ScoreKind::kPlain && !kPacked, kNoMask = !kHasMask;
   static constexpr int kBlockK = 64, kBlockQ = 64, kColTiles = kBlockQ / 8, kThreads = 384;
   static constexpr int kStages = 2, kDoutStages = kHeadDim <= 192 ? 2 : 1;
   static constexpr bool kEarlyDv = true;  // P is rounded when it is made
-  static constexpr bool kCopiesMasks = kKind != ScoreKind::kPlain;
+  static constexpr bool kCopiesMasks = kHasMask;
   static constexpr int kDqCols = 64, kDqPieces = kHeadDim / kDqCols, kDqPlaces = 2;
   static_assert(kHeadDim % kDqCols == 0 && kDqPieces >= 3 && kHeadDim <= 256, "pieces of dq, registers of a gradient");
 
@@ -40,7 +42,7 @@ struct AttentionBwdWideSm90Traits {
 
   // A launch gives three warpgroups 168 registers a thread each, which they share out. Feeding takes more where it
   // looks for visible tiles of a mask; then values, which has no pieces of dq in flight, goes without.
-  static constexpr int kFeedingRegisters = kKind == ScoreKind::kPlain ? 24 : 56;
+  static constexpr int kFeedingRegisters = kHasMask ? 56 : 24;
   static constexpr int kKeysRegisters = 240, kValuesRegisters = 3 * 168 - kFeedingRegisters - kKeysRegisters;
 };
 
@@ -68,6 +70,7 @@ struct AttentionBwdWideSm90Smem {
   uint64_t mask_full[kMaxMaskStages], mask_empty[kMaxMaskStages];
   uint64_t p_full, p_empty;
   uint64_t dq_full[Traits::kDqPlaces], dq_empty[Traits::kDqPlaces];
+  BwdPackedSmem<Traits> packed;
 };
 
 // ---- the storing warp
@@ -83,10 +86,10 @@ FASTATTN_DEVICE void add_wide_dq_pieces(AttentionBwdWideSm90Smem<Traits>& smem, 
     const BwdStageInfo info = smem.dq_info[at.stage()];
     if (info.head < 0) break;
     const int piece = static_cast<int>(at.count % Traits::kDqPieces);
-    const int64_t row_tile =
-        args.dq.row_tile(int64_t{keys.batch} * args.bwd.heads + info.head, int64_t{info.query_tile} * Traits::kBlockQ);
+    const int64_t row_tile = args.dq.row_tile(statistics_head<Traits>(args.bwd, keys.batch, info.head),
+                                              int64_t{info.query_tile} * Traits::kBlockQ);
     int* const turn = takes_turns ? args.dq.turn(row_tile, 0) : nullptr;
-    if (takes_turns && piece == 0) wait_for_turn(turn, turn_of_block<Traits>(args.bwd, keys, info));
+    if (takes_turns && piece == 0) wait_for_turn<!Traits::kPacked>(turn, turn_of_block<Traits>(args.bwd, keys, info));
     bulk_reduce_add(args.dq.piece(row_tile, piece * Traits::kDqCols), smem.dq[at.stage()], sizeof smem.dq[0]);
     bulk_commit_group();
     // The piece before this one has been read while this one came.
@@ -112,16 +115,18 @@ struct BwdWideGroup {
   using TileQ = typename Traits::TileQ;
 
   AttentionBwdWideSm90Smem<Traits>& smem;
-  const AttentionBwdArgs& args;
-  const BwdKeys<Traits> keys;
+  const AttentionBwdArgs &args, &own;  // every block's, and those of its sequence
+  BwdGroupKeys<Traits> keys;
   const int thread, warp_row, lane;
   RingPosition<Traits::kStages> q_at;
   RingPosition<Traits::kDoutStages> dout_at;
 
-  FASTATTN_DEVICE BwdWideGroup(AttentionBwdWideSm90Smem<Traits>& smem_, const AttentionBwdArgs& args_)
+  FASTATTN_DEVICE BwdWideGroup(AttentionBwdWideSm90Smem<Traits>& smem_, const AttentionBwdArgs& args_,
+                               const AttentionBwdArgs& own_)
       : smem(smem_),
         args(args_),
-        keys(args_),
+        own(own_),
+        keys(keys_of_block<Traits>(smem_, own_)),
         thread(static_cast<int>(threadIdx.x) % 128),
         warp_row(thread / 32 * 16),
         lane(thread % 32) {}
@@ -145,7 +150,8 @@ struct BwdWideGroup {
   FASTATTN_DEVICE void store(const typename Traits::Gradient& gradient, float factor, uint8_t* tile_smem,
                              const AttentionTensor& tensor, int cols, bool is_aligned) const {
     if (args.parts.count() > 1) {
-      return store_shared_sums<Traits>(gradient, factor, args, /*of_dv=*/&tensor == &args.dv, warp_row);
+      return store_shared_sums<Traits>(gradient, factor, own, args.scores.seqlen_k, /*of_dv=*/&tensor == &own.dv,
+                                       warp_row);
     }
     bar_sync(kWideGroupsBarrier, 256);
     Element* const gmem =
@@ -157,9 +163,9 @@ struct BwdWideGroup {
 
 template <typename Traits>
 FASTATTN_DEVICE void make_dv(AttentionBwdWideSm90Smem<Traits>& smem, const AttentionBwdArgs& args,
-                             const MaskStages& mask) {
+                             const AttentionBwdArgs& own, const MaskStages& mask) {
   using Element = typename Traits::Element;
-  BwdWideGroup<Traits> group(smem, args);
+  BwdWideGroup<Traits> group(smem, args, own);
   const ScoreArgs& scores = args.scores;
   DropoutState dropout;
   if (Traits::kKind == ScoreKind::kEverything && scores.dropout_threshold > 0) {
@@ -179,8 +185,8 @@ FASTATTN_DEVICE void make_dv(AttentionBwdWideSm90Smem<Traits>& smem, const Atten
     wgmma_wait_group<0>();
     pin_accumulators(wgmma_registers(s));
 
-    make_step_probabilities<Traits>(s, p, smem, scores, mask, dropout, group.keys, info,
-                                    group.warp_row + group.lane / 4, smem.lse[group.q_at.stage()]);
+    make_step_probabilities<Traits>(s, p, smem, tile_scores<Traits>(scores, own.scores), mask, dropout, group.keys,
+                                    info, group.warp_row + group.lane / 4, smem.lse[group.q_at.stage()]);
     group.release_q();
     mbarrier_wait(&smem.p_empty, (group.q_at.count & 1) ^ 1);
 #pragma unroll
@@ -197,7 +203,7 @@ FASTATTN_DEVICE void make_dv(AttentionBwdWideSm90Smem<Traits>& smem, const Atten
     pin_accumulators(wgmma_registers(dv));
     group.release_dout();
   }
-  group.store(dv, scores.dropout_scale, smem.v, args.dv, args.head_dim_v, args.dv_is_aligned);
+  group.store(dv, scores.dropout_scale, smem.v, own.dv, args.head_dim_v, args.dv_is_aligned);
 }
 
 // Of one step: dX, in registers for dk and in shared memory for dq.
@@ -244,9 +250,10 @@ FASTATTN_DEVICE void hand_over_wide_dq(const BwdWideGroup<Traits>& group, const 
 }
 
 template <typename Traits>
-FASTATTN_DEVICE void make_dk_and_dq(AttentionBwdWideSm90Smem<Traits>& smem, const AttentionBwdArgs& args) {
+FASTATTN_DEVICE void make_dk_and_dq(AttentionBwdWideSm90Smem<Traits>& smem, const AttentionBwdArgs& args,
+                                    const AttentionBwdArgs& own) {
   using Element = typename Traits::Element;
-  BwdWideGroup<Traits> group(smem, args);
+  BwdWideGroup<Traits> group(smem, args, own);
   const typename Traits::TileK k_tile{smem_address(smem.k)}, v_tile{smem_address(smem.v)};
   const typename Traits::TileDx dx_tile{smem_address(smem.dx)};
   typename Traits::Gradient dk = {};
@@ -298,7 +305,7 @@ FASTATTN_DEVICE void make_dk_and_dq(AttentionBwdWideSm90Smem<Traits>& smem, cons
     }
   }
   hand_over_wide_dq<Traits>(group, {}, {}, dq_at);
-  group.store(dk, args.scale, smem.k, args.dk, args.head_dim, args.dk_is_aligned);
+  group.store(dk, args.scale, smem.k, own.dk, args.head_dim, args.dk_is_aligned);
 }
 
 // ---- the kernel
@@ -311,6 +318,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                                    const __grid_constant__ MaskStages mask) {
   FASTATTN_DYNAMIC_SMEM(bytes);
   auto& smem = *reinterpret_cast<AttentionBwdWideSm90Smem<Traits>*>(bytes);
+  const AttentionBwdSm90Args& own = args_of_block<Traits>(smem, args);
   if (threadIdx.x == 0) {
     for (const TensorMap* map : {&q_map, &k_map, &v_map, &dout_map}) prefetch_tensor_map(map);
     mbarrier_init(&smem.k_full, 1);
@@ -334,25 +342,28 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       mbarrier_init(&smem.dq_full[place], kGroupWarps);
       mbarrier_init(&smem.dq_empty[place], 1);
     }
+    if constexpr (Traits::kPacked) init_packed(smem.packed, own.bwd);
     fence_mbarrier_init();
   }
   __syncthreads();
+  if (Traits::kPacked && smem.packed.keys.count <= 0) return;  // the sequence has no such tile
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (warp < 4) {
     setmaxnreg_dec<Traits::kFeedingRegisters>();
     if (warp == 0) {
-      feed_bwd_stages<Traits>(smem, args.bwd, &q_map, &k_map, &v_map, &dout_map);
+      feed_bwd_stages<Traits>(smem, own.bwd, &q_map, &k_map, &v_map, &dout_map);
     } else if (warp == 1 && threadIdx.x % 32 == 0) {
-      add_wide_dq_pieces(smem, args);
+      add_wide_dq_pieces(smem, own);
     } else if (warp == 2) {
       if constexpr (Traits::kCopiesMasks) feed_bwd_masks<Traits>(smem, args.bwd, mask);
+      if constexpr (Traits::kPacked) clear_bwd_edges<Traits>(smem, own.bwd);
     }
   } else if (warp < 8) {
     setmaxnreg_inc<Traits::kValuesRegisters>();
-    make_dv(smem, args.bwd, mask);
+    make_dv(smem, args.bwd, own.bwd, mask);
   } else {
     setmaxnreg_inc<Traits::kKeysRegisters>();
-    make_dk_and_dq(smem, args.bwd);
+    make_dk_and_dq(smem, args.bwd, own.bwd);
   }
 }
 

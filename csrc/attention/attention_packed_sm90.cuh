@@ -128,21 +128,6 @@ struct EntryWalk<Traits, true> {
 
 // ---- edges
 
-// Clears rows [row, Tile::kRows) of a tile at `tile_smem`; by one warp.
-template <typename Tile>
-FASTATTN_DEVICE void clear_last_rows(uint8_t* tile_smem, int row) {
-  constexpr int kVec = 16;
-#pragma unroll
-  for (int panel = 0; panel < Tile::kPanels; ++panel) {
-    uint8_t* const panel_smem = tile_smem + panel * Tile::kPanelBytes;
-#pragma unroll 1
-    for (int byte = row * Tile::kRowBytes + static_cast<int>(threadIdx.x) % 32 * kVec; byte < Tile::kPanelBytes;
-         byte += 32 * kVec) {
-      store_vec(reinterpret_cast<uint32_t*>(panel_smem + byte), Vec<uint32_t, 4>{});
-    }
-  }
-}
-
 // Stores the first `count` (below 16, maybe none) of a warp's 16 rows of out from the tile at `out_smem`, row
 // `warp_row` and on; the first is row `row` of the head or packed heads of `rows`.
 template <typename Traits>
