@@ -1,10 +1,8 @@
 // Forward attention on the CPU:  out = softmax(scores) v,   lse = log-sum-exp of each row's scores.
 // Work:    one task per (batch, head, range of rows); inside, blocks of kBlockRows rows visit the key tiles they see.
-// Of
-//          packed sequences the tasks with most work go first.
+//          Of packed sequences the tasks with most work go first.
 // Memory:  keys are packed (transposed) tile by tile when a thread first needs them and kept while it stays with the
-// same
-//          kv head; a block's queries, probabilities and unfinished output live in L1 and L2.
+//          same kv head; a block's queries, probabilities and unfinished output live in L1 and L2.
 // Numbers: fp32 (fp64 for fp64 inputs) scores, softmax and accumulation; a row that sees nothing gives 0, and lse -inf.
 //          The avx512_bf16 build multiplies bfloat16 q, k and v as they are, and p rounded to it.
 // Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 1.

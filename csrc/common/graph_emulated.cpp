@@ -5,8 +5,7 @@
 // the host read from a tensor, or made, is baked in. Here a fallback for every op sees what passes the dispatcher:
 // - our launches are steps (run_on_device), with the parameters that they had;
 // - PyTorch's ops are steps as wholes, also those that our glue calls: run again on the same inputs, they write what
-// they
-//   made then. Views and allocations are no steps;
+//   they made then. Views and allocations are no steps;
 // - memory that came from an op while recording stays alive, and is full of NaN when a replay begins: a step that was
 //   missed shows;
 // - ops that wait for the device to tell the host a value cannot be captured, and raise.

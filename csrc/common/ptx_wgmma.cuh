@@ -18,8 +18,8 @@ enum class Major : int { kK = 0, kMN = 1 };
 
 // "Matrix descriptor format". A swizzle of s bytes arranges a tile in lines of s bytes, 8 lines to a pattern:
 //   K-major    a line holds s bytes of k for one row; `stride_bytes` leads to the next 8 rows; `leading_bytes` is
-//   unused. MN-major   a line holds s / 2 rows for one k; `stride_bytes` leads to the next 8 k, `leading_bytes` to the
-//   next
+//              unused.
+//   MN-major   a line holds s / 2 rows for one k; `stride_bytes` leads to the next 8 k, `leading_bytes` to the next
 //              s / 2 rows.
 // Without swizzle lines are 16 bytes: K-major, `leading_bytes` leads to the next 16 bytes of k and `stride_bytes` to
 // the next 8 rows; MN-major, `stride_bytes` leads to the next 8 rows and `leading_bytes` to the next 8 k. Steps of k

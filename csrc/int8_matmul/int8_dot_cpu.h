@@ -2,8 +2,7 @@
 //
 // One loop for every instruction set; struct Dot is what differs. A step multiplies a group of 4 neighbours in k:
 //   AVX-512 VNNI  vpdpbusd multiplies unsigned by signed bytes, so A is stored as q + 128, and 128 * sum_k b, known
-//   when B
-//                 is packed, is subtracted. (vpmaddubsw, its AVX2 cousin, saturates at 16 bits: not exact.)
+//                 when B is packed, is subtracted. (vpmaddubsw, its AVX2 cousin, saturates at 16 bits: not exact.)
 //   AVX2          vpmaddwd on A and B widened to 16 bits: exact, two columns' partial sums side by side.
 //   portable      16-bit products, which hold any product of two bytes, halved into 32-bit sums by shifts.
 // Wrap-around of the int32 sums on the way is harmless: the final value fits (kInt8MaxDepth), and mod 2^32 it is exact.

@@ -1,8 +1,7 @@
 // INT8 matrix product:  out = activation((a @ b^T) * a_scale * b_scale + bias), quantising a by row on the way if it is
 // floating.
 // Work:    first the rows of A are quantised and packed; then a task takes a block of rows (its A panels stay in L2)
-// and
-//          some panels of 32 columns of B. Within it k is cut into slices whose B fits L1; a tile's sums wait in
+//          and some panels of 32 columns of B. Within it k is cut into slices whose B fits L1; a tile's sums wait in
 //          scratch.
 // Memory:  B is read once per block of rows, straight from its packed form, or packed panel by panel into scratch.
 // Numbers: int32 sums are exact; see int8_dot_cpu.h and int8_epilogue_cpu.h.

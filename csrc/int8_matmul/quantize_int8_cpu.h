@@ -1,9 +1,8 @@
 // Quantises one row:  scale = max |x| / 127,  q = round_to_even(x * (1 / scale)).
 // Numbers: a zero row gives q = 0, scale = 1. The scale is at least 2^-126, so that its reciprocal is finite. A row
-// that
-//          holds NaN or infinity gives q = 0 and scale = NaN: whatever is computed from it is NaN, never silently
-//          clipped. |q| <= 127 without clamping: scale and reciprocal are rounded once each, so x * (1 / scale) <
-//          127.5.
+//          that holds NaN or infinity gives q = 0 and scale = NaN: whatever is computed from it is NaN, never silently
+//          clipped. |q| <= 127 without clamping: scale and reciprocal are rounded once each, so
+//          x * (1 / scale) < 127.5.
 #pragma once
 
 #include "common/simd.h"

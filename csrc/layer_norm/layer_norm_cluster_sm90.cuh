@@ -1,8 +1,7 @@
 // Layer norm and RMS norm on Hopper of rows that outgrow a block, forward and backward; layer_norm_fwd.cuh and
 // layer_norm_bwd.cuh have the formulas and the work of a block.
 // Work:    the blocks of a cluster share a row (row_cluster_sm90.cuh). Forward: a cluster for each row. Backward: as
-// many
-//          clusters as fit on the device go through the rows.
+//          many clusters as fit on the device go through the rows.
 // Memory:  every block keeps its share in registers: x is read once, x and dout are, as in shorter rows.
 // Numbers: fp32. Each block finds the moments of its share about the share's own mean; those are combined as in Chan,
 //          Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979). So

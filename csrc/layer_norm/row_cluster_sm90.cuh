@@ -1,9 +1,8 @@
 // How the blocks of a cluster share a row, and tell each other their sums over it.
 // Work:    a row's chunks are divided evenly; block `rank` has the rank-th share.
 // Memory:  each block has an inbox in shared memory with a place for every rank. Sums are pushed there by st.async,
-// whose
-//          bytes complete a phase of the receiver's mbarrier: one trip from block to block, where a barrier of the
-//          cluster and loads would be three.
+//          whose bytes complete a phase of the receiver's mbarrier: one trip from block to block, where a barrier of
+//          the cluster and loads would be three.
 // Numbers: every block adds up the same values in the order of ranks: the same bits in all of them, on every run.
 //
 // The inbox has two halves, used in turns. A block sends again to a half only after it has received all of the other

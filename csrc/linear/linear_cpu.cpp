@@ -1,7 +1,6 @@
 // Linear layer:  out = activation(input @ weight^T + bias), from the weight as nn.Linear keeps it.
 // Work:    a thread takes neighbouring blocks of columns. Both operands have their depth contiguous, so a vector of
-// sums
-//          runs along it: no packing, which is what a product of few rows cannot pay for.
+//          sums runs along it: no packing, which is what a product of few rows cannot pay for.
 // Memory:  the weight streams past once a panel of input rows, and a tile of it stays in L1 for all of them; the panel
 //          stays in L2. One row has two operations for 4 bytes of weight: everything else hides behind reading those.
 // Numbers: fp32 sums, one of each lane, added at the end of each slice of the depth; bias and activation in fp32; one
