@@ -241,25 +241,15 @@ FASTATTN_DEVICE void attention_bwd_dkv_block(const AttentionBwdArgs& args, const
                      output);
 }
 
+// Traits: AttentionBwdDkvTraits, or PackedTraits of them.
 template <typename Traits, typename Cards>
 __global__ void __launch_bounds__(Traits::kThreads)
     attention_bwd_dkv_kernel(const __grid_constant__ AttentionBwdArgs args) {
   if constexpr (Cards::kHasCode) {
-    attention_bwd_dkv_block<Traits>(args, args);
-  } else {
-    never_launched();
-  }
-}
-
-// Traits: PackedTraits.
-template <typename Traits, typename Cards>
-__global__ void __launch_bounds__(Traits::kThreads)
-    attention_bwd_dkv_packed_kernel(const __grid_constant__ AttentionBwdArgs args) {
-  if constexpr (Cards::kHasCode) {
-    FASTATTN_DYNAMIC_SMEM(smem);
     const int block = static_cast<int>(blockIdx.x), batch = block / (args.key_tiles * args.heads_kv);
-    const AttentionBwdArgs& own = share_entry(smem + Traits::kArgsAt, args, batch);
-    if (block % args.key_tiles * Traits::kBlockK >= own.scores.seqlen_k) return;  // not the longest sequence
+    const AttentionBwdArgs& own = entry_args<Traits>(args, batch);
+    // The grid is that of the longest sequence.
+    if (Traits::kPacked && block % args.key_tiles * Traits::kBlockK >= own.scores.seqlen_k) return;
     attention_bwd_dkv_block<Traits>(args, own);
   } else {
     never_launched();

@@ -168,26 +168,16 @@ FASTATTN_DEVICE void attention_bwd_dq_block(const AttentionBwdArgs& args, const 
   }
 }
 
+// Traits: AttentionBwdDqTraits, or PackedTraits of them.
 template <typename Traits, typename Cards>
 __global__ void __launch_bounds__(Traits::kThreads)
     attention_bwd_dq_kernel(const __grid_constant__ AttentionBwdArgs args) {
   if constexpr (Cards::kHasCode) {
-    attention_bwd_dq_block<Traits>(args, args);
-  } else {
-    never_launched();
-  }
-}
-
-// Traits: PackedTraits.
-template <typename Traits, typename Cards>
-__global__ void __launch_bounds__(Traits::kThreads)
-    attention_bwd_dq_packed_kernel(const __grid_constant__ AttentionBwdArgs args) {
-  if constexpr (Cards::kHasCode) {
-    FASTATTN_DYNAMIC_SMEM(smem);
     const int block = static_cast<int>(blockIdx.x), batch = block / (args.query_tiles * args.heads);
     const int query_tile = args.query_tiles - 1 - block % args.query_tiles;
-    const AttentionBwdArgs& own = share_entry(smem + Traits::kArgsAt, args, batch);
-    if (query_tile * Traits::kBlockQ >= own.scores.seqlen_q) return;  // not the longest sequence
+    const AttentionBwdArgs& own = entry_args<Traits>(args, batch);
+    // The grid is that of the longest sequence.
+    if (Traits::kPacked && query_tile * Traits::kBlockQ >= own.scores.seqlen_q) return;
     attention_bwd_dq_block<Traits>(args, own);
   } else {
     never_launched();

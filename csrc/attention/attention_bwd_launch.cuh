@@ -119,8 +119,8 @@ const char* launch_bwd_dkv_tile(int tile, const AttentionBwdArgs& args, dim3 gri
       if constexpr (Traits::kShares) {
         using Packed = PackedBwdTraits<Traits>;
         if (tile == kTile && is_packed(args.packed)) {
-          return launch_kernel(attention_bwd_dkv_packed_kernel<Packed, Cards>, grid, Packed::kThreads,
-                               Packed::kSmemBytes, stream, args);
+          return launch_kernel(attention_bwd_dkv_kernel<Packed, Cards>, grid, Packed::kThreads, Packed::kSmemBytes,
+                               stream, args);
         }
       }
       if (tile == kTile) {
@@ -143,8 +143,8 @@ const char* launch_bwd_dq_tile(int tile, const AttentionBwdArgs& args, dim3 grid
       using Packed = PackedBwdTraits<Traits>;
       using Cards = Below<kBwdDqTiles[kTile].below>;
       if (tile == kTile && is_packed(args.packed)) {
-        return launch_kernel(attention_bwd_dq_packed_kernel<Packed, Cards>, grid, Packed::kThreads, Packed::kSmemBytes,
-                             stream, args);
+        return launch_kernel(attention_bwd_dq_kernel<Packed, Cards>, grid, Packed::kThreads, Packed::kSmemBytes, stream,
+                             args);
       }
       if (tile == kTile) {
         return launch_kernel(attention_bwd_dq_kernel<Traits, Cards>, grid, Traits::kThreads, Traits::kSmemBytes, stream,

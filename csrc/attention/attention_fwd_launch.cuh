@@ -68,8 +68,8 @@ const char* launch_fwd_tile(int tile, const AttentionFwdArgs& args, dim3 grid, c
         using Packed = PackedTraits<Traits, AttentionFwdArgs>;
         static_assert(Packed::kSmemBytes == kFwdTiles[kTile].packed_smem_bytes());
         if (tile == kTile && is_packed(args.packed)) {
-          return launch_kernel(attention_fwd_packed_kernel<Packed, Cards>, grid, Packed::kThreads, Packed::kSmemBytes,
-                               stream, args);
+          return launch_kernel(attention_fwd_kernel<Packed, Cards>, grid, Packed::kThreads, Packed::kSmemBytes, stream,
+                               args);
         }
       }
       if (tile == kTile) {

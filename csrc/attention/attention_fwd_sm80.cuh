@@ -310,26 +310,15 @@ FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args, const Att
   if (args.splits == 1) store_out<Traits>(o, q_tile, smem, args, own.out.data, query_entry, tile_rows, warp_row, rows);
 }
 
+// Traits: AttentionFwdTraits, or PackedTraits of them.
 template <typename Traits, typename Cards>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     attention_fwd_kernel(const __grid_constant__ AttentionFwdArgs args) {
   if constexpr (Cards::kHasCode) {
     const FwdWork work = args.order.work(static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), false);
-    attention_fwd_block<Traits>(args, args, work);
-  } else {
-    never_launched();
-  }
-}
-
-// Traits: PackedTraits.
-template <typename Traits, typename Cards>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
-    attention_fwd_packed_kernel(const __grid_constant__ AttentionFwdArgs args) {
-  if constexpr (Cards::kHasCode) {
-    FASTATTN_DYNAMIC_SMEM(smem);
-    const FwdWork work = args.order.work(static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), false);
-    const AttentionFwdArgs& own = share_entry(smem + Traits::kArgsAt, args, work.batch);
-    if (work.row_tile * Traits::kBlockQ >= own.scores.seqlen_q * args.group) return;  // not the longest sequence
+    const AttentionFwdArgs& own = entry_args<Traits>(args, work.batch);
+    // The grid is that of the longest sequence.
+    if (Traits::kPacked && work.row_tile * Traits::kBlockQ >= own.scores.seqlen_q * args.group) return;
     attention_fwd_block<Traits>(args, own, work);
   } else {
     never_launched();
