@@ -70,22 +70,26 @@ struct PackedTraits : Traits {
   static_assert(kArgsAt % 16 == 0 && sizeof(Args) % sizeof(uint32_t) == 0);
 };
 
+// A copy of args at `smem`, narrowed to batch entry `batch`. All threads of a block come here.
+template <typename Args>
+FASTATTN_DEVICE const Args& share_entry(uint8_t* smem, const Args& args, int batch) {
+  Args& own = *reinterpret_cast<Args*>(smem);
+  constexpr int kWords = sizeof(Args) / sizeof(uint32_t);
+  for (int i = static_cast<int>(threadIdx.x); i < kWords; i += static_cast<int>(blockDim.x)) {
+    reinterpret_cast<uint32_t*>(smem)[i] = reinterpret_cast<const uint32_t*>(&args)[i];
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) narrow_to_entry(own, batch);
+  __syncthreads();
+  return own;
+}
+
 // The arguments of a block that works on batch entry `batch`: a copy narrowed to it; in a dense batch args themselves.
-// All threads of the block come here.
 template <typename Traits, typename Args>
 FASTATTN_DEVICE const Args& entry_args(const Args& args, int batch) {
   if constexpr (Traits::kPacked) {
     FASTATTN_DYNAMIC_SMEM(smem);
-    auto* words_smem = reinterpret_cast<uint32_t*>(smem + Traits::kArgsAt);
-    constexpr int kWords = sizeof(Args) / sizeof(uint32_t);
-    for (int i = static_cast<int>(threadIdx.x); i < kWords; i += static_cast<int>(blockDim.x)) {
-      words_smem[i] = reinterpret_cast<const uint32_t*>(&args)[i];
-    }
-    Args& own = *reinterpret_cast<Args*>(words_smem);
-    __syncthreads();
-    if (threadIdx.x == 0) narrow_to_entry(own, batch);
-    __syncthreads();
-    return own;
+    return share_entry(smem + Traits::kArgsAt, args, batch);
   } else {
     return args;
   }
