@@ -89,13 +89,10 @@ def _typed(value: Any, specialized: bool) -> tuple[str, bool]:
     return ("i32" if -(2**31) <= value < 2**31 else "i64"), specialized and value % 16 == 0
 
 
-def compile_launch(name: str, launch: Launch, capability: tuple[int, int]) -> Compiled:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel, signature, constants, attributes = launch.kernel, {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
+def specialized(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
+    """(types, constants, known divisors) of what the launcher compiles: launches that agree in them share a kernel."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         specialized = not parameter.do_not_specialize
         # The launcher makes constants of absent tensors and of ones, too.
@@ -106,7 +103,17 @@ def compile_launch(name: str, launch: Launch, capability: tuple[int, int]) -> Co
         signature[parameter.name], divisible = _typed(value, specialized)
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    return signature, constants, attributes
+
+
+def compile_launch(name: str, launch: Launch, capability: tuple[int, int]) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    # Triton's default is about to change, and warns.
+    assert "enable_fp_fusion" in launch.options, f"{name} leaves open whether a product and a sum are rounded once"
+    source = ASTSource(launch.kernel, *specialized(launch))
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
     start = time.perf_counter()
     compiled = triton.compile(source, target=target, options=launch.options)

@@ -19,6 +19,7 @@ import triton.language as tl
 from fastattn.ops.attention_triton_packed import STATISTICS_ROWS, fill_gaps, packed_sequence, statistics_row
 from fastattn.ops.attention_triton_scores import (
     MASK_NONE,
+    VARYING,
     WHOLE_WALK,
     clip_to_visible_keys,
     listed_tiles,
@@ -34,8 +35,6 @@ from fastattn.ops.attention_triton_scores import (
 )
 from fastattn.ops.philox_triton import dropout_keep
 
-_LENGTHS = ["seqlen_q", "seqlen_k", "diagonal", "window_left", "window_right", "threshold", "total_q", "total_k"]
-
 
 @triton.jit
 def _lse_offset(batch_head, head, entry_q, seqlen_q, total_q, PACKED: tl.constexpr):
@@ -46,7 +45,7 @@ def _lse_offset(batch_head, head, entry_q, seqlen_q, total_q, PACKED: tl.constex
         return batch_head.to(tl.int64) * seqlen_q
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "total_q"])
+@triton.jit(do_not_specialize=VARYING)
 def attention_delta_kernel(
     out_ptr, dout_ptr, dlse_ptr, lse_ptr, row_lse_ptr, delta_ptr, sinks_ptr, dsinks_ptr, cu_seqlens_q_ptr,
     stride_out_batch, stride_out_head, stride_out_row, stride_dout_batch, stride_dout_head, stride_dout_row,
@@ -96,7 +95,7 @@ def attention_delta_kernel(
 # --- dq --------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@triton.jit(do_not_specialize=VARYING)
 def attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, row_lse_ptr, delta_ptr, dq_ptr, mask_ptr, lists_ptr, alibi_ptr, rng_state_ptr,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr,
@@ -202,7 +201,7 @@ def attention_dq_kernel(
 # --- dk and dv -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@triton.jit(do_not_specialize=VARYING)
 def attention_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, row_lse_ptr, delta_ptr, dk_ptr, dv_ptr, mask_ptr, lists_ptr, alibi_ptr,
     rng_state_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,

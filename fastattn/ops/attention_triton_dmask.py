@@ -12,11 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.ops.attention_triton_scores import sliced_dot, tile_probabilities, tile_range
+from fastattn.ops.attention_triton_scores import VARYING, sliced_dot, tile_probabilities, tile_range
 from fastattn.ops.philox_triton import dropout_keep
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "diagonal", "window_left", "window_right", "threshold"])
+@triton.jit(do_not_specialize=VARYING)
 def attention_dmask_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, row_lse_ptr, delta_ptr, dmask_ptr, mask_ptr, alibi_ptr, rng_state_ptr,
     stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,

@@ -18,6 +18,7 @@ from fastattn.ops.attention_triton_packed import fill_gaps, packed_sequence
 from fastattn.ops.attention_triton_scores import (
     LN_2,
     MASK_NONE,
+    VARYING,
     WHOLE_WALK,
     cap_scores,
     clip_to_visible_keys,
@@ -85,8 +86,7 @@ def _visit_keys(acc, row_max, row_sum, q, begin, end, list_ptr, first_row, batch
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "diagonal", "window_left", "window_right", "threshold",
-                               "total_q", "total_k"])  # fmt: skip
+@triton.jit(do_not_specialize=VARYING)
 def attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, lists_ptr, alibi_ptr, sinks_ptr, rng_state_ptr,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr,
@@ -188,7 +188,7 @@ def attention_fwd_kernel(
     tl.store(lse_ptr + rows, lse, mask=rows < seqlen_q)
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "diagonal", "window_left", "window_right", "threshold"])
+@triton.jit(do_not_specialize=VARYING)
 def attention_weights_kernel(
     q_ptr, k_ptr, lse_ptr, weights_ptr, mask_ptr, alibi_ptr, rng_state_ptr,
     stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,

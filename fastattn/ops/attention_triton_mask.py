@@ -22,7 +22,7 @@ _LISTED_ELEMENTS = 1 << 18
 # to skip where only the ends are hidden; from so many scores on, lists also skip what it hides in between.
 _LISTED_ELEMENTS_OF_ONE_ROW = 1 << 22
 _LIST_CHUNK = 128
-_OPTIONS = {"num_warps": 4, "num_stages": 1}
+_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 
 def ceil_div(a: int, b: int) -> int:

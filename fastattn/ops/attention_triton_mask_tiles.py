@@ -29,7 +29,7 @@ def _visible_states(mask_ptr, q, k, seqlen_q, seqlen_k, stride_mask_q, stride_ma
     return tl.max(tl.reshape(visible, (STATES_Q, STATES_K, k.shape[0] // STATES_K)), 2)
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k"])
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "rows", "cols"])
 def attention_mask_states_kernel(
     mask_ptr, states_ptr, stride_mask_batch, stride_mask_head, stride_mask_q, stride_mask_k,
     mask_heads, seqlen_q, seqlen_k, rows, cols, MASK: tl.constexpr, STATE_Q: tl.constexpr, STATE_K: tl.constexpr,
@@ -59,7 +59,7 @@ def attention_mask_states_kernel(
     tl.store(ptrs, visible, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_own", "states_own", "states_walk", "own_tiles", "walk_tiles"])
 def attention_mask_lists_kernel(
     states_ptr, lists_ptr, stride_own, stride_walk, states_own, states_walk,
     own_tiles, walk_tiles, OWN: tl.constexpr, WALK: tl.constexpr, WALK_BLOCK: tl.constexpr, CHUNK: tl.constexpr,

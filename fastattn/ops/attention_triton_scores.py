@@ -22,6 +22,10 @@ MASK_ADD: tl.constexpr = tl.constexpr(2)
 WHOLE_WALK: tl.constexpr = tl.constexpr(3)
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# Arguments that differ from call to call. Of others Triton compiles one kernel for 1, one for multiples of 16, one for
+# the rest, which would gain these nothing.
+VARYING = ["seqlen_q", "seqlen_k", "diagonal", "window_left", "window_right", "threshold", "total_q", "total_k",
+           "stride_lists_batch", "stride_lists_head"]  # fmt: skip
 
 
 # --- Which tiles are visited -----------------------------------------------------------------------------------------

@@ -93,25 +93,29 @@ def _append_rows(
     tl.store(to_row[:, None] + dims[None, :], x, mask=inside)
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "length", "appended", "capacity", "block_size", "entries", "positions"])
+@triton.jit(do_not_specialize=["seqlen_q", "length", "appended", "capacity", "block_size", "entries", "positions",
+                               "row_tiles"])  # fmt: skip
 def kv_append_kernel(
     q_ptr, rotated_ptr, key_ptr, k_ptr, value_ptr, v_ptr, cos_ptr, sin_ptr, lengths_ptr, table_ptr,
     stride_q_batch, stride_q_head, stride_q_token, stride_rotated_batch, stride_rotated_head, stride_rotated_token,
     stride_key_batch, stride_key_head, stride_key_token, stride_k_entry, stride_k_head, stride_k_token,
     stride_value_batch, stride_value_head, stride_value_token, stride_v_entry, stride_v_head, stride_v_token,
     stride_cos, stride_sin, stride_length, stride_table, stride_block,
-    heads, heads_kv, seqlen_q, length, appended, capacity, block_size, entries, positions,
+    heads, heads_kv, seqlen_q, length, appended, capacity, block_size, entries, positions, row_tiles,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr, PAGED: tl.constexpr,
     LENGTHS: tl.constexpr, APPENDS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (row tiles of the operand that has most, batch, 3): values and keys, if APPENDS, and rotated queries."""
-    batch = tl.program_id(1).to(tl.int64)
-    first_row = tl.program_id(0) * BLOCK_ROWS
+    """Values and keys, if APPENDS, and rotated queries; row_tiles: of the operand that has most.
+
+    Grid: (batch * 3 * row_tiles,). Along one axis: others end at 65535 programs.
+    """
+    batch = (tl.program_id(0) // (3 * row_tiles)).to(tl.int64)
+    operand = tl.program_id(0) // row_tiles % 3
+    first_row = tl.program_id(0) % row_tiles * BLOCK_ROWS
     before = tokens_before(lengths_ptr, stride_length, batch, length, appended, capacity, LENGTHS)
     if PAGED:
         table_ptr += batch * stride_table
-    operand = tl.program_id(2)
     if APPENDS:
         if operand == 0 and first_row < appended * heads_kv:
             _append_rows(

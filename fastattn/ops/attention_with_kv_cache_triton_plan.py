@@ -20,11 +20,11 @@ from fastattn.ops.attention_with_kv_cache_triton_kernels import (
     combine_parts_kernel,
     kv_append_kernel,
 )
-from fastattn.ops.triton_launch import Launch, device_of, neighbours, next_power_of_2
+from fastattn.ops.triton_launch import Launch, device_of, neighbours
 
 # Programs for each multiprocessor that the keys are parted to reach, and how few tiles of keys a part has.
 _PROGRAMS, _PART_TILES = 2, 2
-_MAX_PARTS = 64
+_MAX_PARTS = 64  # a power of two
 # Queries from which on the forward's own tiles are worth more than heads that share keys in one tile.
 _PROMPT = 64
 # Rows of new tokens' heads that one program copies: of 64 elements, 32 a thread.
@@ -142,8 +142,9 @@ def plan_append(
         "INTERLEAVED": rotation is not None and rotation.interleaved, "APPENDS": fresh is not None,
     }  # fmt: skip
     rows = max(cache.appended * heads_kv if fresh is not None else 0, seqlen_q * heads if rotation is not None else 0)
-    grid = (ceil_div(rows, block_rows), batch, 3)
-    return Launch(kv_append_kernel, grid, arguments, {"num_warps": _APPEND_WARPS, "num_stages": 1}), rotated
+    row_tiles = ceil_div(rows, block_rows)
+    options = {"num_warps": _APPEND_WARPS, "num_stages": 1, "enable_fp_fusion": True}
+    return Launch(kv_append_kernel, (row_tiles * 3 * batch,), arguments | {"row_tiles": row_tiles}, options), rotated
 
 
 def plan_attention(
@@ -181,9 +182,9 @@ def plan_attention(
         arguments = {
             "part_out_ptr": part_out, "part_lse_ptr": part_lse, "out_ptr": out, "lse_ptr": lse, "heads": heads,
             "seqlen_q": seqlen_q, "splits": splits, "HEAD_DIM_V": head_dim_v, "BLOCK_DV": block_dv,
-            "BLOCK_SPLITS": next_power_of_2(splits),
+            "BLOCK_SPLITS": _MAX_PARTS,
         }  # fmt: skip
-        options = {"num_warps": 1 if block_dv <= 64 else 2, "num_stages": 1}
+        options = {"num_warps": 1 if block_dv <= 64 else 2, "num_stages": 1, "enable_fp_fusion": True}
         launches.append(Launch(combine_parts_kernel, (batch * seqlen_q * heads,), arguments, options))
     return launches
 
