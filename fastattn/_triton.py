@@ -64,4 +64,4 @@ def refuses_device(tensor: Tensor, name: str) -> str | None:
         return None if _INTERPRETED else _refuses_gpu(device.index or 0)
     if device.type == "cpu" and _INTERPRETED:
         return None
-    return f"{name} is on {device}, not on a GPU"
+    return f"{name} is on {device}, not on a GPU of CUDA or ROCm"

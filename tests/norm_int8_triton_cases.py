@@ -10,14 +10,15 @@ import torch
 
 from fastattn.ops import int8_matmul_triton_launch as int8
 from fastattn.ops import layer_norm_triton_launch as norms
-from fastattn.ops.triton_launch import Device, Launch
+from fastattn.ops.triton_launch import AMD, Device, Launch
 
-# Multiprocessors and shared memory of an A100, an RTX 4090, an H100, a B200.
+# Multiprocessors and shared memory of an A100, an RTX 4090, an H100, a B200, an MI300X.
 DEVICES = {
     (8, 0): Device(108, (8, 0), 163 << 10),
     (8, 9): Device(128, (8, 9), 99 << 10),
     (9, 0): Device(132, (9, 0), 227 << 10),
     (10, 0): Device(148, (10, 0), 227 << 10),
+    AMD: Device(304, AMD, 64 << 10),
 }
 COMPILER_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 # A tile of several rows, one row of 4, 8 and 16 warps, the longest rows of each kernel, a long row.

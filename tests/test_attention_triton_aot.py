@@ -11,6 +11,7 @@ import torch
 from emulated import ROOT
 
 from fastattn.ops import attention_triton_tiles as tiles
+from fastattn.ops.triton_launch import AMD
 
 pytest.importorskip("triton")
 
@@ -47,7 +48,7 @@ def test_kernels_of_a_cache_compile_without_spills(gpu):
         assert kernel in run.stdout
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (11, 0), (12, 1), AMD], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tiles_suit_what_the_kernels_assume(capability, dtype):
     gpu = tiles.Gpu(capability)
@@ -60,3 +61,11 @@ def test_tiles_suit_what_the_kernels_assume(capability, dtype):
                 # The CUDA cores' operands, all in registers, do not fit them whole.
                 assert dtype != torch.float32 or tile.head_dim_slice > 0
         assert tiles.scores(gpu, dtype, block_d).block_k % 32 == 0
+
+
+@pytest.mark.parametrize("capability", [(8, 8), (8, 9), (11, 0), (12, 1), (13, 0), AMD], ids=str)
+def test_gpus_of_little_or_unknown_shared_memory_get_two_stages(capability):
+    def stages(gpu):
+        return max(tiles.forward(gpu, torch.float16, block_d, 0)[0].num_stages for block_d in (64, 128, 256))
+
+    assert stages(tiles.Gpu((8, 0))) == 3 and stages(tiles.Gpu(capability)) == 2

@@ -35,3 +35,18 @@ def test_norms_and_int8_compile_without_complaints():
                    "int8_matmul", "int8_linear"):  # fmt: skip
         assert compiled >= {(gpu, kernel) for gpu in ("sm_80", "sm_90", "sm_100")}
     assert re.search(r"\d+ kernels compiled, 0 with complaints", run.stdout)
+
+
+def test_kernels_compile_for_amd():
+    """Without what only NVIDIA's compiler knows, in 64 KiB of shared memory."""
+    run = compile_kernels("--jobs", "1", "--quick", "--gpus", "gfx942", "--filter", "attention_fwd|row_|int8")
+    assert run.returncode == 0, f"{run.stdout[-4000:]}\n{run.stderr[-2000:]}"
+    for kernel in (
+        "attention_fwd float32 64",
+        "attention_fwd float16 64",
+        "row_fwd",
+        "row_bwd",
+        "int8_matmul",
+        "int8_linear",
+    ):
+        assert f"gfx942 {kernel}" in run.stdout

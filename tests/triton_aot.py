@@ -1,6 +1,6 @@
 """Compiles planned launches of Triton kernels for GPUs that are not there, and reads what came out.
 
-    python -m tests.triton_aot [--quick | --candidates] [--filter TEXT] [--gpus 80,90,100] [--jobs N]
+    python -m tests.triton_aot [--quick | --candidates] [--filter TEXT] [--gpus 80,90,gfx942] [--jobs N]
 
 prints registers, spills and shared memory of every kernel of fastattn in every default configuration, and fails if one
 spills, asks for more shared memory than its GPU has, was compiled to nothing, or for sm_90 does not use wgmma where it
@@ -30,14 +30,14 @@ from typing import Any
 
 import torch
 
-from fastattn.ops.triton_launch import Launch
+from fastattn.ops.triton_launch import AMD, Launch
 
 MODULES = ("tests.attention_triton_cases", "tests.kv_cache_triton_cases", "tests.norm_int8_triton_cases")
 # wgmma multiplies 64 rows at a time: smaller tiles take mma.
 WGMMA_ROWS = 64
 # Bytes of shared memory that a block may ask for (CUDA C programming guide, compute capabilities).
 SHARED_MEMORY = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10,
-                 (12, 0): 99 << 10}  # fmt: skip
+                 (12, 0): 99 << 10, AMD: 64 << 10}  # fmt: skip
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
              torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1"}  # fmt: skip
 
@@ -47,7 +47,7 @@ class Compiled:
     """What the compiler made of one launch, for one GPU."""
 
     name: str
-    capability: tuple[int, int]
+    gpu: str  # "sm_90", "gfx942"
     registers: int
     spilled_bytes: int
     shared_bytes: int
@@ -63,19 +63,25 @@ class Compiled:
             found.append(f"spills {self.spilled_bytes} bytes a thread")
         if not self.stores:
             found.append("compiled to nothing: it writes no result")
-        if self.shared_bytes > SHARED_MEMORY[self.capability]:
-            found.append(f"asks for {self.shared_bytes} bytes of shared memory of {SHARED_MEMORY[self.capability]}")
-        if self.capability == (9, 0) and self.has_wide_dot and not self.has_wgmma:
+        limit = SHARED_MEMORY[capability_of(self.gpu)]
+        if self.shared_bytes > limit:
+            found.append(f"asks for {self.shared_bytes} bytes of shared memory of {limit}")
+        if self.gpu == "sm_90" and self.has_wide_dot and not self.has_wgmma:
             found.append("multiplies matrices without wgmma")
         return found
 
     def __str__(self) -> str:
-        major, minor = self.capability
         return (
-            f"sm_{major}{minor:<3} {self.name:<64} {self.num_warps:>2} warps {self.registers:>4} registers "
+            f"{self.gpu:<6} {self.name:<64} {self.num_warps:>2} warps {self.registers:>4} registers "
             f"{self.spilled_bytes:>4} B spilled {self.shared_bytes / 1024:>6.1f} KiB shared {self.seconds:>5.1f} s"
             + "".join(f"   <-- {complaint}" for complaint in self.complaints())
         )
+
+
+def capability_of(gpu: str) -> tuple[int, int]:
+    """Of "sm_90" or, as the command line has it, "90"; AMD for "gfx942" and the like."""
+    digits = gpu.removeprefix("sm_")
+    return AMD if gpu.startswith("gfx") else (int(digits[:-1]), int(digits[-1]))
 
 
 def _typed(value: Any, specialized: bool) -> tuple[str, bool]:
@@ -106,7 +112,7 @@ def specialized(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], 
     return signature, constants, attributes
 
 
-def compile_launch(name: str, launch: Launch, capability: tuple[int, int]) -> Compiled:
+def compile_launch(name: str, launch: Launch, gpu: str) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -114,15 +120,24 @@ def compile_launch(name: str, launch: Launch, capability: tuple[int, int]) -> Co
     # Triton's default is about to change, and warns.
     assert "enable_fp_fusion" in launch.options, f"{name} leaves open whether a product and a sum are rounded once"
     source = ASTSource(launch.kernel, *specialized(launch))
-    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    options, target = dict(launch.options), GPUTarget("cuda", int(gpu), 32) if gpu.isdigit() else None
+    if target is None:
+        options.pop("maxnreg", None)  # as ``triton_launch.launch`` does
+        target = GPUTarget("hip", gpu, 64 if gpu.startswith("gfx9") else 32)
     start = time.perf_counter()
-    compiled = triton.compile(source, target=target, options=launch.options)
+    compiled = triton.compile(source, target=target, options=options)
     seconds = time.perf_counter() - start
-    registers, spilled = _resource_usage(compiled.asm["cubin"])
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        registers, spilled = _amd_usage(text)
+        stores = "global_store" in text or "buffer_store" in text
+    else:
+        gpu, text = f"sm_{gpu}", compiled.asm["ptx"]
+        registers, spilled = _resource_usage(compiled.asm["cubin"])
+        stores = "st.global" in text
     return Compiled(
-        name, capability, registers, spilled, compiled.metadata.shared, launch.options["num_warps"],
-        _has_wide_dot(compiled.asm["ttir"]), "wgmma.mma_async" in compiled.asm["ptx"],
-        "st.global" in compiled.asm["ptx"], seconds,
+        name, gpu, registers, spilled, compiled.metadata.shared, launch.options["num_warps"],
+        _has_wide_dot(compiled.asm["ttir"]), "wgmma.mma_async" in text, stores, seconds,
     )  # fmt: skip
 
 
@@ -145,6 +160,12 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
+def _amd_usage(assembly: str) -> tuple[int, int]:
+    """(vector registers, bytes of those spilled) a thread."""
+    usage = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", assembly)}
+    return usage["vgpr_count"], 4 * usage["vgpr_spill_count"]
+
+
 def all_cases(capability: tuple[int, int], which: str) -> Iterator[tuple[str, Launch]]:
     for name in MODULES:
         module = importlib.import_module(name)
@@ -156,10 +177,9 @@ def all_cases(capability: tuple[int, int], which: str) -> Iterator[tuple[str, La
 
 def compile_share(gpu: str, which: str, pattern: str, share: int, shares: int) -> Iterator[Compiled]:
     """One of every ``shares`` kernels."""
-    capability = (int(gpu[:-1]), int(gpu[-1]))
-    cases = (case for case in all_cases(capability, which) if re.search(pattern, case[0]))
+    cases = (case for case in all_cases(capability_of(gpu), which) if re.search(pattern, case[0]))
     for name, launch in itertools.islice(cases, share, None, shares):
-        yield compile_launch(name, launch, capability)
+        yield compile_launch(name, launch, gpu)
 
 
 def report_share(arguments: tuple[str, str, str, int, int]) -> tuple[int, int]:
@@ -178,7 +198,7 @@ def main() -> int:
     which.add_argument("--quick", action="store_true", help="a few kernels in a few configurations")
     which.add_argument("--candidates", action="store_true", help="what tuning tries instead of the defaults")
     parser.add_argument("--filter", default="", help="a regular expression that the names must match")
-    parser.add_argument("--gpus", default="80,90,100", help="compute capabilities without the dot")
+    parser.add_argument("--gpus", default="80,90,100", help="compute capabilities without the dot, AMD's architectures")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile side by side")
     arguments = parser.parse_args()
     cases = "quick" if arguments.quick else "candidates" if arguments.candidates else "defaults"

@@ -129,8 +129,10 @@ def _packing_arguments(query: Tensor, key: Tensor, scoring: Scoring) -> dict[str
 
 def allows_tf32(query: Tensor) -> bool:
     """float32 products are exact unless the user told PyTorch that TensorFloat-32 will do."""
+    if query.dtype != torch.float32 or not query.is_cuda or torch.version.hip is not None:
+        return False  # of AMD's GPUs, few have it
     # Not torch.get_float32_matmul_precision(), which raises where the user told it by this newer attribute.
-    return query.dtype == torch.float32 and query.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _key_mask(arguments: dict[str, Any], mask_states: Tensor | None) -> bool:

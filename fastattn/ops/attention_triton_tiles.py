@@ -11,7 +11,7 @@ from fastattn.ops.triton_launch import device_of
 
 
 class Gpu(NamedTuple):
-    """What tiles are chosen for. capability (0, 0): Triton's interpreter."""
+    """What tiles are chosen for. capability (0, 0): Triton's interpreter; (0, 1): any of AMD's."""
 
     capability: tuple[int, int]
 
@@ -112,8 +112,8 @@ def _look_up(table: dict[int, dict[int, tuple[_Entry, ...]]], gpu: Gpu, block_d:
 
 
 def fit(tile: Tile, gpu: Gpu) -> Tile:
-    if gpu.capability in ((8, 6), (8, 9)) or gpu.capability[0] >= 11:
-        # 99 KiB of shared memory instead of 163: no third stage.
+    if gpu.capability not in ((8, 0), (8, 7)) and gpu.capability[0] not in (9, 10):
+        # 99 KiB of shared memory instead of 163, or 64 (AMD); of GPUs yet unknown, as little: no third stage.
         tile = tile._replace(num_stages=min(tile.num_stages, 2))
     return tile._replace(all_registers=tile.all_registers or gpu.capability[0] == 10)
 

@@ -52,12 +52,15 @@ _TILES: dict[int, tuple[Tile, ...]] = {
         Tile(64, 64, 128, 4, 4),
     ),
 }
+# Rows of float32, quantised inside, in 64 KiB: on AMD's GPUs.
+_SMALLEST = Tile(16, 32, 128, 4, 3)
 
 
 def candidates(rows: int, device: Device, itemsize: int = 1) -> tuple[Tile, ...]:
     """The tiles for this many rows that the device's shared memory holds."""
     tile_rows = min(max(next_power_of_2(rows), 16), 128)
-    return tuple(tile for tile in _TILES[tile_rows] if tile.shared_bytes(itemsize) < device.shared_bytes)
+    fitting = tuple(tile for tile in _TILES[tile_rows] if tile.shared_bytes(itemsize) < device.shared_bytes)
+    return fitting or (_SMALLEST,)
 
 
 def matmul_tile(rows: int, columns: int, device: Device, itemsize: int = 1) -> Tile:

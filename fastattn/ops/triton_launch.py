@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# What stands for the compute capability of AMD's GPUs, whose own numbers would be taken for NVIDIA's.
+AMD = (0, 1)
+
 
 class Device(NamedTuple):
     """What launch configurations depend on."""
@@ -26,7 +29,8 @@ _INTERPRETER = Device(2, (8, 0), 163 * 1024)
 def _gpu(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     shared_bytes = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
-    return Device(properties.multi_processor_count, (properties.major, properties.minor), shared_bytes)
+    capability = AMD if torch.version.hip is not None else (properties.major, properties.minor)
+    return Device(properties.multi_processor_count, capability, shared_bytes)
 
 
 def device_of(tensor: Tensor) -> Device:
@@ -69,6 +73,8 @@ def launch(on: Tensor, kernel: Any, grid: Any, *arguments: Any, **options: Any) 
         _mend_interpreter()
         kernel[grid](*arguments, **options)
         return
+    if torch.version.hip is not None:
+        options.pop("maxnreg", None)  # an option of NVIDIA's compiler, which AMD's refuses
     # Triton launches on the current device, whatever device the tensors are on.
     with torch.cuda.device(on.device):
         kernel[grid](*arguments, **options)
