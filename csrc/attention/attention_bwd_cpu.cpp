@@ -22,6 +22,7 @@
 #include "attention/ordered_turns.h"
 #include "common/dropout_cpu.h"
 #include "common/parallel.h"
+#include "common/read_ahead.h"
 #include "common/scratch.h"
 #include "common/simd.h"
 
@@ -110,7 +111,15 @@ class AttentionBackward {
     parallel_tasks(tasks.count(), [&](int64_t number, int thread) {
       ScratchCursor thread_cursor(threads.piece(thread));
       const EntryTask task = tasks.at(number);
-      entry(task.batch).run_task(take_thread(thread_cursor), mask, task);
+      ThreadArrays arrays = take_thread(thread_cursor);
+      // Tasks are handed out in turn: of equal ones, the one after the other threads' is this thread's next.
+      ReadAhead ahead;
+      if (number + threads_ < tasks.count()) {
+        const EntryTask next = tasks.at(number + threads_);
+        entry(next.batch).read_ahead(ahead, next);
+      }
+      arrays.tile.ahead = &ahead;
+      entry(task.batch).run_task(arrays, mask, task);
     });
     mask.reduce();
     if (p_.dsinks) reduce_sinks();
@@ -288,6 +297,24 @@ class AttentionBackward {
       }
     }
     if (p_.dsinks) sink_partials_[(batch * p_.heads + head_index) * most_query_blocks_ + row0 / kTileQueries] = dsink;
+  }
+
+  // Lists what the task will read, first what it needs first.
+  void read_ahead(ReadAhead& ahead, EntryTask task) const {
+    if (splits_) return;
+    const auto add = [&](const AttentionTensor& tensor, int64_t head, int64_t rows, int64_t columns) {
+      const int64_t bytes = sizeof(Element);
+      ahead.add(row_of<Element>(tensor, task.batch, head, 0), rows, columns * bytes, tensor.stride_row * bytes);
+    };
+    const int64_t first_head = task.index * group_;
+    add(p_.out, first_head, p_.seqlen_q, p_.head_dim_v);
+    add(p_.dout, first_head, p_.seqlen_q, p_.head_dim_v);
+    add(p_.k, task.index, p_.seqlen_k, p_.head_dim);
+    add(p_.v, task.index, p_.seqlen_k, p_.head_dim_v);
+    add(p_.q, first_head, p_.seqlen_q, p_.head_dim);
+    // Five products a tile. A quarter of the tiles may be hidden.
+    const int64_t tiles = query_blocks_ * ((p_.seqlen_k + kTileKeys - 1) / kTileKeys);
+    ahead.spread(tiles * 5 * (kTileQueries / kTileRows) * 3 / 4);
   }
 
   void run_task(const ThreadArrays& arrays, const MaskGradient<T>& mask, EntryTask task) const {

@@ -33,6 +33,7 @@ template <typename T, typename Operand>
 struct TileBuffers {
   T *p, *ds, *dropped, *slope;
   Operand* left;
+  ReadAhead* ahead;  // what the products fetch on the way
 };
 
 // ds = factor * p * (dp - delta), in place of dp, where dp is the gradient of p: through dropout, 0 or keep_scale times
@@ -111,6 +112,7 @@ FASTATTN_INLINE void backward_tile_as(const AttentionBwdParams& p, const HeadSco
   TileLimits limits;
   // The slope of softcap is multiplied with, so it must not stem from a score that was never computed.
   set_limits<kPartial>(limits, place, /*needs_all_scores=*/scores.softcap != 0);
+  limits.scores.ahead = limits.keys.ahead = limits.queries.ahead = buffers.ahead;
   const auto set_depth = [&](int depth) __attribute__((always_inline)) {
     for (int strip = 0; strip < kMaxStrips; ++strip) limits.scores.depth_end[strip] = depth;
   };

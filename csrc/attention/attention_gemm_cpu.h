@@ -4,6 +4,7 @@
 #include "attention/attention_operand_cpu.h"
 #include "attention/attention_scores_cpu.h"
 #include "common/gemm_tile.h"
+#include "common/read_ahead.h"
 #include "common/simd.h"
 
 namespace fastattn {
@@ -22,6 +23,8 @@ FASTATTN_INLINE int strip_rows(int rows_left) {
 struct StripLimits {
   // The terms [depth_begin, depth_end) are added up, and the first `columns` columns of the result computed.
   int depth_begin[kMaxStrips], depth_end[kMaxStrips], columns[kMaxStrips];
+  // Makes a step with each strip, unless it is nullptr.
+  ReadAhead* ahead = nullptr;
 
   FASTATTN_INLINE void set_all(int depth, int all_columns) {
     for (int strip = 0; strip < kMaxStrips; ++strip) {
@@ -109,6 +112,7 @@ __attribute__((noinline)) void gemm(Rows<T> c, Broadcast<Operand> a, Rows<const 
       const int width = min_of(min_of(chunk, vecs - vec), strip_vecs - vec);
       const int k0 = limits.depth_begin[strip] / kTerms<Operand>;
       const int depth = static_cast<int>(elements_for<Operand>(limits.depth_end[strip])) - k0;
+      if (limits.ahead) limits.ahead->step();
       if (width > 0 && depth > 0) {
         detail::choose_strip<T, Operand>(height, width)(
             c.data + row * c.stride + vec * kLanes, c.stride, a.data + row * a.row_stride + k0 * a.k_stride,
