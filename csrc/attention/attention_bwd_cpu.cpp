@@ -250,7 +250,6 @@ class AttentionBackward {
       pack_right(at(head.q_terms, row0 / 2), width_, q, p_.q.stride_row, rows, head_dim);
       pack_right(at(head.dout_terms, row0 / 2), width_v_, dout, p_.dout.stride_row, rows, head_dim_v);
     }
-    set_zero(head.dq.data + row0 * width_, rows * width_);
     prepare_statistics(head, batch, head_index, row0, rows);
   }
 
@@ -358,14 +357,22 @@ class AttentionBackward {
       if (dv_direct) first.dv.data = dv;
     }
     if (!is_direct(p_.k, p_.head_dim)) pack_right(arrays.k, width_, k, p_.k.stride_row, keys, head_dim);
-    set_zero(first.dk.data, keys * width_);
-    set_zero(first.dv.data, keys * width_v_);
+    if (query_blocks_ == 0) start_keys(first, keys);
 
     for (int64_t g = 0; g < group_; ++g) {
       run_head(arrays.tile, mask, heads[g], first, batch, head_kv * group_ + g, block);
     }
     if (!dk_direct) store_rows<T>(dk, p_.dk.stride_row, Rows<const T>{first.dk.data, width_}, keys, head_dim);
     if (!dv_direct) store_rows<T>(dv, p_.dv.stride_row, Rows<const T>{first.dv.data, width_v_}, keys, head_dim_v);
+  }
+
+  // Where the first tile does not write all of its rows or keys, or there is none.
+  void start_rows(const Head& head, int64_t row0, int rows) const {
+    set_zero(head.dq.data + row0 * width_, rows * width_);
+  }
+  void start_keys(const Keys& tile, int keys) const {
+    set_zero(tile.dk.data, keys * width_);
+    set_zero(tile.dv.data, keys * width_v_);
   }
 
   void run_head(const TileBuffers<T, Operand>& buffers, const MaskGradient<T>& mask, const Head& head,
@@ -387,11 +394,18 @@ class AttentionBackward {
       place.rows = static_cast<int>(min_of<int64_t>(kTileQueries, p_.seqlen_q - place.row0));
       const IndexRange rows = {place.row0, place.row0 + place.rows};
       const bool in_band = rows.begin < seeing.end && rows.end > seeing.begin;
+      if (key_begin == key_end) start_rows(head, place.row0, place.rows);
       for (int64_t key0 = key_begin; key0 < key_end; key0 += kTileKeys) {
         uint64_t visible[kTileQueries], kept[kTileQueries];
         place.key0 = key0;
         place.keys = static_cast<int>(min_of<int64_t>(kTileKeys, key_end - key0));
         const TileView view = in_band ? scores.view(rows, key0, visible) : TileView::kHidden;
+        const Keys tile = tile_at(first, key0 - key_begin);
+        const bool is_whole = view == TileView::kFull;
+        const bool starts_dq = key0 == 0, starts_dkv = query_block == 0 && head_index % group_ == 0;
+        if (starts_dq && !is_whole) start_rows(head, place.row0, place.rows);
+        if (starts_dkv && !is_whole) start_keys(tile, place.keys);
+        place.starts_dq = starts_dq && is_whole, place.starts_dkv = starts_dkv && is_whole;
         const auto add_to_mask = [&](const T* ds) {
           mask_turns.wait(query_block, mask_turn);
           if (mask.kind() == MaskGradientKind::kPerRow) dq_turns.wait(query_block, dq_turn);
@@ -411,9 +425,8 @@ class AttentionBackward {
         }
         mask.prefetch(batch, head_index, place);
         const auto take_turn = [&] { dq_turns.wait(query_block, dq_turn); };
-        backward_tile(p_, scores, head, tile_at(first, key0 - key_begin), buffers, place,
-                      static_cast<T>(dropout_.keep_scale), mask.kind() != MaskGradientKind::kNone, add_to_mask,
-                      take_turn);
+        backward_tile(p_, scores, head, tile, buffers, place, static_cast<T>(dropout_.keep_scale),
+                      mask.kind() != MaskGradientKind::kNone, add_to_mask, take_turn);
       }
       mask_turns.wait(query_block, mask_turn);
       mask_turns.done(query_block, mask_turn);

@@ -94,8 +94,8 @@ FASTATTN_INLINE void set_limits(TileLimits& limits, const TilePlace& place, bool
   }
 }
 
-// Adds the tile's part to dk, dv and dq. `add_to_mask(ds)` sees the gradients of the scores after softcap;
-// `before_dq()` comes just before dq is touched.
+// Adds the tile's part to dk, dv and dq, or starts them with it. `add_to_mask(ds)` sees the gradients of the scores
+// after softcap; `before_dq()` comes just before dq is touched.
 template <bool kPartial, typename T, typename Operand, typename AddToMask, typename BeforeDq>
 FASTATTN_INLINE void backward_tile_as(const AttentionBwdParams& p, const HeadScores<T>& scores,
                                       const QuerySide<T, Operand>& head, const KeySide<T, Operand>& tile,
@@ -128,7 +128,7 @@ FASTATTN_INLINE void backward_tile_as(const AttentionBwdParams& p, const HeadSco
     weights = buffers.dropped;
   }
   gemm<T, Operand>(tile.dv, {left_over_rows(buffers.left, weights, rows), 1, kTileKeys}, dout_terms, place.keys,
-                   head_dim_v, true, limits.keys);
+                   head_dim_v, !place.starts_dkv, limits.keys);
 
   set_depth(head_dim_v);
   gemm<T, Operand>({buffers.ds, kTileKeys}, {dout.data, dout.stride, 1}, {tile.v_t, kTileKeys}, rows, kTileKeys, false,
@@ -150,10 +150,10 @@ FASTATTN_INLINE void backward_tile_as(const AttentionBwdParams& p, const HeadSco
   }
 
   gemm<T, Operand>(tile.dk, {left_over_rows(buffers.left, buffers.ds, rows), 1, kTileKeys}, q_terms, place.keys,
-                   head_dim, true, limits.keys);
+                   head_dim, !place.starts_dkv, limits.keys);
   const Operand* ds = left_over_keys(buffers.left, buffers.ds, rows);
   before_dq();
-  gemm<T, Operand>(dq, {ds, kTileKeys / kTerms<Operand>, 1}, tile.k, rows, head_dim, true, limits.queries);
+  gemm<T, Operand>(dq, {ds, kTileKeys / kTerms<Operand>, 1}, tile.k, rows, head_dim, !place.starts_dq, limits.queries);
 }
 
 template <typename T, typename Operand, typename AddToMask, typename BeforeDq>

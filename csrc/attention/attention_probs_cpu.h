@@ -14,6 +14,8 @@ struct TilePlace {
   int rows, keys;
   // One word a row; visible == nullptr: every key is. kept == nullptr: no dropout.
   const uint64_t *visible, *kept;
+  // The backward's tile is the first to write these rows of dq, these keys of dk and dv: it overwrites them.
+  bool starts_dq, starts_dkv;
 };
 
 // p = e^(factor * dot + mask - lse) where visible, else 0. In base 2 the rounding of factor * log2(e) and of
