@@ -3,10 +3,11 @@ benchmarks, in one go.
 
 For a machine that has torch with CUDA, nvcc and a GPU, and may have no network: it uses this Python as it is. Nothing
 that goes wrong ends it but a failed build: every stage has a time limit, a test process that a kernel hangs or whose
-device is lost is replaced, a benchmark goes on after the row that ended it. Everything is left in one folder:
-summary.txt, summary.json, log.txt, the tests' reports, and for each backend the benchmarks' results.json, results.csv
-and page. ``--only`` runs some stages; with the same ``--out`` the summary keeps those of earlier runs. ``--rehearse``
-goes through the same on the emulator and the CPU.
+device is lost is replaced, a benchmark goes on after the row that ended it. Everything is left in one folder, and after
+each stage in an archive of it beside: summary.txt, summary.json, log.txt, the tests' reports, and for each backend the
+benchmarks' results.json, results.csv and page. ``--only`` runs some stages; with the same ``--out`` the summary keeps
+those of earlier runs. ``--limit`` is for a machine that ends commands: what does not fit into so many seconds is cut
+short or left for the next run. ``--rehearse`` goes through the same on the emulator and the CPU.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -43,12 +47,16 @@ SELECTIONS = {
 }
 REHEARSED = "(test_matches_eager and none) or integer_intrinsics or names_what_is_wrong"
 BUILD_S, CUDA_TESTS_S, TRITON_TESTS_S, BENCH_S = 300, 120, 160, 125
+TEST_LIBRARIES_S = 90
+# A limit of the whole run keeps so much for writing; a stage is not begun for less.
+MARGIN_S, LEAST_S = 5, 10
 # One test, compiling included, and one row of a benchmark; a kernel that hangs takes no more.
 TEST_S, ROW_S = 60, 50
 
 
 def test_stage(folder: Path, name: str, files: tuple[str, ...], selection: str, limit_s: float, workers: int) -> Stage:
-    command = [sys.executable, "-m", "pytest", *files, "-p", "no:cacheprovider", "-k", selection,
+    # A line a test: the log says what a run did that was killed before its report.
+    command = [sys.executable, "-m", "pytest", "-vv", *files, "-p", "no:cacheprovider", "-k", selection,
                "--continue-on-collection-errors", f"--junit-xml={folder / f'tests_{name}.xml'}"]  # fmt: skip
     if missing("xdist") is None:
         # Each process holds a context on the GPU; one that has lost it leaves, and another takes its place.
@@ -77,6 +85,8 @@ def stages(folder: Path, rehearse: bool, workers: int) -> list[Stage]:
         benches = [bench_stage(folder, name, "--device", "cuda", "--backend", name) for name in ("cuda", "triton")]
     return [
         Stage("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], BUILD_S),
+        # No test is to wait for the compiler, whose time would be the test's.
+        Stage("build tests", [sys.executable, "tests/emulated.py"], TEST_LIBRARIES_S),
         Stage("backends", [sys.executable, "-W", "ignore", "-m", "fastattn"], 60),
         *tests,
         *benches,
@@ -99,8 +109,49 @@ def device_name() -> str:
 
 def environment(rehearse: bool) -> dict[str, str]:
     values = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
-    # Without a GPU's kernels nothing that follows means anything: do not go on to compile them for the emulator.
-    return values if rehearse else {"FASTATTN_CUDA": "nvcc", **values}
+    if not rehearse:
+        # Without a GPU's kernels nothing that follows means anything: do not go on to compile them for the emulator.
+        return {"FASTATTN_CUDA": "nvcc", **values}
+    import torch
+
+    # What cannot run here need not be compiled for every card. Else the build gives the reason itself.
+    return values if torch.version.cuda is None else {"FASTATTN_CUDA": "emulated", **values}
+
+
+class Run:
+    """The stages of one run, and what is written of them."""
+
+    def __init__(self, folder: Path, wanted: list[Stage], limit_s: float | None) -> None:
+        self.folder, self.wanted, self.reason = folder, wanted, None
+        self.end = time.monotonic() + limit_s if limit_s is not None else None
+
+    def go(self, rehearse: bool) -> None:
+        log, values = self.folder / "log.txt", environment(rehearse)
+        for index, stage in enumerate(self.wanted):
+            if self.end is not None:
+                stage.limit_s = min(stage.limit_s, self.end - time.monotonic() - stage.grace_s - MARGIN_S)
+                if stage.limit_s < LEAST_S:
+                    stage.outcome = "not run: no time left"
+                    continue
+            try:
+                good = stage.run(log, values)
+            finally:
+                self.write()
+            if stage.name == "build" or index == 0:
+                self.reason = why_no_gpu() if good or stage.name != "build" else f"the build {stage.outcome}"
+                if self.reason is not None and not (rehearse and good):
+                    print(f"gpu: no CUDA backend: {self.reason}")
+                    break
+
+    def write(self) -> str:
+        text = gpu_summary.write(self.folder, self.wanted, self.reason)
+        shutil.make_archive(str(self.folder), "gztar", self.folder)
+        return text
+
+
+def end_in_order(number: int, frame: object) -> None:
+    """For SIGTERM: the stage that runs is ended, and the summary is written."""
+    raise KeyboardInterrupt
 
 
 def main() -> None:
@@ -108,6 +159,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: bench/out/<GPU>-<time>")
     parser.add_argument("--rehearse", action="store_true", help="the same stages without a GPU, on the emulator")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="build, backends, tests, bench, or whole names")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="of the whole run")
     parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="test processes")
     arguments = parser.parse_args()
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
@@ -120,19 +172,14 @@ def main() -> None:
     ]
     if not wanted:
         parser.error(f"no stage is called {' or '.join(arguments.only)}")
-    log, values, reason = folder / "log.txt", environment(arguments.rehearse), None
-    for index, stage in enumerate(wanted):
-        good = stage.run(log, values)
-        if stage.name == "build" or index == 0:
-            reason = why_no_gpu() if good or stage.name != "build" else f"the build {stage.outcome}"
-            if reason is not None and not (arguments.rehearse and good):
-                print(f"gpu: no CUDA backend: {reason}")
-                break
-    text = gpu_summary.write(folder, wanted, reason)
-    print(f"{text}\neverything is in {folder}")
-    raise SystemExit(
-        0 if all(stage.outcome == "ok" for stage in wanted) else 2 if reason and not arguments.rehearse else 1
-    )
+    run = Run(folder, wanted, arguments.limit)
+    signal.signal(signal.SIGTERM, end_in_order)
+    try:
+        run.go(arguments.rehearse)
+    finally:
+        print(f"{run.write()}\neverything is in {folder} and {folder.name}.tar.gz")
+    good = all(stage.outcome == "ok" for stage in wanted)
+    raise SystemExit(0 if good else 2 if run.reason and not arguments.rehearse else 1)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,14 @@ class Stage:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
                                    stdin=subprocess.DEVNULL, start_new_session=True,
                                    preexec_fn=_hear_ctrl_c)  # fmt: skip
+        try:
+            return self._watch(process, file, start)
+        except KeyboardInterrupt:
+            self.outcome = "interrupted"
+            self._end(process)
+            raise
+
+    def _watch(self, process: subprocess.Popen, file, start: float) -> int | None:
         size, heard = -1, time.monotonic()
         while process.poll() is None:
             now, grown = time.monotonic(), os.fstat(file.fileno()).st_size

@@ -256,3 +256,19 @@ def emulated_kernels(op: str, units: tuple[str, ...] = ("*",)) -> EmulatedLibrar
 def device_kernels(op: str) -> KernelLibrary:
     """The CUDA kernels of csrc/<op> and their C face for the device at hand."""
     return _device(op, _kernel_sources(op))
+
+
+def main() -> None:
+    """Builds what tests on the device at hand, or in a rehearsal on the emulator, would build as they run."""
+    emulated_library()
+    if torch.cuda.is_available() and shutil.which("nvcc") is not None:
+        hopper = torch.cuda.get_device_capability() == (9, 0)
+        for source in ("ptx_sm80.cu", *(("ptx_sm90.cu", "ptx_cluster_sm90.cu") if hopper else ())):
+            device_library(PTX_TESTS / source)
+        device_kernels("int8_matmul")
+    else:
+        emulated_kernels("int8_matmul")
+
+
+if __name__ == "__main__":
+    main()

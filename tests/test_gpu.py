@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import gpu, gpu_summary
 from bench.gpu_stages import ROOT, Stage
@@ -84,8 +87,59 @@ def test_the_tests_that_run_on_the_device_exist():
     for path in (*gpu.DEVICE_TESTS, *gpu.TRITON_TESTS):
         assert (ROOT / path).exists(), path
     names = [stage.name for stage in gpu.stages(ROOT, rehearse=False, workers=1)]
-    assert names == ["build", "backends", "tests cuda", "tests triton", "bench cuda", "bench triton"]
+    assert names == ["build", "build tests", "backends", "tests cuda", "tests triton", "bench cuda", "bench triton"]
     assert gpu.BUILD_S <= 300 and gpu.CUDA_TESTS_S + gpu.TRITON_TESTS_S + 2 * gpu.BENCH_S <= 540
+
+
+# --- The whole run ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_with_a_limit_leaves_what_does_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "MARGIN_S", 1)
+    monkeypatch.setattr(gpu, "LEAST_S", 2)
+    monkeypatch.setattr(gpu, "why_no_gpu", lambda: None)
+    stages = [python("build", "print('built')"), python("tests", "import time; time.sleep(60)"), python("bench", "")]
+    (tmp_path / "run").mkdir()
+    gpu.Run(tmp_path / "run", stages, limit_s=6).go(rehearse=False)
+    assert [stage.outcome.split(" after")[0] for stage in stages] == ["ok", "stopped", "not run: no time left"]
+    assert stages[1].seconds < 6
+    written = json.loads((tmp_path / "run" / "summary.json").read_text())["stages"]
+    assert [stage["name"] for stage in written] == ["build", "tests", "bench"]
+    with tarfile.open(tmp_path / "run.tar.gz") as archive:
+        assert {"./summary.txt", "./log.txt"} <= set(archive.getnames())
+
+
+def test_a_run_that_is_ended_writes_what_it_has_and_leaves_no_child(tmp_path):
+    code = f"""
+import signal, sys
+from pathlib import Path
+from bench import gpu
+from bench.gpu_stages import Stage
+gpu.why_no_gpu = lambda: None
+slow = "import os, time; print('started', os.getpid(), flush=True); time.sleep(60)"
+stages = [Stage(name, [sys.executable, "-u", "-c", code], 50) for name, code in (("build", "1"), ("tests", slow))]
+signal.signal(signal.SIGTERM, gpu.end_in_order)
+gpu.Run(Path({str(tmp_path)!r}), stages, None).go(rehearse=False)
+"""
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, deadline = tmp_path / "log.txt", time.monotonic() + 40
+    while not (log.exists() and "started " in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.terminate()
+    assert run.wait(20) != 0
+    outcomes = {
+        stage["name"]: stage["outcome"] for stage in json.loads((tmp_path / "summary.json").read_text())["stages"]
+    }
+    assert outcomes == {"build": "ok", "tests": "interrupted"}
+    child = int(re.search(r"^started (\d+)", log.read_text(), re.M)[1])
+    assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_rehearsal_compiles_for_the_emulator_alone(monkeypatch):
+    monkeypatch.delenv("FASTATTN_CUDA", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert gpu.environment(rehearse=True)["FASTATTN_CUDA"] == "emulated"
+    assert gpu.environment(rehearse=False)["FASTATTN_CUDA"] == "nvcc"
 
 
 # --- The summary -----------------------------------------------------------------------------------------------------
