@@ -44,6 +44,8 @@ struct EmulatorSettings {
   int multiprocessors = 108;
   // Whether ops look at the values of lengths and tables, as on the CPU, or leave them to the kernels, as on a device.
   bool checks_values = true;
+  // Whether launchers take tensors of a GPU, whose memory is then the processor's (tests/pretended_gpu.cpp).
+  bool takes_gpu_tensors = false;
 };
 
 bool has_cuda_kernels();  // else the emulator
