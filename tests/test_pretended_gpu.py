@@ -69,4 +69,4 @@ def test_the_tests_of_the_device_pass_where_they_would_run(environment):
                gpu.SELECTIONS["cuda"]]  # fmt: skip
     run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped|error)", run.stdout)}
-    assert run.returncode == 0 and counts["passed"] > 150, run.stdout[-4000:] + run.stderr[-2000:]
+    assert run.returncode == 0 and counts["passed"] > 120, run.stdout[-4000:] + run.stderr[-2000:]
