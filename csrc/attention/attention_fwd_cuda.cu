@@ -227,18 +227,9 @@ const char* launch_fwd(const FwdPlan& plan, const AttentionFwdArgs& args, cudaSt
 template <typename Element>
 const char* launch_fwd_hopper(const FwdPlan& plan, const AttentionFwdArgs& args, const DeviceLaunch& launch) {
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  switch (kFwdSm90Tiles[plan.sm90_tile].head_dim) {
-    case 64:
-      return launch_fwd_sm90_tile<Element, 64>(plan.sm90_tile, args, launch.multiprocessors, stream);
-    case 96:
-      return launch_fwd_sm90_tile<Element, 96>(plan.sm90_tile, args, launch.multiprocessors, stream);
-    case 128:
-      return launch_fwd_sm90_tile<Element, 128>(plan.sm90_tile, args, launch.multiprocessors, stream);
-    case 192:
-      return launch_fwd_sm90_tile<Element, 192>(plan.sm90_tile, args, launch.multiprocessors, stream);
-    default:
-      return launch_fwd_sm90_tile<Element, 256>(plan.sm90_tile, args, launch.multiprocessors, stream);
-  }
+  return launch_choice<64, 96, 128, 192, 256>(kFwdSm90Tiles[plan.sm90_tile].head_dim, [&](auto head_dim) {
+    return launch_fwd_sm90_tile<Element, head_dim()>(plan.sm90_tile, args, launch.multiprocessors, stream);
+  });
 }
 
 }  // namespace
@@ -251,7 +242,7 @@ const char* attention_fwd_cuda(const AttentionParams& p, const DeviceLaunch& lau
   AttentionFwdArgs args;
   if (const char* error = make_score_args(args.scores, p)) return error;
   const FwdPlan plan = plan_fwd(p, launch);
-  if (plan.tile < 0) return "head_dim is above 256";
+  if (plan.tile < 0) return "no tile of the forward fits head_dim and this card";
   if (plan.blocks > INT32_MAX || p.batch * p.heads > INT32_MAX) return "batch * heads is too large";
 
   args.q = p.q, args.k = p.k, args.v = p.v, args.out = p.out;
