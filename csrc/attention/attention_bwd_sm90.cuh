@@ -107,8 +107,7 @@ FASTATTN_DEVICE void add_dq_pieces(AttentionBwdSm90Smem<Traits>& smem, const Att
     if (info.head < 0) break;
     const int row = info.query_tile * Traits::kBlockQ + Traits::dq_row(group);
     const int64_t row_tile = args.dq.row_tile(statistics_head<Traits>(args.bwd, keys.batch, info.head), row);
-    if (takes_turns)
-      wait_for_turn<!Traits::kPacked>(args.dq.turn(row_tile, group), turn_of_block<Traits>(args.bwd, keys, info));
+    if (takes_turns) wait_for_turn(args.dq.turn(row_tile, group), turn_of_block<Traits>(args.bwd, keys, info));
     bulk_reduce_add(args.dq.piece(row_tile, Traits::dq_column(group)), smem.dq[group], bytes);
     bulk_commit_group();
     bulk_wait_group_read<0>();

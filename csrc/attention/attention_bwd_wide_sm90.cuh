@@ -89,7 +89,7 @@ FASTATTN_DEVICE void add_wide_dq_pieces(AttentionBwdWideSm90Smem<Traits>& smem, 
     const int64_t row_tile = args.dq.row_tile(statistics_head<Traits>(args.bwd, keys.batch, info.head),
                                               int64_t{info.query_tile} * Traits::kBlockQ);
     int* const turn = takes_turns ? args.dq.turn(row_tile, 0) : nullptr;
-    if (takes_turns && piece == 0) wait_for_turn<!Traits::kPacked>(turn, turn_of_block<Traits>(args.bwd, keys, info));
+    if (takes_turns && piece == 0) wait_for_turn(turn, turn_of_block<Traits>(args.bwd, keys, info));
     bulk_reduce_add(args.dq.piece(row_tile, piece * Traits::kDqCols), smem.dq[at.stage()], sizeof smem.dq[0]);
     bulk_commit_group();
     // The piece before this one has been read while this one came.

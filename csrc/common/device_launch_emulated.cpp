@@ -29,8 +29,12 @@ static size_t shared_bytes_per_block(int compute_capability) {
 }
 
 static emu::Config config_of(const EmulatorSettings& settings) {
-  return {static_cast<emu::Schedule>(settings.schedule), static_cast<emu::AsyncMode>(settings.async_mode),
-          settings.seed, os_threads_of(settings), shared_bytes_per_block(settings.compute_capability)};
+  return {static_cast<emu::Schedule>(settings.schedule),
+          static_cast<emu::AsyncMode>(settings.async_mode),
+          settings.seed,
+          os_threads_of(settings),
+          shared_bytes_per_block(settings.compute_capability),
+          /*exact_turns=*/settings.checks_values};
 }
 
 static EmulatorSettings& current_settings() {

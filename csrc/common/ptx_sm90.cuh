@@ -264,17 +264,16 @@ FASTATTN_DEVICE void bulk_wait_group_read(FASTATTN_CALLER) {
 // started before it.
 
 // Waits until the counter holds `turn`. What bulk copies of the blocks before have done is then done for this thread's.
-// kExactly: nobody else counts here. Else more than `turn` will do, for who counts depends on numbers that nobody has
-// checked, and a turn that is passed over would be waited for forever.
-template <bool kExactly>
+// More will do, too: who else counts here may depend on lengths that nobody has looked at, and a turn that was passed
+// over would be waited for forever. The emulator refuses it where somebody has.
 FASTATTN_DEVICE void wait_for_turn(const int* counter_gmem, int turn FASTATTN_AND_CALLER) {
 #if defined(FASTATTN_EMULATED)
-  emu::wait_for_value(counter_gmem, turn, kExactly, {"wait for a turn", caller});
+  emu::wait_for_value(counter_gmem, turn, {"wait for a turn", caller});
 #else
   int value;
   do {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter_gmem) : "memory");
-  } while (kExactly ? value != turn : value < turn);
+  } while (value < turn);
   asm volatile("fence.proxy.async.global;" ::: "memory");
 #endif
 }

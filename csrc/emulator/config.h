@@ -30,6 +30,8 @@ struct Config {
   int os_threads = 1;
   // What a block of the card can ask for, static and dynamic shared memory together.
   size_t max_shared_bytes = kMaxSharedBytes;
+  // Whether a turn that was passed over is an error: not where lengths that nobody has looked at decide who counts.
+  bool exact_turns = true;
 };
 
 Config& config();

@@ -23,7 +23,7 @@ void bar_sync(int id, int threads, Site site);
 void bar_arrive(int id, int threads, Site site);
 
 // ---- turns.cpp
-void wait_for_value(const int* counter, int value, bool exactly, Site site);
+void wait_for_value(const int* counter, int value, Site site);
 void release_add(int* counter, int value, Site site);
 
 // ---- warp.cpp, mma.cpp

@@ -8,11 +8,11 @@
 
 namespace fastattn::emu {
 
-void wait_for_value(const int* counter, int value, bool exactly, Site site) {
+void wait_for_value(const int* counter, int value, Site site) {
   const IgnoreScope hidden;
   std::atomic_ref<int> turn(*const_cast<int*>(counter));
   const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(config().os_threads > 1 ? 60 : 0);
-  const auto is_due = [&](int count) { return exactly ? count == value : count >= value; };
+  const auto is_due = [&](int count) { return config().exact_turns ? count == value : count >= value; };
   while (!is_due(turn.load(std::memory_order_acquire))) {
     if (std::chrono::steady_clock::now() >= give_up) {
       fail(site, "the counter is %d and will not become %d: a turn was skipped, or is a later block's",

@@ -15,8 +15,8 @@ What differs from flash-attn:
 - Any device, float32 and float64 too, any head_dim up to 256 and more on ``eager``, softcap together with dropout.
 - A row that may attend to nothing has log-sum-exp -inf; its output is 0, as there. The log-sum-exp is differentiable.
 - Dropout keeps other elements for the same seed.
-- ``deterministic`` and ``num_splits`` are accepted and change nothing: our backward is deterministic, and how the work
-  of a long cache is split is the kernel's affair.
+- ``deterministic`` and ``num_splits`` are accepted and change nothing: our backward is deterministic, on Hopper under
+  ``torch.use_deterministic_algorithms(True)``, and how the work of a long cache is split is the kernel's affair.
 - ``block_table`` of ``flash_attn_varlen_func`` is refused; ``flash_attn_with_kvcache`` takes one, of any block size.
 """
 
