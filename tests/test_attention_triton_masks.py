@@ -188,11 +188,14 @@ def test_small_masks_are_not_looked_at_before():
     from fastattn.ops.attention_triton_mask import plan_mask_states
     from fastattn.ops.attention_triton_tiles import Gpu
 
-    def looks(mask, seqlen=1024):
-        q = torch.empty(1, 4, seqlen, 64, device="meta")
+    def looks(mask, seqlen=1024, batch=1):
+        q = torch.empty(batch, 4, seqlen, 64, device="meta")
         return plan_mask_states(q, q, mask.to("meta"), Gpu((9, 0)))[1] is not None
 
     visible = torch.ones(1024, 1024, dtype=torch.bool)
     assert looks(visible) and looks(visible.float())
     assert not looks(visible[:1]) and not looks(visible[:256, :256], seqlen=256)
     assert looks(torch.ones(1, 2048, dtype=torch.bool), seqlen=2048)
+    # Of many batches and heads they are, where there are tiles to skip.
+    assert looks(visible[:256, :256], seqlen=256, batch=256) and not looks(visible[:256, :256], seqlen=256, batch=255)
+    assert not looks(visible[:128, :128], seqlen=128, batch=1024)

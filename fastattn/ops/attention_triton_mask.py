@@ -16,8 +16,11 @@ from fastattn.ops.triton_launch import Launch
 
 # What attention_mask_states_kernel looks at: the rows and keys of a state, and the states of a program.
 _STATE_Q, _STATE_K, _STATES_Q, _STATES_K = 16, 32, 4, 8
-# Below so many elements of a mask, two more launches cost more than its empty tiles.
-_LISTED_ELEMENTS = 1 << 18
+# Below so many scores of a (batch, head), two more launches cost more than hidden tiles on the way of one program, and
+# below so many of all of them more than those of all programs (floors: csrc/attention/README.md).
+_LISTED_ELEMENTS, _LISTED_SCORES = 1 << 18, 1 << 26
+# A walk over fewer keys has a tile or two.
+_LISTED_KEYS = 256
 # Of a mask of one row (key padding), a program finds the first and last visible keys by itself, which is all there is
 # to skip where only the ends are hidden; from so many scores on, lists also skip what it hides in between.
 _LISTED_ELEMENTS_OF_ONE_ROW = 1 << 22
@@ -59,11 +62,13 @@ def plan_mask_states(
     (batch, heads, seqlen_q, _), seqlen_k = query.shape, value.shape[2]
     if attn_mask is None:
         return [], None
+    scores = seqlen_q * seqlen_k
     if mask["stride_mask_q"] == 0:
-        least = _LISTED_ELEMENTS_OF_ONE_ROW
+        pays = scores >= _LISTED_ELEMENTS_OF_ONE_ROW
     else:
-        least = 0 if gpu is tiles.INTERPRETER else _LISTED_ELEMENTS
-    if seqlen_q * seqlen_k < least:
+        many = seqlen_k >= _LISTED_KEYS and batch * heads * scores >= _LISTED_SCORES
+        pays = many or scores >= _LISTED_ELEMENTS or gpu is tiles.INTERPRETER
+    if not pays:
         return [], None
     mask_batches = 1 if mask["stride_mask_batch"] == 0 else batch
     mask_heads = 1 if mask["stride_mask_head"] == 0 else heads

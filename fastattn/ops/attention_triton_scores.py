@@ -24,8 +24,7 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Arguments that differ from call to call. Of others Triton compiles one kernel for 1, one for multiples of 16, one for
 # the rest, which would gain these nothing.
-VARYING = ["seqlen_q", "seqlen_k", "diagonal", "window_left", "window_right", "threshold", "total_q", "total_k",
-           "stride_lists_batch", "stride_lists_head"]  # fmt: skip
+VARYING = ["seqlen_q", "seqlen_k", "diagonal", "window_left", "window_right", "threshold", "total_q", "total_k"]
 
 
 # --- Which tiles are visited -----------------------------------------------------------------------------------------
