@@ -99,7 +99,9 @@ _known: dict[Any, Formula | str] = {}
 @torch.no_grad()
 def _try_out(module: nn.Module, eps: float) -> Formula | str:
     """Which formula the class of ``module`` computes, found on a copy with random weights, on the CPU."""
-    generator = torch.Generator().manual_seed(0)
+    # Not on the default device or in the default dtype, which the user may have set.
+    numbers: Any = {"device": "cpu", "dtype": torch.float32}
+    generator = torch.Generator("cpu").manual_seed(0)
     width = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
     twin = copy.copy(module)
     forward = type(module).forward  # without hooks
@@ -109,14 +111,15 @@ def _try_out(module: nn.Module, eps: float) -> Formula | str:
         return forward(twin, x)
 
     parameters = {
-        name: None if parameter is None else torch.rand(width, generator=generator)
+        name: None if parameter is None else torch.rand(width, generator=generator, **numbers)
         for name, parameter in module._parameters.items()
     }
     # Small numbers, of which eps is a part that shows.
-    x = (eps**0.5 or 1.0) * torch.randn(3, width, generator=generator)
+    x = (eps**0.5 or 1.0) * torch.randn(3, width, generator=generator, **numbers)
     try:
-        result = run(x, torch.float32)
-        wide, narrow = run(x, torch.bfloat16).dtype, run(x.bfloat16(), torch.float32).dtype
+        with torch.device("cpu"):
+            result = run(x, torch.float32)
+            wide, narrow = run(x, torch.bfloat16).dtype, run(x.bfloat16(), torch.float32).dtype
     except Exception as error:
         return f"trying it out raised {type(error).__name__}: {error}"
     if not (isinstance(result, Tensor) and result.shape == x.shape):

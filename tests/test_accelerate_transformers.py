@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fastattn
-from fastattn import Int8Linear
+from fastattn import Int8Linear, modules_foreign
 from fastattn.modules_foreign import ForeignNorm, norm_swap
 
 transformers = pytest.importorskip("transformers")
@@ -81,6 +81,21 @@ def test_swapped_norms_survive_copies_and_are_restored():
     assert torch.equal(torch.compile(copy.deepcopy(norm), fullgraph=True, backend="aot_eager")(x), norm(x))
     fastattn.restore(norm)
     assert type(norm) is norm_classes()["gemma2"] and norm.weight is weight and dict(norm.__dict__) == before
+
+
+@pytest.mark.parametrize("device, dtype", [("meta", torch.float32), ("cpu", torch.float64), ("cpu", torch.bfloat16)])
+def test_norms_are_known_whatever_the_defaults(device, dtype, monkeypatch):
+    """As after torch.set_default_device("cuda"), which is where a model is made, but not where norms are tried out."""
+    norm = make_norm("llama")
+    monkeypatch.setattr(modules_foreign, "_known", {})
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_device(device)
+        torch.set_default_dtype(dtype)
+        assert isinstance(fastattn.accelerate(norm), ForeignNorm)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
 
 
 class AnotherNorm(nn.Module):
