@@ -16,6 +16,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import fastattn
@@ -170,13 +171,22 @@ def main(
         console.print("[bold red]no case fits these options[/]")
         raise typer.Exit(2)
     results = out / "results.json"
-    earlier = report.read_json(results).rows if resume and results.exists() else []
+    try:
+        if not save:
+            # Now, not when rows have been measured.
+            out.mkdir(parents=True, exist_ok=True)
+        earlier = report.read_json(results).rows if resume and results.exists() else []
+    except OSError as error:
+        console.print(f"[bold red]--out {out} cannot be used:[/] {error.strerror}", highlight=False)
+        raise typer.Exit(2) from None
+    except (ValueError, KeyError, TypeError) as error:
+        console.print(f"[bold red]{results} is not what a run wrote:[/] {escape(str(error))}", highlight=False)
+        raise typer.Exit(2) from None
     known = {(row.op, row.shape, row.dtype) for row in earlier}
     cases = [case for case in cases if (case.op, case.shape, case.dtype) not in known]
 
     def keep(run: report.Run) -> None:
         if not save:
-            out.mkdir(parents=True, exist_ok=True)
             report.write_json(replace(run, rows=[*earlier, *run.rows]), results)
 
     torch.set_num_threads(threads or torch.get_num_threads())

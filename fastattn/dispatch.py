@@ -185,7 +185,8 @@ def _set_preference(name: str) -> None:
     _traced.backend = name
 
 
-def _check_name(caller: str, name: str) -> None:
+def check_name(caller: str, name: str) -> None:
+    """Raises ValueError for what is neither "auto" nor a backend's name."""
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"{caller}: backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {name!r}.")
 
@@ -205,7 +206,7 @@ class use_backend:
     """
 
     def __init__(self, name: str) -> None:
-        _check_name("use_backend", name)
+        check_name("use_backend", name)
         reason = None if name == "auto" else _UNAVAILABLE[name]()
         if reason is not None:
             raise NotImplementedError(f"use_backend: backend {name!r} cannot run here: {reason}.")
@@ -245,7 +246,7 @@ def select(op: str, call: Any, backend: str = "auto") -> Kernel:
     """
     if backend == "auto":
         backend = preference()
-    _check_name(op, backend)
+    check_name(op, backend)
     for kernel in TABLE[op]:
         wanted = backend == kernel.backend or (backend == "auto" and not _only_by_name(kernel.backend))
         if wanted and _UNAVAILABLE[kernel.backend]() is None and _refuses(kernel, call) is None:
@@ -277,7 +278,7 @@ def explain(op: str | Callable[..., Any], *args: Any, backend: str = "auto", **k
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in TABLE:
         raise ValueError(f"explain: {name!r} is not an op of fastattn; the ops are {', '.join(sorted(TABLE))}.")
-    _check_name("explain", backend)
+    check_name("explain", backend)
     try:
         inspect.signature(_PREPARE[name]).bind(*args, **kwargs)
     except TypeError as error:

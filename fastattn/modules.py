@@ -68,6 +68,7 @@ class Int8Linear(nn.Module):
                     f"Int8Linear: {name} must be an int >= 0, got {size!r}."
                 )
         int8_ops._activation_name("Int8Linear", activation)  # raises if there is no such activation
+        dispatch.check_name("Int8Linear", backend)
         self.in_features = in_features
         self.out_features = out_features
         self.activation = activation

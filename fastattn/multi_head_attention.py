@@ -16,7 +16,7 @@ from torch.nn.parameter import Parameter
 
 from fastattn._nested import nested_like, packed_tokens, pad_tokens, token_positions
 from fastattn._tracing import as_fx_node
-from fastattn.dispatch import BACKENDS
+from fastattn.dispatch import check_name
 from fastattn.ops.attention import attention, attention_and_weights
 from fastattn.ops.attention_checks import autocast_is_on, window_sides
 from fastattn.ops.linear import backend_of, linear
@@ -470,7 +470,4 @@ def _check_configuration(
         raise ValueError(f"MultiHeadAttention: num_kv_heads must divide num_heads, got {num_kv_heads} for {num_heads}.")
     check_probability("MultiHeadAttention", "dropout", dropout)
     window_sides("MultiHeadAttention", window)
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(
-            f"MultiHeadAttention: backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}."
-        )
+    check_name("MultiHeadAttention", backend)

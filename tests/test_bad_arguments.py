@@ -74,6 +74,7 @@ CASES = {
     "attention: .*unexpected .*'windows'": lambda: fastattn.explain("attention", X, X, X, windows=(1, 1)),
     "accelerate: filter_fn": lambda: fastattn.accelerate(torch.nn.LayerNorm(8), filter_fn=3),
     "restore: model": lambda: fastattn.restore(3),
+    "set_autotune: enabled must be a bool": lambda: fastattn.set_autotune("off"),
 }
 
 
@@ -89,6 +90,8 @@ def test_wrong_types_raise_type_error(message):
         ("int8_matmul: activation", lambda: fastattn.int8_matmul(INT8, INT8, SCALE, SCALE, activation=["relu"])),
         ("Int8Linear: out_features", lambda: fastattn.Int8Linear(8, -1)),
         ("attention: backend must be", lambda: fastattn.attention(X, X, X, backend="gpu")),
+        ("Int8Linear: backend must be", lambda: fastattn.Int8Linear(8, 8, backend="gpu")),
+        ("MultiHeadAttention: backend must be", lambda: fastattn.MultiHeadAttention(8, 2, backend="gpu")),
         ("use_backend: backend must be", lambda: fastattn.use_backend("gpu")),
         ("query has head_dim 8 but key_cache has", lambda: step(key_cache=torch.zeros(2, 6, 2, 9))),
         ("key_cache has 2 heads but value_cache has 1", lambda: step(value_cache=torch.zeros(2, 6, 1, 8))),

@@ -360,6 +360,21 @@ def test_no_fitting_case_exits_with_2(small_runs, monkeypatch):
     assert invoke(monkeypatch, [toy_case()], "--match", "no such row").exit_code == 2
 
 
+@pytest.mark.parametrize("spoil", ["file", "json", "fields"])
+def test_a_folder_that_cannot_be_used_is_told_before_anything_is_measured(spoil, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "run_cases", None)
+    out = tmp_path / "out"
+    if spoil == "file":
+        out.write_text("")
+    else:
+        out.mkdir()
+        (out / "results.json").write_text("{" if spoil == "json" else "{}")
+    result = invoke(monkeypatch, [toy_case()], "--resume", "--out", str(out))
+    assert result.exit_code == 2 and ("cannot be used" if spoil == "file" else "is not what a run wrote") in " ".join(
+        result.output.split()
+    )
+
+
 def test_filters_choose_rows(monkeypatch):
     cases = [toy_case(), toy_case(quick=True), replace(toy_case(quick=True), dtype="bfloat16", shape="77")]
     monkeypatch.setattr(cli.bench_attention, "cases", lambda: iter(cases))

@@ -40,6 +40,8 @@ def set_autotune(enabled: bool) -> None:
         fastattn.attention(q, k, v)      # takes the fastest
     """
     global _enabled
+    if not isinstance(enabled, bool):
+        raise TypeError(f"set_autotune: enabled must be a bool, got {enabled!r}.")
     _enabled = enabled
 
 
