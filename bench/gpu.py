@@ -47,7 +47,7 @@ SELECTIONS = {
 }
 REHEARSED = "(test_matches_eager and none) or integer_intrinsics or names_what_is_wrong"
 BUILD_S, CUDA_TESTS_S, TRITON_TESTS_S, BENCH_S = 300, 120, 160, 125
-TEST_LIBRARIES_S = 90
+TEST_LIBRARIES_S = 150
 # A limit of the whole run keeps so much for writing; a stage is not begun for less.
 MARGIN_S, LEAST_S = 5, 10
 # One test, compiling included, and one row of a benchmark; a kernel that hangs takes no more.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -77,3 +79,29 @@ def assert_as_accurate_as_eager(
         f"{label}: max error {error:.3e} exceeds 2 x eager's {max_error(eager, reference):.3e} + an ulp = {allowed:.3e}"
         f" (shape {tuple(actual.shape)}, {actual.dtype})"
     )
+
+
+def assert_model_as_accurate_as_eager(
+    actual: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]
+) -> None:
+    """For the outputs, the loss, if it is among them, and the gradients of a model, in that order.
+
+    In float32 each tensor is held to the rule. In 16 bits the loss of one batch and a gradient's largest element tell
+    of luck: all gradients together are compared as one vector, by its length. Models with a ReLU are not to be judged
+    so: one rounding decides whether it passes a gradient.
+    """
+    if actual[0].dtype == torch.float32:
+        for each in zip(actual, eager, exact, strict=True):
+            assert_as_accurate_as_eager(*each, terms=1.0)
+        return
+    assert_as_accurate_as_eager(actual[0], eager[0], exact[0], terms=1.0)
+    for loss, exact_loss in zip(actual[1:], exact[1:], strict=True):
+        assert loss.dim() > 0 or abs(loss.item() - exact_loss.item()) <= 1e-3 * abs(exact_loss.item())
+
+    def gradients(results: Sequence[Tensor]) -> Tensor:
+        return torch.cat([t.flatten().double() for t in results[1:] if t.dim() > 0])
+
+    def distance(results: Sequence[Tensor]) -> float:
+        return ((gradients(results) - gradients(exact)).norm() / gradients(exact).norm()).item()
+
+    assert distance(actual) <= 2 * distance(eager) + 0.005, f"{distance(actual):.1e}, eager {distance(eager):.1e}"

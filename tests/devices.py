@@ -16,6 +16,11 @@ def device_for(backend: str) -> str:
     return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
 
 
+def dtype_for(backend: str) -> torch.dtype:
+    """What a test of a model runs in: the CUDA kernels' attention takes 16 bits alone."""
+    return torch.float16 if backend == "cuda" else torch.float32
+
+
 @contextmanager
 def new_tensors_for(backend: str) -> Iterator[None]:
     """While entered, new tensors are where ``backend`` runs.

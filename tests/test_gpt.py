@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_eager
+from accuracy import assert_as_accurate_as_eager, assert_model_as_accurate_as_eager
+from devices import dtype_for
 
 import fastattn
 from models.gpt import Gpt, GptConfig, causal_lm_loss, sample
@@ -40,12 +41,12 @@ def test_kernels_are_as_accurate_as_eager(name, backend):
     config = CONFIGS[name]
     ids = torch.randint(config.vocab_size, (3, 17))
     outcomes = []
-    for model in (make(config, backend), make(config, "eager"), make(config, "eager").double()):
+    models = [make(config, name).to(dtype_for(backend)) for name in (backend, "eager", "eager")]
+    for model in (*models[:2], models[2].double()):
         logits = model(ids)
         gradients = torch.autograd.grad(causal_lm_loss(model, ids), list(model.parameters()))
         outcomes.append([logits, *gradients])
-    for actual, eager, reference in zip(*outcomes, strict=True):
-        assert_as_accurate_as_eager(actual, eager, reference, terms=1.0)
+    assert_model_as_accurate_as_eager(*outcomes)
 
 
 def test_backends_share_the_state_dict():
@@ -58,7 +59,7 @@ def test_backends_share_the_state_dict():
 @pytest.mark.parametrize("backend", [*KERNELS, "eager"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_cache_continues_as_the_whole_sequence_does(name, backend):
-    model = make(CONFIGS[name], backend)
+    model, dtype = make(CONFIGS[name], backend).to(dtype_for(backend)), dtype_for(backend)
     prompts = [[5, 9, 2], [7, 7, 1, 30, 8, 44], [3]]
     # Triton's interpreter takes half a second a token.
     tokens = 2 if backend == "triton" and not torch.cuda.is_available() else 8
@@ -68,7 +69,9 @@ def test_the_cache_continues_as_the_whole_sequence_does(name, backend):
         sequence = list(prompt)
         for token in tokens:
             with torch.no_grad():
-                assert model(torch.tensor([sequence]))[0, -1].argmax().item() == token
+                logits = model(torch.tensor([sequence]))[0, -1]
+            # In 16 bits two tokens may be equally likely but for rounding.
+            assert logits[token] >= logits.max() - (0.0 if dtype == torch.float32 else 0.03)
             sequence.append(token)
 
 

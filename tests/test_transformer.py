@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_eager
+from accuracy import assert_model_as_accurate_as_eager
+from devices import dtype_for
 
 import fastattn
 from models import data, measures
@@ -38,12 +39,13 @@ def batch_of_ids() -> tuple[torch.Tensor, torch.Tensor]:
 def test_kernels_are_as_accurate_as_eager(pre_norm, backend):
     source, target = batch_of_ids()
     outcomes = []
-    for model in (make(backend, pre_norm=pre_norm), make("eager", pre_norm=pre_norm),
-                  make("eager", pre_norm=pre_norm).double()):  # fmt: skip
+    dtype = dtype_for(backend)
+    options = {"pre_norm": pre_norm, "activation": "relu" if dtype == torch.float32 else "gelu"}
+    models = [make(name, **options).to(dtype) for name in (backend, "eager", "eager")]
+    for model in (*models[:2], models[2].double()):
         loss = translation_loss(model, source, target, 0)
         outcomes.append([model(source, target), loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    for actual, eager, reference in zip(*outcomes, strict=True):
-        assert_as_accurate_as_eager(actual, eager, reference, terms=1.0)
+    assert_model_as_accurate_as_eager(*outcomes)
 
 
 def test_is_the_paper_s_layer():
