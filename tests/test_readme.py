@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 from bench import readme
 from fastattn import _extension, _triton
@@ -20,8 +21,12 @@ def test_example_runs(example):
 
 @pytest.mark.skipif(_extension.extension is None, reason=f"the explanation differs: {_extension.missing_reason}")
 def test_generated_parts_are_up_to_date(monkeypatch):
-    # README shows what a user sees, whose Triton is not interpreted.
+    # README shows what a user sees, whose Triton is not interpreted, with PyTorch for the CPU: so it is here, too.
     monkeypatch.setattr(_triton, "_INTERPRETED", False)
+    monkeypatch.setattr(_triton, "_known_gpu_reason", [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    reason = "fastattn was built without CUDA kernels: this torch was built without CUDA"
+    monkeypatch.setattr(_extension, "without_cuda_reason", reason)
     text = readme.README.read_text()
     assert readme.render(text) == text
 
