@@ -19,8 +19,14 @@ if not torch.cuda.is_available():
 from devices import new_tensors_for, pytest_runtest_makereport  # noqa: F401  (a hook)
 from emulated import Mode
 
+import fastattn
 from fastattn._extension import extension, missing_reason
 from fastattn.dispatch import available_backends
+
+# tests/run_sanitized.sh names its instrumented package here: a test of another one would find nothing, and pass.
+_package = os.environ.get("FASTATTN_TEST_PACKAGE")
+if _package and (extension is None or not extension.__file__.startswith(_package)):
+    raise pytest.UsageError(f"fastattn comes from {fastattn.__file__}, not from {_package}: {missing_reason}")
 
 if available_backends()["emulated"] is None:
     # Test processes share the cores already; tests/emulated.py has the modes that tests choose from.

@@ -24,6 +24,6 @@ if [ ${#arguments[@]} -eq 0 ]; then
              tests/test_attention_with_kv_cache.py tests/test_layer_norm.py tests/test_int8_matmul.py tests/test_int8_linear.py
              tests/test_linear.py -k "not compile and not opcheck and not export and not emulated and not triton")
 fi
-# From the build folder, so that the instrumented package is the one imported.
-cd "$package"
-exec "$python" -m pytest -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" "${arguments[@]/#tests/$root/tests}"
+# pyproject.toml's pythonpath would find the package that is not instrumented first; tests/conftest.py makes sure.
+export FASTATTN_TEST_PACKAGE="$package"
+exec "$python" -m pytest -p no:cacheprovider --capture=sys -o "pythonpath=$package" "${arguments[@]}"

@@ -51,7 +51,7 @@ FASTATTN_INLINE float quantize_row(const Element* x, int64_t depth, int8_t* q) {
   const float amax = max(max(largest[0], largest[1]), max(largest[2], largest[3])).reduce_max();
   const bool finite = ((poison[0] + poison[1]) + (poison[2] + poison[3])).reduce_add() == 0.0f;
   if (!finite || amax == 0.0f) {
-    std::memset(q, 0, static_cast<size_t>(depth));
+    if (depth > 0) std::memset(q, 0, static_cast<size_t>(depth));  // q may be null where there is nothing
     return finite ? 1.0f : __builtin_nanf("");
   }
   const float scale = max_of(amax / 127.0f, 0x1p-126f);
