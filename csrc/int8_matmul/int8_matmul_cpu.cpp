@@ -1,14 +1,13 @@
 // INT8 matrix product:  out = activation((a @ b^T) * a_scale * b_scale + bias), quantising a by row on the way if it is
 // floating.
-// Work:    first the rows of A are quantised and packed; then a task takes a block of rows (its A panels stay in L2)
-//          and some panels of 32 columns of B. Within it k is cut into slices whose B fits L1; a tile's sums wait in
-//          scratch.
+// Work:    a worker has a part of the output, some rows of some panels of 32 columns. It quantises and packs a block of
+//          its rows (A panels that stay in L2), then takes its panels of B one by one. Within one k is cut into slices
+//          whose B fits L1; a tile's sums wait in scratch.
 // Memory:  B is read once per block of rows, straight from its packed form, or packed panel by panel into scratch.
 // Numbers: int32 sums are exact; see int8_dot_cpu.h and int8_epilogue_cpu.h.
 // Source:  the panel and block structure is that of Goto and van de Geijn, "Anatomy of High-Performance Matrix
 //          Multiplication", ACM TOMS 34(3), 2008.
 #include "common/parallel.h"
-#include "common/spin.h"
 #include "int8_matmul/int8_dot_cpu.h"
 #include "int8_matmul/int8_epilogue_cpu.h"
 #include "int8_matmul/int8_matmul.h"
@@ -30,9 +29,11 @@ constexpr int64_t kMaxBlockRows = 384;
 constexpr int64_t kPrefetchBytes = 4096;
 constexpr int64_t kMaxRowsOfLittleWork = 2;
 constexpr int64_t kMostlyInL2Bytes = 3 << 19;
-// Products (or, when quantising, elements) that are not worth a second thread.
+// Products, or elements to pack, that are not worth a second thread.
 constexpr int64_t kSerialProducts = 1 << 18;
 constexpr int64_t kSerialElements = 1 << 13;
+// Cycles: to quantise an element of A, to fetch one of B from L3 beside products, to pack one.
+constexpr float kProductsPerCycle = 128, kQuantizeCost = 0.3f, kReadCost = 0.02f, kPackCost = 0.1f;
 
 // An output from here on is streamed past the caches. Smaller ones may still be there when they are read.
 constexpr int64_t kStreamBytes = 1 << 20;
@@ -40,84 +41,88 @@ constexpr int64_t kStreamBytes = 1 << 20;
 constexpr int64_t align64(int64_t bytes) { return (bytes + 63) & ~int64_t{63}; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Sizes of the work and offsets into the workspace: A panels | A scales | per thread: B panel, sums, quantised rows.
+// Who does what, and offsets into a worker's scratch: A panels | A scales | B panel | sums | quantised rows.
 struct Plan {
-  int threads;
-  int64_t groups, row_panels, a_panel_elems, b_panels;
-  int64_t block_rows, blocks, panels_per_task, tasks_per_block, prefetch_bytes;
-  int64_t preparations, panels_per_preparation, quantized_stride;
-  int64_t a_scale_offset, thread_offset, thread_bytes, sums_offset, rows_offset, total_bytes;
+  int64_t groups, a_panel_elems, b_panels;
+  int64_t row_parts = 1, column_parts = 1, part_rows, part_panels, block_rows, prefetch_bytes;
+  // A single panel of A is prepared once, by the calling thread: before another thread has woken up it is done.
+  bool shared_a;
+  int64_t quantized_stride, a_scale_offset, b_offset, sums_offset, rows_offset, worker_bytes;
 
   explicit Plan(const Int8MatmulParams& p) {
-    threads = max_threads();
     groups = int8_groups(p.depth);
-    row_panels = ceil_div(p.rows, Dot::kTileRows);
     a_panel_elems = groups * row_group(static_cast<int>(min_of<int64_t>(p.rows, Dot::kTileRows)));
     b_panels = int8_panels(p.columns);
-    const int64_t a_panel_bytes = a_panel_elems * static_cast<int64_t>(sizeof(Dot::A));
-    split_rows(p, a_panel_bytes);
-    split_columns(p);
+    shared_a = p.rows <= Dot::kTileRows;
+    split_among_workers(p);
+    split_into_blocks();
 
-    const bool stays = panels_per_task * int8_panel_bytes(p.depth) <= kMostlyInL2Bytes;
+    const bool stays = part_panels * int8_panel_bytes(p.depth) <= kMostlyInL2Bytes;
     prefetch_bytes = p.rows <= kMaxRowsOfLittleWork && stays ? 0 : kPrefetchBytes;
 
-    panels_per_preparation = kSerialElements / (Dot::kTileRows * max_of<int64_t>(p.depth, 1)) + 1;
-    preparations = ceil_div(row_panels, panels_per_preparation);
     // An odd number of cache lines: rows a power of two apart would compete for the same cache sets.
     quantized_stride = align64(p.depth) | 64;
-    a_scale_offset = align64(row_panels * a_panel_bytes);
-    thread_offset = align64(a_scale_offset + p.rows * static_cast<int64_t>(sizeof(float)));
-    sums_offset = align64(p.b_packed ? 0 : int8_panel_bytes(p.depth));
+    a_scale_offset = align64(block_rows / Dot::kTileRows * a_panel_elems * static_cast<int64_t>(sizeof(Dot::A)));
+    b_offset = align64(a_scale_offset + block_rows * static_cast<int64_t>(sizeof(float)));
+    sums_offset = b_offset + align64(p.b_packed ? 0 : int8_panel_bytes(p.depth));
     const int64_t sums_rows = groups > kSliceGroups ? block_rows : Dot::kTileRows;
     rows_offset = sums_offset + sums_rows * kPanelColumns * static_cast<int64_t>(sizeof(int32_t));
-    thread_bytes = rows_offset + min_of<int64_t>(p.rows, Dot::kTileRows) * quantized_stride;
-    total_bytes = thread_offset + threads * thread_bytes;
+    worker_bytes = rows_offset + min_of<int64_t>(p.rows, Dot::kTileRows) * quantized_stride;
   }
+
+  int64_t workers() const { return row_parts * column_parts; }
 
  private:
-  void split_rows(const Int8MatmulParams& p, int64_t a_panel_bytes) {
-    const int64_t fit = kBlockBytes / max_of<int64_t>(a_panel_bytes, 1);
-    int64_t panels = max_of<int64_t>(1, min_of(fit, kMaxBlockRows / Dot::kTileRows));
-    // Few columns: smaller blocks, so that every thread has some.
-    while (panels > 1 && ceil_div(row_panels, panels) * b_panels < 4 * threads) panels = (panels + 1) / 2;
-    // Blocks of equal size.
-    panels = ceil_div(row_panels, max_of<int64_t>(ceil_div(row_panels, panels), 1));
-    block_rows = panels * Dot::kTileRows;
-    blocks = ceil_div(p.rows, max_of<int64_t>(block_rows, 1));
+  // Cuts the output into row_parts x column_parts, one part a worker.
+  void split_among_workers(const Int8MatmulParams& p) {
+    const int64_t threads = p.rows * p.columns * p.depth < kSerialProducts ? 1 : max_threads();
+    const int64_t row_panels = ceil_div(p.rows, Dot::kTileRows);
+    const float read_cost = p.b_packed != nullptr ? kReadCost : kPackCost;
+    float best = 0;
+    for (int64_t parts = 1; parts <= min_of(threads, row_panels); ++parts) {
+      if (threads % parts != 0) continue;
+      const int64_t rows = ceil_div(p.rows, parts), panels = ceil_div(b_panels, threads / parts);
+      const float cost = static_cast<float>(rows) * static_cast<float>(panels * kPanelColumns) / kProductsPerCycle +
+                         static_cast<float>(rows) * kQuantizeCost +
+                         static_cast<float>(panels * kPanelColumns) * read_cost;
+      if (parts > 1 && cost >= best) continue;
+      best = cost;
+      row_parts = parts;
+    }
+    part_rows = ceil_div(p.rows, row_parts);
+    part_panels = ceil_div(b_panels, threads / row_parts);
+    column_parts = ceil_div(b_panels, part_panels);
   }
 
-  void split_columns(const Int8MatmulParams& p) {
-    const bool serial = threads == 1 || p.rows * p.columns * p.depth < kSerialProducts;
-    // One block of rows: one task a thread, so that it finds its share of B where it left it in the call before, in
-    // its own L2. Several: more tasks than threads, for balance.
-    const int64_t wanted = serial ? 1 : blocks == 1 ? threads : 4 * threads;
-    panels_per_task = max_of<int64_t>(1, ceil_div(b_panels, wanted));
-    tasks_per_block = ceil_div(b_panels, panels_per_task);
+  void split_into_blocks() {
+    const int64_t panels = ceil_div(part_rows, Dot::kTileRows);
+    const int64_t panel_bytes = a_panel_elems * static_cast<int64_t>(sizeof(Dot::A));
+    const int64_t fit =
+        max_of<int64_t>(1, min_of(kBlockBytes / max_of<int64_t>(panel_bytes, 1), kMaxBlockRows / Dot::kTileRows));
+    // Blocks of equal size.
+    block_rows = ceil_div(panels, ceil_div(panels, fit)) * Dot::kTileRows;
   }
 };
 
-char* thread_scratch(const Int8MatmulParams& p, const Plan& plan, int64_t thread) {
-  return static_cast<char*>(p.workspace) + plan.thread_offset + thread * plan.thread_bytes;
-}
-
-// Packs one panel of A, quantising it first if it is floating; writes the scales.
-void prepare_a_panel(const Int8MatmulParams& p, const Plan& plan, int64_t panel, int8_t* scratch) {
-  const int64_t row = panel * Dot::kTileRows;
-  const int rows = static_cast<int>(min_of<int64_t>(Dot::kTileRows, p.rows - row));
-  Dot::A* target = static_cast<Dot::A*>(p.workspace) + panel * plan.a_panel_elems;
-  float* scales = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + plan.a_scale_offset) + row;
-  if (p.a_dtype == DType::kInt8) {
-    pack_a_panel(static_cast<const int8_t*>(p.a) + row * p.stride_a, p.stride_a, rows, p.depth, target);
-    std::memcpy(scales, p.a_scale + row, static_cast<size_t>(rows) * sizeof(float));
-    return;
-  }
-  dispatch_element(p.a_dtype, [&](auto element) {
-    const auto* a = static_cast<const decltype(element)*>(p.a) + row * p.stride_a;
-    for (int r = 0; r < rows; ++r) {
-      scales[r] = quantize_row(a + r * p.stride_a, p.depth, scratch + r * plan.quantized_stride);
+// Packs rows [row, row + rows) of A, quantising them first if they are floating; writes their scales.
+void prepare_a(const Int8MatmulParams& p, const Plan& plan, int64_t row, int64_t rows, char* scratch) {
+  int8_t* quantized = reinterpret_cast<int8_t*>(scratch + plan.rows_offset);
+  Dot::A* panel = reinterpret_cast<Dot::A*>(scratch);
+  float* scales = reinterpret_cast<float*>(scratch + plan.a_scale_offset);
+  for (const int64_t end = row + rows; row < end; row += Dot::kTileRows) {
+    const int panel_rows = static_cast<int>(min_of<int64_t>(Dot::kTileRows, end - row));
+    if (p.a_dtype == DType::kInt8) {
+      pack_a_panel(static_cast<const int8_t*>(p.a) + row * p.stride_a, p.stride_a, 0, panel_rows, p.depth, panel);
+      std::memcpy(scales, p.a_scale + row, static_cast<size_t>(panel_rows) * sizeof(float));
+    } else {
+      dispatch_element(p.a_dtype, [&](auto element) {
+        const auto* a = static_cast<const decltype(element)*>(p.a) + row * p.stride_a;
+        quantize_a_panel(a, p.stride_a, panel_rows, p.depth, quantized, plan.quantized_stride, panel, scales);
+      });
     }
-  });
-  pack_a_panel(scratch, plan.quantized_stride, rows, p.depth, target);
+    panel += plan.a_panel_elems;
+    scales += panel_rows;
+  }
 }
 
 // A panel of B with what its sums start from.
@@ -135,7 +140,7 @@ void load_b_panel(const Int8MatmulParams& p, const Plan& plan, int64_t panel, ch
     result.data = reinterpret_cast<const int8_t*>(body + plan.b_panels * compensation_bytes + panel * panel_bytes);
     result.start = reinterpret_cast<const int32_t*>(body + panel * compensation_bytes);
   } else {
-    int8_t* target = reinterpret_cast<int8_t*>(scratch);
+    int8_t* target = reinterpret_cast<int8_t*>(scratch + plan.b_offset);
     const int64_t column = panel * kPanelColumns;
     pack_b_panel(p.b + column * p.stride_b, p.stride_b, min_of(kPanelColumns, p.columns - column), p.depth, target);
     if (Dot::kZero != 0) panel_compensation(target, p.depth, result.own_start);
@@ -201,9 +206,16 @@ void prefetch_constants(const Int8MatmulParams& p, const BPanel& b, int64_t next
   }
 }
 
-// Rows [row_begin, row_end) of the output's columns [panel * 32, panel * 32 + 32).
-void multiply_panel(const Int8MatmulParams& p, const Plan& plan, int64_t row_begin, int64_t row_end, int64_t panel,
-                    EpilogueFn finish, char* scratch) {
+// A block of rows with their panels and scales.
+struct ABlock {
+  const Dot::A* panels;
+  const float* scales;
+  int64_t row, rows;
+};
+
+// The block's rows of the output's columns [panel * 32, panel * 32 + 32).
+void multiply_panel(const Int8MatmulParams& p, const Plan& plan, const ABlock& a, int64_t panel, EpilogueFn finish,
+                    char* scratch) {
   BPanel b;
   load_b_panel(p, plan, panel, scratch, b);
   const int64_t column = panel * kPanelColumns;
@@ -213,89 +225,60 @@ void multiply_panel(const Int8MatmulParams& p, const Plan& plan, int64_t row_beg
   prefetch_constants(p, b, column + kPanelColumns);
 
   int32_t* block_sums = reinterpret_cast<int32_t*>(scratch + plan.sums_offset);
-  const float* a_scale = reinterpret_cast<const float*>(static_cast<char*>(p.workspace) + plan.a_scale_offset);
-  const Dot::A* a = static_cast<const Dot::A*>(p.workspace);
   const bool sliced = plan.groups > kSliceGroups;
   int64_t slice = 0;
   do {
     const int64_t groups = min_of(kSliceGroups, plan.groups - slice);
     const bool last = slice + groups == plan.groups;
-    for (int64_t row = row_begin; row < row_end; row += Dot::kTileRows) {
-      const int rows = static_cast<int>(min_of<int64_t>(Dot::kTileRows, row_end - row));
-      int32_t* sums = block_sums + (sliced ? (row - row_begin) * kPanelColumns : 0);
-      const Dot::A* a_slice = a + row / Dot::kTileRows * plan.a_panel_elems + slice * row_group(rows);
+    for (int64_t row = 0; row < a.rows; row += Dot::kTileRows) {
+      const int rows = static_cast<int>(min_of<int64_t>(Dot::kTileRows, a.rows - row));
+      int32_t* sums = block_sums + (sliced ? row * kPanelColumns : 0);
+      const Dot::A* a_slice = a.panels + row / Dot::kTileRows * plan.a_panel_elems + slice * row_group(rows);
       kDotTiles.tiles[rows - 1](a_slice, b.data + slice * kPanelColumnGroup, groups, plan.prefetch_bytes,
                                 slice == 0 ? b.start : sums, slice == 0 ? 0 : kPanelColumns, sums);
       if (last) {
-        char* out = static_cast<char*>(p.out) + (row * p.columns + column) * out_element_bytes(p);
-        finish(sums, a_scale + row, constants, rows, columns, out, p.columns);
+        char* out = static_cast<char*>(p.out) + ((a.row + row) * p.columns + column) * out_element_bytes(p);
+        finish(sums, a.scales + row, constants, rows, columns, out, p.columns);
       }
     }
     slice += groups;
   } while (slice < plan.groups);
 }
 
-void multiply_task(const Int8MatmulParams& p, const Plan& plan, int64_t task, EpilogueFn finish, char* scratch) {
-  const int64_t row_begin = task / plan.tasks_per_block * plan.block_rows;
-  const int64_t row_end = min_of(row_begin + plan.block_rows, p.rows);
-  const int64_t panel_begin = task % plan.tasks_per_block * plan.panels_per_task;
-  const int64_t panel_end = min_of(panel_begin + plan.panels_per_task, plan.b_panels);
-  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-    multiply_panel(p, plan, row_begin, row_end, panel, finish, scratch);
+// One part of the output. Each worker prepares the rows it multiplies, also where others need the same ones: lines that
+// one core has written and others have read are slow to write again, far slower than to quantise what they hold.
+void multiply_part(const Int8MatmulParams& p, const Plan& plan, int64_t worker, EpilogueFn finish) {
+  char* scratch = static_cast<char*>(p.workspace) + worker * plan.worker_bytes;
+  char* prepared = plan.shared_a ? static_cast<char*>(p.workspace) : scratch;
+  const int64_t row_begin = worker / plan.column_parts * plan.part_rows;
+  const int64_t row_end = min_of(row_begin + plan.part_rows, p.rows);
+  const int64_t panel_begin = worker % plan.column_parts * plan.part_panels;
+  const int64_t panel_end = min_of(panel_begin + plan.part_panels, plan.b_panels);
+  for (int64_t row = row_begin; row < row_end; row += plan.block_rows) {
+    const ABlock a{reinterpret_cast<const Dot::A*>(prepared),
+                   reinterpret_cast<const float*>(prepared + plan.a_scale_offset), row,
+                   min_of(plan.block_rows, row_end - row)};
+    if (!plan.shared_a) prepare_a(p, plan, a.row, a.rows, scratch);
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) multiply_panel(p, plan, a, panel, finish, scratch);
   }
   fence_streams();
 }
 
-// What the threads of one call hand out among themselves: numbers of tasks, and how many panels of A are ready.
-struct Counters {
-  alignas(64) int64_t claimed = 0;
-  alignas(64) int64_t prepared = 0;
-  alignas(64) int64_t multiplied = 0;
-};
-
-int64_t claim(int64_t& counter) { return __atomic_fetch_add(&counter, 1, __ATOMIC_RELAXED); }
-
-// Takes part in preparing A and returns when all of it is ready. Preparing and multiplying are one parallel region: to
-// end one and start the next takes longer than to prepare 8 rows. Nobody can wait in vain, even if all workers run one
-// after the other: what is not ready has been claimed by somebody who is at work on it.
-void prepare_a(const Int8MatmulParams& p, const Plan& plan, Counters& counters, char* scratch) {
-  int8_t* rows = reinterpret_cast<int8_t*>(scratch + plan.rows_offset);
-  int64_t task;
-  while ((task = claim(counters.claimed)) < plan.preparations) {
-    const int64_t end = min_of((task + 1) * plan.panels_per_preparation, plan.row_panels);
-    for (int64_t panel = task * plan.panels_per_preparation; panel < end; ++panel) {
-      prepare_a_panel(p, plan, panel, rows);
-    }
-    __atomic_fetch_add(&counters.prepared, 1, __ATOMIC_RELEASE);
-  }
-  spin_until([&] { return __atomic_load_n(&counters.prepared, __ATOMIC_ACQUIRE) == plan.preparations; });
-}
-
 }  // namespace
 
-int64_t int8_matmul_workspace_bytes(const Int8MatmulParams& p) { return Plan(p).total_bytes; }
+int64_t int8_matmul_workspace_bytes(const Int8MatmulParams& p) {
+  if (p.rows == 0 || p.columns == 0) return 0;
+  const Plan plan(p);
+  return plan.workers() * plan.worker_bytes;
+}
 
 void int8_matmul_cpu(const Int8MatmulParams& p) {
   if (p.rows == 0 || p.columns == 0) return;
   const Plan plan(p);
   const EpilogueFn finish = choose_epilogue(p);
-  const int64_t tasks = plan.blocks * plan.tasks_per_block;
-  Counters counters;
-  const auto work = [&](int64_t worker) {
-    char* scratch = thread_scratch(p, plan, worker);
-    prepare_a(p, plan, counters, scratch);
-    if (tasks <= plan.threads) {
-      if (worker < tasks) multiply_task(p, plan, worker, finish, scratch);
-    } else {
-      int64_t task;
-      while ((task = claim(counters.multiplied)) < tasks) multiply_task(p, plan, task, finish, scratch);
-    }
-  };
-  // A few rows are prepared before another thread has woken up.
-  if (plan.preparations == 1) prepare_a(p, plan, counters, thread_scratch(p, plan, 0));
-  const int64_t workers = min_of<int64_t>(plan.threads, max_of(tasks, plan.preparations));
-  parallel_ranges(workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) work(worker);
+  if (plan.shared_a) prepare_a(p, plan, 0, p.rows, static_cast<char*>(p.workspace));
+  parallel_ranges(plan.workers(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) multiply_part(p, plan, worker, finish);
   });
 }
 

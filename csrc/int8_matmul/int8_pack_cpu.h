@@ -3,6 +3,7 @@
 
 #include "common/simd.h"
 #include "int8_matmul/int8_dot_cpu.h"
+#include "int8_matmul/quantize_int8_cpu.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -119,14 +120,14 @@ inline int64_t pack_four_rows(const int8_t* a, int64_t stride_a, int64_t depth, 
 }
 #endif
 
-// panel[g][r][0..4) = a[r][4g..4g+4) as Dot::A, for `rows` (1 to kTileRows) rows of a.
-inline void pack_a_panel(const int8_t* a, int64_t stride_a, int rows, int64_t depth, Dot::A* panel) {
+// panel[g][r][0..4) = a[r][4g..4g+4) as Dot::A, for rows first to `rows` (1 to kTileRows) of a.
+inline void pack_a_panel(const int8_t* a, int64_t stride_a, int first, int rows, int64_t depth, Dot::A* panel) {
   const int64_t groups = int8_groups(depth), stride_group = row_group(rows);
   int64_t done = 0;
-  for (int r = 0; r < rows; ++r) {
+  for (int r = first; r < rows; ++r) {
 #if defined(__AVX512VNNI__)
     // Rows without three others beside them are packed one by one.
-    if (r % 4 == 0) {
+    if ((r - first) % 4 == 0) {
       done =
           r + 4 <= rows ? pack_four_rows(a + r * stride_a, stride_a, depth, stride_group, panel + r * kGroupDepth) : 0;
     }
@@ -146,6 +147,79 @@ inline void pack_a_panel(const int8_t* a, int64_t stride_a, int rows, int64_t de
       }
     }
   }
+}
+
+// --- Quantising straight into a panel ---
+
+// So many rows fill the 128-bit lanes of a vector with a group each, as they stand in the panel: narrowing their int32
+// values, which works within lanes, interleaves them on the way.
+#if defined(__AVX2__)
+constexpr int kLaneRows = 16 / (kGroupDepth * static_cast<int>(sizeof(Dot::A)));
+
+// Rounds kLaneRows rows of Vec<float>::kLanes values (magnitude below 128) and stores their first `groups` groups.
+FASTATTN_INLINE void store_groups(const Vec<float> (&x)[kLaneRows], int64_t groups, int64_t stride_group,
+                                  Dot::A* target) {
+#if defined(__AVX512VNNI__)
+  __m512i q[kLaneRows];
+  unroll<kLaneRows>(FASTATTN_LAMBDA(i) { q[i] = _mm512_cvtps_epi32(x[i].v); });
+  const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+  const __m512i lanes = _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
+  unroll<4>(FASTATTN_LAMBDA(lane) {
+    if (lane < groups) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(target + lane * stride_group),
+                       _mm512_extracti32x4_epi32(lanes, decltype(lane)::value));
+    }
+  });
+#else
+  const __m256i lanes = _mm256_packs_epi32(_mm256_cvtps_epi32(x[0].v), _mm256_cvtps_epi32(x[1].v));
+  unroll<2>(FASTATTN_LAMBDA(lane) {
+    if (lane < groups) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(target + lane * stride_group),
+                       _mm256_extracti128_si256(lanes, decltype(lane)::value));
+    }
+  });
+#endif
+}
+
+// Rows [0, kLaneRows) of a panel. What a row that is not finite becomes does not matter: its scale makes it NaN.
+template <typename Element>
+FASTATTN_INLINE void quantize_lane_rows(const Element* a, int64_t stride_a, int64_t depth, int64_t stride_group,
+                                        Dot::A* target, float* scales) {
+  using V = Vec<float>;
+  constexpr int64_t kVecGroups = V::kLanes / kGroupDepth;
+  V inverse[kLaneRows];
+  unroll<kLaneRows>(FASTATTN_LAMBDA(i) {
+    scales[i] = row_scale(a + i * stride_a, depth);
+    inverse[i] = V::set1(1.0f / scales[i]);
+  });
+  V x[kLaneRows];
+  int64_t k = 0;
+  for (; k + V::kLanes <= depth; k += V::kLanes, target += kVecGroups * stride_group) {
+    unroll<kLaneRows>(FASTATTN_LAMBDA(i) { x[i] = V::load_as(a + i * stride_a + k) * inverse[i]; });
+    store_groups(x, kVecGroups, stride_group, target);
+  }
+  if (k == depth) return;
+  const int rest = static_cast<int>(depth - k);
+  unroll<kLaneRows>(FASTATTN_LAMBDA(i) { x[i] = V::load_as_partial(a + i * stride_a + k, rest) * inverse[i]; });
+  store_groups(x, int8_groups(rest), stride_group, target);
+}
+#endif
+
+// The panel of `rows` rows of a, and their scales. Rows left over from the lanes pass through `scratch`.
+template <typename Element>
+void quantize_a_panel(const Element* a, int64_t stride_a, int rows, int64_t depth, int8_t* scratch,
+                      int64_t stride_scratch, Dot::A* panel, float* scales) {
+  int row = 0;
+#if defined(__AVX2__)
+  for (; row + kLaneRows <= rows; row += kLaneRows) {
+    quantize_lane_rows(a + row * stride_a, stride_a, depth, row_group(rows), panel + row * kGroupDepth, scales + row);
+  }
+#endif
+  const int first = row;
+  for (; row < rows; ++row) {
+    scales[row] = quantize_row(a + row * stride_a, depth, scratch + row * stride_scratch);
+  }
+  pack_a_panel(scratch, stride_scratch, first, rows, depth, panel);
 }
 
 }  // namespace FASTATTN_ISA

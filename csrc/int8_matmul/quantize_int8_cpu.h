@@ -28,8 +28,9 @@ FASTATTN_INLINE void store_int8(Vec<float> x, int8_t* q, int n) {
 #endif
 }
 
+// The scale of a row: 1 for zeros, NaN for one that is not finite.
 template <typename Element>
-FASTATTN_INLINE float quantize_row(const Element* x, int64_t depth, int8_t* q) {
+FASTATTN_INLINE float row_scale(const Element* x, int64_t depth) {
   using V = Vec<float>;
   constexpr int kLanes = V::kLanes;
   V largest[4], poison[4];
@@ -50,13 +51,22 @@ FASTATTN_INLINE float quantize_row(const Element* x, int64_t depth, int8_t* q) {
   }
   const float amax = max(max(largest[0], largest[1]), max(largest[2], largest[3])).reduce_max();
   const bool finite = ((poison[0] + poison[1]) + (poison[2] + poison[3])).reduce_add() == 0.0f;
-  if (!finite || amax == 0.0f) {
-    if (depth > 0) std::memset(q, 0, static_cast<size_t>(depth));  // q may be null where there is nothing
-    return finite ? 1.0f : __builtin_nanf("");
+  if (!finite) return __builtin_nanf("");
+  return amax == 0.0f ? 1.0f : max_of(amax / 127.0f, 0x1p-126f);
+}
+
+template <typename Element>
+FASTATTN_INLINE float quantize_row(const Element* x, int64_t depth, int8_t* q) {
+  using V = Vec<float>;
+  constexpr int kLanes = V::kLanes;
+  const float scale = row_scale(x, depth);
+  if (scale != scale) {
+    std::memset(q, 0, static_cast<size_t>(depth));
+    return scale;
   }
-  const float scale = max_of(amax / 127.0f, 0x1p-126f);
   const V inverse = V::set1(1.0f / scale);
-  for (k = 0; k + kLanes <= depth; k += kLanes) store_int8(V::load_as(x + k) * inverse, q + k, kLanes);
+  int64_t k = 0;
+  for (; k + kLanes <= depth; k += kLanes) store_int8(V::load_as(x + k) * inverse, q + k, kLanes);
   if (k < depth) {
     const int rest = static_cast<int>(depth - k);
     store_int8(V::load_as_partial(x + k, rest) * inverse, q + k, rest);
