@@ -183,7 +183,7 @@ struct Forward {
                                     &dropout,
                                     static_cast<uint32_t>(batch * p.heads + head),
                                     depth,
-                                    depth_step_of(depth),
+                                    depth_step_of(depth, p.seqlen_q, p.seqlen_k),
                                     range.begin,
                                     w.q,
                                     w.p,

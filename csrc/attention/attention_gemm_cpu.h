@@ -23,6 +23,8 @@ FASTATTN_INLINE int strip_rows(int rows_left) {
 struct StripLimits {
   // The terms [depth_begin, depth_end) are added up, and the first `columns` columns of the result computed.
   int depth_begin[kMaxStrips], depth_end[kMaxStrips], columns[kMaxStrips];
+  // How many terms are summed in one chain of multiply-adds.
+  int chain = kWholeSum;
   // Makes a step with each strip, unless it is nullptr.
   ReadAhead* ahead = nullptr;
 
@@ -113,10 +115,11 @@ __attribute__((noinline)) void gemm(Rows<T> c, Broadcast<Operand> a, Rows<const 
       const int k0 = limits.depth_begin[strip] / kTerms<Operand>;
       const int depth = static_cast<int>(elements_for<Operand>(limits.depth_end[strip])) - k0;
       if (limits.ahead) limits.ahead->step();
-      if (width > 0 && depth > 0) {
+      for (int k = 0; width > 0 && k < depth; k += limits.chain) {
         detail::choose_strip<T, Operand>(height, width)(
-            c.data + row * c.stride + vec * kLanes, c.stride, a.data + row * a.row_stride + k0 * a.k_stride,
-            a.row_stride, a.k_stride, b.data + k0 * b.stride + vec * kLanes, b.stride, depth, accumulate);
+            c.data + row * c.stride + vec * kLanes, c.stride, a.data + row * a.row_stride + (k0 + k) * a.k_stride,
+            a.row_stride, a.k_stride, b.data + (k0 + k) * b.stride + vec * kLanes, b.stride,
+            min_of(limits.chain, depth - k), accumulate || k > 0);
       }
       row += height;
     }

@@ -27,6 +27,15 @@ FASTATTN_INLINE int64_t elements_for(int64_t terms) {
   return (terms + kTerms<Operand> - 1) / kTerms<Operand>;
 }
 
+constexpr int kWholeSum = 1 << 30;
+
+// How many of a sum's terms one chain of multiply-adds takes in a product of rows x columns, where `longest` would do
+// for many. Of few rows or columns eager's BLAS forms each sum in many partial sums, which loses far less than a chain.
+FASTATTN_INLINE int chain_length(int64_t rows, int64_t columns, int64_t terms, int longest = kWholeSum) {
+  const bool few = rows < 4 || columns < 12;
+  return !few ? longest : terms <= 32 ? 4 : 8;
+}
+
 // Whether rows of `columns` Elements, `stride` apart, are left operands where they are. A power of two between rows
 // would put them all into a few sets of L1.
 template <typename Operand, typename Element>

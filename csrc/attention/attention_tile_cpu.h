@@ -15,11 +15,9 @@ namespace FASTATTN_ISA {
 // stay below e^8 and keep their precision, and rescaling nearly never happens after the first tile.
 constexpr float kRescaleMargin = 8.0f;
 
-// A dot product is summed in pieces of at most this many terms: one chain of 256 would lose more than eager does.
-constexpr int kLongestSum = 64;
-
-FASTATTN_INLINE int depth_step_of(int depth) {
-  const int pieces = (depth + kLongestSum - 1) / kLongestSum;
+// A dot product is summed in equal pieces of at most 64 terms: one chain of 256 would lose more than eager does.
+FASTATTN_INLINE int depth_step_of(int depth, int64_t rows, int64_t columns) {
+  const int longest = chain_length(rows, columns, depth, 64), pieces = (depth + longest - 1) / longest;
   return (depth + pieces - 1) / pieces;
 }
 
@@ -30,7 +28,7 @@ struct RowBlock {
   const Dropout* dropout;
   uint32_t batch_head;
   int depth;       // head_dim, in elements of Operand
-  int depth_step;  // summed on its own, at most kLongestSum
+  int depth_step;  // summed on its own
   int64_t row0;
   const Operand* q;  // rows x depth, times dot_factor where Operand is T
   Operand* p;
