@@ -156,7 +156,8 @@ def main(
 ) -> None:
     """Checks every answer against float64, times it beside the strongest form of PyTorch, and reports.
 
-    Exits with 1 if an answer is wrong, 2 if nothing can run, 3 if a row has lost the GPU: --resume goes on after it.
+    Exits with 1 if an answer is wrong, 2 if nothing can run or the backend refuses every row, 3 if a row has lost the
+    GPU: --resume goes on after it.
     """
     console = Console(width=None if sys.stdout.isatty() else 100)
     name = backend.value if backend else device.value
@@ -182,8 +183,8 @@ def main(
     except (ValueError, KeyError, TypeError) as error:
         console.print(f"[bold red]{results} is not what a run wrote:[/] {escape(str(error))}", highlight=False)
         raise typer.Exit(2) from None
-    known = {(row.op, row.shape, row.dtype) for row in earlier}
-    cases = [case for case in cases if (case.op, case.shape, case.dtype) not in known]
+    known = {(row.op, row.shape, row.dtype, row.backend) for row in earlier}
+    cases = [case for case in cases if (case.op, case.shape, case.dtype, name) not in known]
 
     def keep(run: report.Run) -> None:
         if not save:
@@ -199,7 +200,9 @@ def main(
     folder = HERE / "results" / run.machine.slug if save else out
     write_report(run, folder)
     console.print(f"[dim]results.json, results.csv, index.html and speedup.png are in[/] {folder}", highlight=False)
-    raise typer.Exit(3 if gpu is not None and gpu.is_lost() else 1 if run.failed else 0)
+    if gpu is not None and gpu.is_lost():
+        raise typer.Exit(3)
+    raise typer.Exit(2 if run.rows and run.refused == run.rows else 1 if run.failed else 0)
 
 
 if __name__ == "__main__":

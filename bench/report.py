@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench.machine import Machine
 from bench.peaks import Peaks
-from bench.run import FAILED, Peer, Row
+from bench.run import FAILED, REFUSED, Peer, Row
 from bench.timing import Ratios, Times
 
 
@@ -26,6 +26,10 @@ class Run:
     @property
     def failed(self) -> list[Row]:
         return [row for row in self.rows if row.status == FAILED]
+
+    @property
+    def refused(self) -> list[Row]:
+        return [row for row in self.rows if row.status == REFUSED]
 
     def as_dict(self) -> dict:
         return {

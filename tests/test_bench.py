@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+import fastattn
 from bench import __main__ as cli
 from bench import page, report, timing
 from bench.bench_training import check_of_step, judged_as
@@ -354,6 +355,22 @@ def test_a_backend_that_cannot_run_exits_with_2_and_the_reason(small_runs, monke
     monkeypatch.setattr(cli.fastattn, "available_backends", lambda: backends)
     result = CliRunner().invoke(cli.app, ["--backend", "emulated", "--out", str(tmp_path)])
     assert result.exit_code == 2 and "cannot run here: it rains" in result.output
+
+
+def test_refused_rows_exit_with_2_where_there_are_no_others(small_runs, monkeypatch, tmp_path):
+    def refuse():
+        raise NotImplementedError("attention: too wide")
+
+    refused = replace(toy_case(), op="refused", build=refuse)
+    assert invoke(monkeypatch, [refused], "--out", str(tmp_path)).exit_code == 2
+    assert invoke(monkeypatch, [refused, toy_case()], "--out", str(tmp_path)).exit_code == 0
+
+
+@pytest.mark.skipif(fastattn.available_backends()["cpu"] is not None, reason="the extension is missing")
+def test_resumed_rows_are_measured_again_for_another_backend(small_runs, monkeypatch, tmp_path):
+    assert invoke(monkeypatch, [toy_case()], "--out", str(tmp_path)).exit_code == 0
+    assert invoke(monkeypatch, [toy_case()], "--resume", "--backend", "cpu", "--out", str(tmp_path)).exit_code == 0
+    assert [row.backend for row in report.read_json(tmp_path / "results.json").rows] == ["eager", "cpu"]
 
 
 def test_no_fitting_case_exits_with_2(small_runs, monkeypatch):
