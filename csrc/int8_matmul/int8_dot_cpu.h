@@ -156,8 +156,11 @@ void dot_tile(const Dot::A* a, const int8_t* b, int64_t groups, int64_t prefetch
     int64_t group = 0;
     for (; group + kSteps <= groups; group += kSteps) {
       unroll<kSteps>(FASTATTN_LAMBDA(step) {
-        __builtin_prefetch(b_group + prefetch_bytes);
-        __builtin_prefetch(b_group + prefetch_bytes + 64);
+        // 0 comes with a row or two; more have so much to do that the question would cost what it saves.
+        if (kRows > 2 || prefetch_bytes != 0) {
+          __builtin_prefetch(b_group + prefetch_bytes);
+          __builtin_prefetch(b_group + prefetch_bytes + 64);
+        }
         dot_step<kRows>(acc[step % kChains], a_group, b_group);
         a_group += row_group(kRows);
         b_group += kPanelColumnGroup;

@@ -45,15 +45,12 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Plan {
   int64_t groups, a_panel_elems, b_panels;
   int64_t row_parts = 1, column_parts = 1, part_rows, part_panels, block_rows, prefetch_bytes;
-  // A single panel of A is prepared once, by the calling thread: before another thread has woken up it is done.
-  bool shared_a;
   int64_t quantized_stride, a_scale_offset, b_offset, sums_offset, rows_offset, worker_bytes;
 
   explicit Plan(const Int8MatmulParams& p) {
     groups = int8_groups(p.depth);
     a_panel_elems = groups * row_group(static_cast<int>(min_of<int64_t>(p.rows, Dot::kTileRows)));
     b_panels = int8_panels(p.columns);
-    shared_a = p.rows <= Dot::kTileRows;
     split_among_workers(p);
     split_into_blocks();
 
@@ -112,7 +109,7 @@ void prepare_a(const Int8MatmulParams& p, const Plan& plan, int64_t row, int64_t
   for (const int64_t end = row + rows; row < end; row += Dot::kTileRows) {
     const int panel_rows = static_cast<int>(min_of<int64_t>(Dot::kTileRows, end - row));
     if (p.a_dtype == DType::kInt8) {
-      pack_a_panel(static_cast<const int8_t*>(p.a) + row * p.stride_a, p.stride_a, 0, panel_rows, p.depth, panel);
+      pack_a_panel(static_cast<const int8_t*>(p.a) + row * p.stride_a, p.stride_a, panel_rows, p.depth, panel);
       std::memcpy(scales, p.a_scale + row, static_cast<size_t>(panel_rows) * sizeof(float));
     } else {
       dispatch_element(p.a_dtype, [&](auto element) {
@@ -245,20 +242,20 @@ void multiply_panel(const Int8MatmulParams& p, const Plan& plan, const ABlock& a
   } while (slice < plan.groups);
 }
 
-// One part of the output. Each worker prepares the rows it multiplies, also where others need the same ones: lines that
-// one core has written and others have read are slow to write again, far slower than to quantise what they hold.
+// One part of the output. Each worker prepares the rows it multiplies, also where others need the same ones, and be it
+// one: lines that one core has written and others have read are slow to write again, far slower than to quantise what
+// they hold.
 void multiply_part(const Int8MatmulParams& p, const Plan& plan, int64_t worker, EpilogueFn finish) {
   char* scratch = static_cast<char*>(p.workspace) + worker * plan.worker_bytes;
-  char* prepared = plan.shared_a ? static_cast<char*>(p.workspace) : scratch;
   const int64_t row_begin = worker / plan.column_parts * plan.part_rows;
   const int64_t row_end = min_of(row_begin + plan.part_rows, p.rows);
   const int64_t panel_begin = worker % plan.column_parts * plan.part_panels;
   const int64_t panel_end = min_of(panel_begin + plan.part_panels, plan.b_panels);
   for (int64_t row = row_begin; row < row_end; row += plan.block_rows) {
-    const ABlock a{reinterpret_cast<const Dot::A*>(prepared),
-                   reinterpret_cast<const float*>(prepared + plan.a_scale_offset), row,
+    const ABlock a{reinterpret_cast<const Dot::A*>(scratch),
+                   reinterpret_cast<const float*>(scratch + plan.a_scale_offset), row,
                    min_of(plan.block_rows, row_end - row)};
-    if (!plan.shared_a) prepare_a(p, plan, a.row, a.rows, scratch);
+    prepare_a(p, plan, a.row, a.rows, scratch);
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) multiply_panel(p, plan, a, panel, finish, scratch);
   }
   fence_streams();
@@ -276,7 +273,6 @@ void int8_matmul_cpu(const Int8MatmulParams& p) {
   if (p.rows == 0 || p.columns == 0) return;
   const Plan plan(p);
   const EpilogueFn finish = choose_epilogue(p);
-  if (plan.shared_a) prepare_a(p, plan, 0, p.rows, static_cast<char*>(p.workspace));
   parallel_ranges(plan.workers(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) multiply_part(p, plan, worker, finish);
   });

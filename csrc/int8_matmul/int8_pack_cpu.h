@@ -120,14 +120,14 @@ inline int64_t pack_four_rows(const int8_t* a, int64_t stride_a, int64_t depth, 
 }
 #endif
 
-// panel[g][r][0..4) = a[r][4g..4g+4) as Dot::A, for rows first to `rows` (1 to kTileRows) of a.
-inline void pack_a_panel(const int8_t* a, int64_t stride_a, int first, int rows, int64_t depth, Dot::A* panel) {
+// panel[g][r][0..4) = a[r][4g..4g+4) as Dot::A, for `rows` (1 to kTileRows) rows of a.
+inline void pack_a_panel(const int8_t* a, int64_t stride_a, int rows, int64_t depth, Dot::A* panel) {
   const int64_t groups = int8_groups(depth), stride_group = row_group(rows);
   int64_t done = 0;
-  for (int r = first; r < rows; ++r) {
+  for (int r = 0; r < rows; ++r) {
 #if defined(__AVX512VNNI__)
     // Rows without three others beside them are packed one by one.
-    if ((r - first) % 4 == 0) {
+    if (r % 4 == 0) {
       done =
           r + 4 <= rows ? pack_four_rows(a + r * stride_a, stride_a, depth, stride_group, panel + r * kGroupDepth) : 0;
     }
@@ -156,70 +156,79 @@ inline void pack_a_panel(const int8_t* a, int64_t stride_a, int first, int rows,
 #if defined(__AVX2__)
 constexpr int kLaneRows = 16 / (kGroupDepth * static_cast<int>(sizeof(Dot::A)));
 
-// Rounds kLaneRows rows of Vec<float>::kLanes values (magnitude below 128) and stores their first `groups` groups.
-FASTATTN_INLINE void store_groups(const Vec<float> (&x)[kLaneRows], int64_t groups, int64_t stride_group,
-                                  Dot::A* target) {
+// Rounds kRows rows of Vec<float>::kLanes values (magnitude below 128) and stores their first `groups` groups.
+template <int kRows>
+FASTATTN_INLINE void store_groups(const Vec<float> (&x)[kRows], int64_t groups, int64_t stride_group, Dot::A* target) {
 #if defined(__AVX512VNNI__)
-  __m512i q[kLaneRows];
-  unroll<kLaneRows>(FASTATTN_LAMBDA(i) { q[i] = _mm512_cvtps_epi32(x[i].v); });
-  const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
-  const __m512i lanes = _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
+  // Fewer rows than lanes hold are repeated, and stored once.
+  constexpr __mmask8 kStored = (1 << kRows) - 1;
+  __m512i q[kRows];
+  unroll<kRows>(FASTATTN_LAMBDA(i) { q[i] = _mm512_cvtps_epi32(x[i].v); });
+  const __m512i low = _mm512_packs_epi32(q[0], q[1 % kRows]), high = _mm512_packs_epi32(q[2 % kRows], q[3 % kRows]);
+  const __m512i lanes = _mm512_xor_si512(_mm512_packs_epi16(low, high), _mm512_set1_epi8(-128));
   unroll<4>(FASTATTN_LAMBDA(lane) {
     if (lane < groups) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(target + lane * stride_group),
-                       _mm512_extracti32x4_epi32(lanes, decltype(lane)::value));
+      _mm_mask_storeu_epi32(target + lane * stride_group, kStored,
+                            _mm512_extracti32x4_epi32(lanes, decltype(lane)::value));
     }
   });
 #else
-  const __m256i lanes = _mm256_packs_epi32(_mm256_cvtps_epi32(x[0].v), _mm256_cvtps_epi32(x[1].v));
+  const __m256i lanes = _mm256_packs_epi32(_mm256_cvtps_epi32(x[0].v), _mm256_cvtps_epi32(x[1 % kRows].v));
   unroll<2>(FASTATTN_LAMBDA(lane) {
     if (lane < groups) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(target + lane * stride_group),
-                       _mm256_extracti128_si256(lanes, decltype(lane)::value));
+      const __m128i group = _mm256_extracti128_si256(lanes, decltype(lane)::value);
+      std::memcpy(target + lane * stride_group, &group, static_cast<size_t>(kRows) * kGroupDepth * sizeof(Dot::A));
     }
   });
 #endif
 }
 
-// Rows [0, kLaneRows) of a panel. What a row that is not finite becomes does not matter: its scale makes it NaN.
-template <typename Element>
+// Rows [0, kRows) of a panel. What a row that is not finite becomes does not matter: its scale makes it NaN.
+template <int kRows, typename Element>
 FASTATTN_INLINE void quantize_lane_rows(const Element* a, int64_t stride_a, int64_t depth, int64_t stride_group,
                                         Dot::A* target, float* scales) {
   using V = Vec<float>;
   constexpr int64_t kVecGroups = V::kLanes / kGroupDepth;
-  V inverse[kLaneRows];
-  unroll<kLaneRows>(FASTATTN_LAMBDA(i) {
+  V inverse[kRows];
+  unroll<kRows>(FASTATTN_LAMBDA(i) {
     scales[i] = row_scale(a + i * stride_a, depth);
     inverse[i] = V::set1(1.0f / scales[i]);
   });
-  V x[kLaneRows];
+  V x[kRows];
   int64_t k = 0;
   for (; k + V::kLanes <= depth; k += V::kLanes, target += kVecGroups * stride_group) {
-    unroll<kLaneRows>(FASTATTN_LAMBDA(i) { x[i] = V::load_as(a + i * stride_a + k) * inverse[i]; });
+    unroll<kRows>(FASTATTN_LAMBDA(i) { x[i] = V::load_as(a + i * stride_a + k) * inverse[i]; });
     store_groups(x, kVecGroups, stride_group, target);
   }
   if (k == depth) return;
   const int rest = static_cast<int>(depth - k);
-  unroll<kLaneRows>(FASTATTN_LAMBDA(i) { x[i] = V::load_as_partial(a + i * stride_a + k, rest) * inverse[i]; });
+  unroll<kRows>(FASTATTN_LAMBDA(i) { x[i] = V::load_as_partial(a + i * stride_a + k, rest) * inverse[i]; });
   store_groups(x, int8_groups(rest), stride_group, target);
 }
 #endif
 
-// The panel of `rows` rows of a, and their scales. Rows left over from the lanes pass through `scratch`.
+// The panel of `rows` rows of a, and their scales. Only in the portable build do the rows pass through `scratch`.
 template <typename Element>
-void quantize_a_panel(const Element* a, int64_t stride_a, int rows, int64_t depth, int8_t* scratch,
-                      int64_t stride_scratch, Dot::A* panel, float* scales) {
-  int row = 0;
+void quantize_a_panel(const Element* a, int64_t stride_a, int rows, int64_t depth, [[maybe_unused]] int8_t* scratch,
+                      [[maybe_unused]] int64_t stride_scratch, Dot::A* panel, float* scales) {
 #if defined(__AVX2__)
-  for (; row + kLaneRows <= rows; row += kLaneRows) {
-    quantize_lane_rows(a + row * stride_a, stride_a, depth, row_group(rows), panel + row * kGroupDepth, scales + row);
-  }
-#endif
-  const int first = row;
-  for (; row < rows; ++row) {
+  const auto quantize = [&](auto lane_rows, int row) __attribute__((always_inline)) {
+    quantize_lane_rows<decltype(lane_rows)::value>(a + row * stride_a, stride_a, depth, row_group(rows),
+                                                   panel + row * kGroupDepth, scales + row);
+  };
+  int row = 0;
+  for (; row + kLaneRows <= rows; row += kLaneRows) quantize(std::integral_constant<int, kLaneRows>{}, row);
+  unroll<kLaneRows>(FASTATTN_LAMBDA(left) {
+    if constexpr (left > 0) {
+      if (rows - row == left) quantize(left, row);
+    }
+  });
+#else
+  for (int row = 0; row < rows; ++row) {
     scales[row] = quantize_row(a + row * stride_a, depth, scratch + row * stride_scratch);
   }
-  pack_a_panel(scratch, stride_scratch, first, rows, depth, panel);
+  pack_a_panel(scratch, stride_scratch, rows, depth, panel);
+#endif
 }
 
 }  // namespace FASTATTN_ISA
