@@ -64,7 +64,8 @@ struct Plan {
     sums_offset = b_offset + align64(p.b_packed ? 0 : int8_panel_bytes(p.depth));
     const int64_t sums_rows = groups > kSliceGroups ? block_rows : Dot::kTileRows;
     rows_offset = sums_offset + sums_rows * kPanelColumns * static_cast<int64_t>(sizeof(int32_t));
-    worker_bytes = rows_offset + min_of<int64_t>(p.rows, Dot::kTileRows) * quantized_stride;
+    const int64_t quantized_rows = kQuantizesIntoPanel ? 0 : min_of<int64_t>(p.rows, Dot::kTileRows);
+    worker_bytes = rows_offset + quantized_rows * quantized_stride;
   }
 
   int64_t workers() const { return row_parts * column_parts; }

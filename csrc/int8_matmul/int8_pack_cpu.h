@@ -151,6 +151,12 @@ inline void pack_a_panel(const int8_t* a, int64_t stride_a, int rows, int64_t de
 
 // --- Quantising straight into a panel ---
 
+#if defined(__AVX2__)
+constexpr bool kQuantizesIntoPanel = true;
+#else
+constexpr bool kQuantizesIntoPanel = false;
+#endif
+
 // So many rows fill the 128-bit lanes of a vector with a group each, as they stand in the panel: narrowing their int32
 // values, which works within lanes, interleaves them on the way.
 #if defined(__AVX2__)
@@ -207,7 +213,7 @@ FASTATTN_INLINE void quantize_lane_rows(const Element* a, int64_t stride_a, int6
 }
 #endif
 
-// The panel of `rows` rows of a, and their scales. Only in the portable build do the rows pass through `scratch`.
+// The panel of `rows` rows of a, and their scales. Unless kQuantizesIntoPanel, the rows pass through `scratch`.
 template <typename Element>
 void quantize_a_panel(const Element* a, int64_t stride_a, int rows, int64_t depth, [[maybe_unused]] int8_t* scratch,
                       [[maybe_unused]] int64_t stride_scratch, Dot::A* panel, float* scales) {
