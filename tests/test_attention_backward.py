@@ -55,6 +55,10 @@ ORDER_CASES = {
     "mask_per_query": Case(batch=1, heads=1, seqlen_q=70, seqlen_k=331, tensors={"attn_mask": _bias("q", "1")}),
     "mask_per_key": Case(batch=3, heads=1, seqlen_q=270, seqlen_k=131, tensors={"attn_mask": _bias("k")}),
     "sinks": Case(batch=1, heads=3, seqlen_q=270, tensors={"sinks": lambda case: torch.randn(case.heads)}),
+    # More keys than the CPU kernel holds the probabilities of: delta, and with it the sink's gradient, comes from out.
+    "sinks_many_keys": Case(
+        batch=1, heads=3, seqlen_q=70, seqlen_k=300, tensors={"sinks": lambda case: torch.randn(case.heads)}
+    ),
 }  # fmt: skip
 
 
