@@ -308,9 +308,10 @@ KERNEL(descriptor_outside_shared, 128, 1024) {
 // ---- launches
 
 __global__ void empty_kernel() {}
-__global__ void static_shared_kernel() {
+__global__ void static_shared_kernel(int* unused) {
   FASTATTN_SHARED(numbers, int[32]);
   numbers[threadIdx.x % 32] = 0;
+  if (unused != nullptr) *unused = numbers[0];
 }
 extern "C" const char* misuse_launch(int threads, int blocks_y, int smem_bytes, void* stream) {
   return launch_kernel(empty_kernel, dim3(1, blocks_y), threads, static_cast<size_t>(smem_bytes),
@@ -319,5 +320,6 @@ extern "C" const char* misuse_launch(int threads, int blocks_y, int smem_bytes, 
 
 // 128 bytes of static shared memory, and so much dynamic.
 extern "C" const char* misuse_static_shared(int smem_bytes, void* stream) {
-  return launch_kernel(static_shared_kernel, 1, 32, static_cast<size_t>(smem_bytes), static_cast<cudaStream_t>(stream));
+  return launch_kernel(static_shared_kernel, 1, 32, static_cast<size_t>(smem_bytes), static_cast<cudaStream_t>(stream),
+                       static_cast<int*>(nullptr));
 }
