@@ -78,8 +78,7 @@ def test_weights_move_onto_huge_pages_and_stay_where_and_what_they_are(int8):
     reason = why_no_huge_pages()
     if reason is not None:
         pytest.skip(reason)
-    # Wherever it lies, a weight of 4.5 MiB has a whole page. How many it gets, is up to the memory that the system has in
-    # one piece.
+    # Wherever they lie, 4.5 MiB have a whole page; how many they get, is up to the memory that is there in one piece.
     model = nn.Sequential(nn.Linear(1536, 3072))
     weight, address = model[0].weight.detach().clone(), model[0].weight.data_ptr()
     fastattn.accelerate(model, linear=not int8, int8=int8, verbose=False)
