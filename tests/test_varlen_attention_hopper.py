@@ -32,6 +32,13 @@ def operands_of(lengths_q, lengths_k, head_dim, dtype, heads=4, heads_kv=2, head
     return [torch.randn(shape).to(dtype) for shape in shapes]
 
 
+def operands_in_turn(options, mode):
+    """Of LENGTHS_Q and LENGTHS_K; head dims and dtypes take turns with options and modes."""
+    turn = list(OPTIONS).index(options) + mode.seed
+    head_dim, dtype = (64, 96, 128, 192, 256)[turn % 5], (torch.float16, torch.bfloat16)[turn % 2]
+    return operands_of(LENGTHS_Q, LENGTHS_K, head_dim, dtype)
+
+
 def forward(operands, cu_q, cu_k, longest_q, longest_k, **options):
     return fastattn.varlen_attention(
         *operands, cu_q, cu_k, longest_q, longest_k, return_lse=True, backend="emulated", **options
@@ -51,11 +58,8 @@ def check_forward(operands, lengths_q, lengths_k, **options):
 @each_harsh_mode
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options_under_harsh_schedules(options, mode):
-    """Head dims and dtypes take turns."""
     hopper(mode)
-    turn = list(OPTIONS).index(options) + mode.seed
-    head_dim, dtype = (64, 96, 128, 192, 256)[turn % 5], (torch.float16, torch.bfloat16)[turn % 2]
-    operands = operands_of(LENGTHS_Q, LENGTHS_K, head_dim, dtype)
+    operands = operands_in_turn(options, mode)
     check_forward(operands, LENGTHS_Q, LENGTHS_K, **OPTIONS[options])
 
 

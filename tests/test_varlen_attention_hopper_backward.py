@@ -5,35 +5,34 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
-from emulated import MODES, AsyncMode, Mode, Schedule
+from emulated import MODES, AsyncMode, Mode, Schedule, hopper
 from test_varlen_attention import OPTIONS, check, cu_seqlens, packed
-from test_varlen_attention_hopper import LENGTHS_K, LENGTHS_Q, WRONG, each_harsh_mode, hopper, operands_of
+from test_varlen_attention_hopper import LENGTHS_K, LENGTHS_Q, WRONG, each_harsh_mode, operands_in_turn, operands_of
 
 import fastattn
 from fastattn._extension import extension
 
-pytestmark = pytest.mark.skipif(
-    fastattn.available_backends()["emulated"] is not None, reason=str(fastattn.available_backends()["emulated"])
-)
+pytestmark = [
+    pytest.mark.skipif(
+        fastattn.available_backends()["emulated"] is not None, reason=str(fastattn.available_backends()["emulated"])
+    ),
+    pytest.mark.usefixtures("plain_mode_afterwards"),
+]
 NAN = float("nan")
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
 @pytest.fixture(autouse=True)
-def plain_mode_afterwards():
+def any_order_afterwards():
     yield
     torch.use_deterministic_algorithms(False)
-    Mode().apply()
 
 
 @each_harsh_mode
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options_under_harsh_schedules(options, mode):
-    """Head dims and dtypes take turns."""
     hopper(mode)
-    turn = list(OPTIONS).index(options) + mode.seed
-    head_dim, dtype = (64, 96, 128, 192, 256)[turn % 5], (torch.float16, torch.bfloat16)[turn % 2]
-    operands = operands_of(LENGTHS_Q, LENGTHS_K, head_dim, dtype)
+    operands = operands_in_turn(options, mode)
     check(operands, LENGTHS_Q, LENGTHS_K, "emulated", **OPTIONS[options])
 
 

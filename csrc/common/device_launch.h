@@ -44,7 +44,7 @@ struct EmulatorSettings {
   int multiprocessors = 108;
   // Whether ops look at the values of lengths and tables, as on the CPU, or leave them to the kernels, as on a device.
   bool checks_values = true;
-  // Whether launchers take tensors of a GPU, whose memory is then the processor's (tests/pretended_gpu.cpp).
+  // Whether launchers take tensors of a GPU, whose memory is then the processor's (tests/pretended_gpu).
   bool takes_gpu_tensors = false;
 };
 
