@@ -76,7 +76,9 @@ def launches(
     if variant == "key_mask":
         # As of short sequences; longer ones have lists, as other masks do.
         mask_launches, states = [], None
-    inputs = plan.BackwardInputs(query, key, value, dout, row_lse, delta, states)
+    # What needs the most registers sums up rows, too.
+    row_sums = torch.empty_like(delta) if scoring.sinks is not None else None
+    inputs = plan.BackwardInputs(query, key, value, dout, row_lse, delta, states, row_sums)
     for planned in (
         functools.partial(plan.plan_forward, query, key, value, out, lse, scoring, states, gpu),
         functools.partial(plan.plan_dq, inputs, dq, scoring, gpu),
@@ -90,7 +92,9 @@ def launches(
     if candidates:
         return
     yield from mask_launches
-    yield plan.plan_delta(out, dout, lse, lse, row_lse, delta, scoring.sinks, scoring.packing)[0]
+    yield plan.plan_delta(out, dout, lse, lse, row_lse, delta, scoring.packing)
+    if row_sums is not None:
+        yield plan.plan_rows(inputs, lse, scoring, True, scoring.packing is None)[0]
     if scoring.attn_mask is not None and scoring.attn_mask.is_floating_point():
         yield plan.plan_dmask(inputs, scoring, gpu)[0]
     if scoring.packing is not None:

@@ -215,8 +215,9 @@ def _emulated(name: str, kernels: Sequence[Path]) -> EmulatedLibrary:
 
 @cache
 def emulated_library() -> EmulatedLibrary:
-    """The emulator with every kernel of tests/ptx, and the one that asks for the order of attention's row tiles."""
-    return _emulated("ptx", [*sorted(PTX_TESTS.glob("*.cu")), KERNEL_FACES / "attention_order.cu"])
+    """The emulator with every kernel of tests/ptx, and what asks for the orders of attention's tiles and for tiles."""
+    faces = [*sorted(KERNEL_FACES.glob("attention_*order.cu")), KERNEL_FACES / "attention_tiles.cu"]
+    return _emulated("ptx", [*sorted(PTX_TESTS.glob("*.cu")), *faces])
 
 
 def _device(name: str, sources: Sequence[Path]) -> KernelLibrary:

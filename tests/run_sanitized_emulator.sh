@@ -36,4 +36,5 @@ case "$sanitizer" in
     exit 2
     ;;
 esac
-exec "${fixed_addresses[@]}" env LD_PRELOAD="$preload" "$python" -m pytest -p no:cacheprovider "${tests[@]}" -k "$selection" "$@"
+# What a sanitizer reports goes to the standard error stream itself, where pytest would swallow it for tests that pass.
+exec "${fixed_addresses[@]}" env LD_PRELOAD="$preload" "$python" -m pytest -p no:cacheprovider --capture=sys "${tests[@]}" -k "$selection" "$@"

@@ -12,6 +12,7 @@ import types
 import pytest
 import torch
 from attention_cases import FEATURES, Case, check, dtype_id, run
+from attention_triton_cases import HEAD_DIMS, launches
 from torch._dynamo.testing import CompileCounter
 
 import fastattn
@@ -369,6 +370,8 @@ def test_rows_too_far_apart_for_32_bits_are_copied():
     assert face.rows_of(near) is near and face.rows_of(far).stride(2) == 8
     mask = torch.empty_strided((2, 8), (2**24, 1))
     assert face._addressable(mask).stride(0) == 8 and face._addressable(mask[0]).data_ptr() == mask.data_ptr()
+    for one_row_or_key in (mask[:1], mask[:1].T):
+        assert face._addressable(one_row_or_key) is one_row_or_key
 
 
 def test_outputs_and_gradients_take_the_layout_of_their_inputs():
@@ -521,6 +524,16 @@ def test_one_graph_serves_every_length(forget_compiled_code):
         q, k = torch.randn(2, 3, seqlen_q, 8), torch.randn(2, 3, seqlen_k, 8)
         assert torch.equal(step(q, k), attend(q, k))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)], ids=str)
+def test_offsets_inside_a_tile_fit_32_bits(capability):
+    """Rows may lie MAX_STRIDE elements apart; what a GPU computes beyond 2^31 wraps to an address of no tensor."""
+    for head_dim in HEAD_DIMS:
+        for launch in launches(capability, torch.float16, head_dim, "float_mask"):
+            for block in ("BLOCK_Q", "BLOCK_K"):
+                rows = launch.arguments.get(block, 1)
+                assert (rows - 1) * (face.MAX_STRIDE - 1) + head_dim < 2**31, (launch.kernel.__name__, head_dim, rows)
 
 
 # --- What is made of attention ---------------------------------------------------------------------------------------

@@ -282,6 +282,30 @@ def test_attention_of_misaligned_operands(head_dim, additive):
     assert_any_address_gives_the_same_bits(results, tensors)
 
 
+def with_odd_strides(tensor):
+    """The same elements; where a dimension has one, its stride is odd, as it may be in a view of a larger tensor."""
+    strides = (33 + 2 * dim if size == 1 else tensor.stride(dim) for dim, size in enumerate(tensor.shape))
+    return tensor.as_strided(tensor.shape, tuple(strides))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(1, 40), (40, 1), (1, 1)])
+def test_strides_of_single_elements_do_not_matter(seqlen_q, seqlen_k, heads):
+    """A device faults at a misaligned address, perhaps also at one that it is told not to read."""
+    shapes = {"query": seqlen_q, "key": seqlen_k, "value": seqlen_k, "dout": seqlen_q}
+    tensors = {name: torch.randn(1, heads, seqlen, 64, device=DEVICE).half() for name, seqlen in shapes.items()}
+
+    def results(query, key, value, dout):
+        leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+        out, lse = fastattn.attention(*leaves, return_lse=True, backend=BACKEND)
+        weights = attention_and_weights(query, key, value, backend=BACKEND)[1]
+        return [out, lse, weights, *torch.autograd.grad(out, leaves, dout)]
+
+    odd = {name: with_odd_strides(t) for name, t in tensors.items()}
+    for plain, other in zip(results(**tensors), results(**odd), strict=True):
+        assert torch.equal(plain, other)
+
+
 @pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm", "add_rms_norm"])
 def test_norms_of_misaligned_operands(op):
     tensors = {name: torch.randn(5, 64, device=DEVICE).half() for name in ("input", "residual", "dout")}

@@ -57,6 +57,8 @@ ALWAYS_REPORTED = {
     "wgmma_without_fence": r"no wgmma.fence since the last wgmma.commit_group",
     "warps_of_a_warpgroup_disagree": r"warps 0 and 1 of one warpgroup issued different wgmma sequences",
     "descriptor_outside_shared": r"a descriptor reaches shared address \d+, outside the block's memory",
+    "more_registers_than_were_given_back": r"deadlock(.*\n)*.*setmaxnreg\.inc",
+    "setmaxnreg_by_one_warp": r"warps 0 and 1 of one warpgroup executed different setmaxnreg",
 }
 # These need an operation that is still in flight.
 REPORTED_WHEN_LAZY = {
@@ -136,6 +138,14 @@ def test_static_shared_memory_counts_in_the_limit():
     emulated_library().call("misuse_static_shared", 226 * 1024)
     with pytest.raises(KernelError, match="232449 bytes of static and dynamic shared memory"):
         emulated_library().call("misuse_static_shared", 226 * 1024 + 1)
+
+
+def test_a_kernel_asks_for_one_size_of_shared_memory():
+    """Its limit is an attribute of the kernel, which another thread's launch would lower between two calls of ours."""
+    for smem_bytes in (1024, 40 * 1024, 60 * 1024, 60 * 1024):
+        emulated_library().call("misuse_launch", 32, 1, smem_bytes)
+    with pytest.raises(KernelError, match=r"asks for 61441 bytes .* and has asked for 61440 before"):
+        emulated_library().call("misuse_launch", 32, 1, 60 * 1024 + 1)
 
 
 def test_a_launch_after_an_error_is_clean():

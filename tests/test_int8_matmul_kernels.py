@@ -350,6 +350,17 @@ def test_quantisation_inside_the_product(plain_library, dtype, depth):
                                            out_dtype=dtype))  # fmt: skip
 
 
+def test_quantisation_inside_the_product_with_much_shared_memory(plain_library):
+    """Beyond 40 KiB a launch asks for it, and a kernel for the same always: the emulator reports what differs."""
+    for depth in (6400, 7000, 8192):
+        weight, weight_scale = fastattn.quantize_int8(torch.randn(3, depth), backend="eager")
+        x = torch.randn(4, depth).half()
+        q, scale = eager.quantize(x)
+        fused = multiply(plain_library, x, weight, Tile.FEW_ROWS_32, 1, None, weight_scale, out_dtype=x.dtype)
+        separate = multiply(plain_library, q, weight, Tile.FEW_ROWS_32, 1, scale, weight_scale, out_dtype=x.dtype)
+        assert torch.equal(fused, separate)
+
+
 # --- the choice of a tile --------------------------------------------------------------------------------------------
 
 

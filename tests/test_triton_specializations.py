@@ -41,7 +41,7 @@ def attention_of(lengths: Iterable[int], masked: bool) -> Iterator:
         inputs = plan.BackwardInputs(q, k, v, dout, row_lse, delta, states)
         yield from launches
         yield from plan.plan_forward(q, k, v, out, lse, scoring, states, gpu)
-        yield plan.plan_delta(out, dout, None, lse, row_lse, delta, None)[0]
+        yield plan.plan_delta(out, dout, None, lse, row_lse, delta)
         yield from plan.plan_dq(inputs, dq, scoring, gpu)
         yield from plan.plan_dkdv(inputs, dk, dv, scoring, gpu)
         yield plan.plan_weights(q, k, lse, empty(1, n, n), scoring, True, gpu)

@@ -99,7 +99,7 @@ def test_what_lies_next_to_a_sequence_does_not_reach_it(options, head_dim, mode)
 
 
 @pytest.mark.parametrize("mode", MODES[1:2], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_dropout_is_that_of_each_entry(head_dim, mode):
     hopper(mode)
     lengths_q, lengths_k = (70, 20), (40, 129)
@@ -175,6 +175,7 @@ def test_which_calls_the_kernel_serves():
     operands = operands_of(lengths, lengths, 64, torch.float16)
     options = OPTIONS["softcap_scale"]
     assert not runs_as_on_sm80(operands, lengths, **options)
+    assert not runs_as_on_sm80(operands_of(lengths, lengths, 256, torch.float16), lengths, **options)
     assert not runs_as_on_sm80([x[..., :33] for x in operands[:2]] + operands[2:], lengths, **options), "copied"
     assert runs_as_on_sm80(operands_of((60, 20), (60, 20), 64, torch.float16, 4, 4), (60, 20)), "half a tile is idle"
     assert runs_as_on_sm80([*operands[:2], operands[2][..., :33]], lengths, **options), "TMA cannot write such rows"

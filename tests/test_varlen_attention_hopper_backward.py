@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
+
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
-from emulated import MODES, AsyncMode, Mode, Schedule, hopper
+from emulated import MODES, AsyncMode, Mode, Schedule, emulated_library, hopper
 from test_varlen_attention import OPTIONS, check, cu_seqlens, packed
 from test_varlen_attention_hopper import LENGTHS_K, LENGTHS_Q, WRONG, each_harsh_mode, operands_in_turn, operands_of
 
@@ -140,6 +143,70 @@ def test_blocks_that_share_queries(head_dim):
         check(operands, lengths_q, lengths_k, "emulated", is_causal=True)
         launches.append(extension.emulated_launches() - before)
     assert launches[1] == launches[0] + 1
+
+
+def listed_tiles(lengths_q, lengths_k, heads_kv, section):
+    """(sequence, key head, first key, keys) in the order in which blocks take them; `section` heads at a time."""
+    cu_q, cu_k, most = cu_seqlens(lengths_q), cu_seqlens(lengths_k), 1 << 15
+    workspace, places = torch.full((2 + 2 * len(lengths_q),), -1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    keys = torch.zeros(most, 4, dtype=torch.int32)
+    emulated_library().call(
+        "attention_bwd_order", cu_q, cu_k, len(lengths_q), sum(lengths_q), sum(lengths_k), max(lengths_q),
+        max(lengths_k), heads_kv, section, most, workspace, places, keys
+    )  # fmt: skip
+    assert places <= most
+    return [tuple(row) for row in keys[:places].tolist()]
+
+
+def busiest_against_mean(costs, blocks=132):
+    """Each block takes the next tile when it has done with its last."""
+    busy = [0] * blocks
+    for cost in costs:
+        heapq.heapreplace(busy, busy[0] + cost)
+    return max(busy) / (sum(busy) / blocks)
+
+
+DISTRIBUTIONS = {
+    "one long, last": [*[64] * 300, 16384],
+    "even": [1024] * 16,
+    "a few long": [4000, *[100] * 200, 3000, *[500] * 40, 8000],
+    "rising": list(range(10, 2000, 23)),
+    "with empty ones": [0, 700, 0, 0, 129, 128, 127, 0, 3000, 1],
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_no_block_is_idle_and_long_sequences_come_first(name, causal):
+    """Of 132 multiprocessors and 8 key heads. A grid of the longest sequence's length has up to 300 000 idle blocks,
+    and in its order the busiest multiprocessor up to 1.66 times the mean."""
+    lengths, heads = DISTRIBUTIONS[name], 8
+    hopper(MODES[1])
+    tiles = listed_tiles(lengths, lengths, heads, heads)
+    wanted = [(b, h, k, min(128, n - k)) for b, n in enumerate(lengths) for h in range(heads) for k in range(0, n, 128)]
+    assert sorted(tiles) == wanted, "each tile once, and none without keys"
+    assert sorted(listed_tiles(lengths, lengths, heads, 3)) == wanted
+    queries = [lengths[b] for b, *_ in tiles]
+    assert all(after <= before * 9 / 8 + 1 for before, after in itertools.pairwise(queries)), "by eighths"
+    costs = [lengths[b] - first * causal for b, _, first, _ in tiles]
+    # Of 132 n + 1 tiles, one block has n + 1.
+    longest = sorted(costs, reverse=True)[::132]
+    at_best = max(1, *((n + 1) * cost * 132 / sum(costs) for n, cost in enumerate(longest)))
+    assert busiest_against_mean(costs) <= 1.1 * at_best
+    if name != "even":
+        assert len(tiles) < len(lengths) * heads * -(-max(lengths) // 128)
+
+
+def test_every_block_takes_tiles():
+    """Also with more sequences than the list has threads, and whatever the number of blocks; each call starts anew."""
+    lengths = [(37 * b) % 150 if b % 3 else 1 for b in range(300)]
+    operands, results = operands_of(lengths, lengths, 64, torch.bfloat16, 1, 1), []
+    torch.use_deterministic_algorithms(True)
+    for mode, multiprocessors in ((Mode(), 1), (MODES[1], 7), (MODES[2], 500)):
+        hopper(mode, multiprocessors)
+        results.append(packed(operands, lengths, lengths, "emulated", is_causal=True))
+    assert all(map(torch.equal, results[0], results[1])) and all(map(torch.equal, results[0], results[2]))
+    check(operands, lengths, lengths, "emulated", is_causal=True)
 
 
 # The second and the last have rows and statistics in common; so do their turns.

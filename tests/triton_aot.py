@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ WGMMA_ROWS = 64
 # Bytes of shared memory that a block may ask for (CUDA C programming guide, compute capabilities).
 SHARED_MEMORY = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10,
                  (12, 0): 99 << 10, AMD: 64 << 10}  # fmt: skip
+# Tiles are tuned with Triton 3.9, where nothing spills. Of the widest norms' gradients, which take every register that
+# 16 warps have, 3.7 spills a few: up to 48 bytes a thread.
+TOLERATED_SPILL = 0 if tuple(map(int, version("triton").split(".")[:2])) >= (3, 9) else 64
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
              torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1"}  # fmt: skip
 
@@ -59,7 +63,7 @@ class Compiled:
 
     def complaints(self) -> list[str]:
         found = []
-        if self.spilled_bytes:
+        if self.spilled_bytes > TOLERATED_SPILL:
             found.append(f"spills {self.spilled_bytes} bytes a thread")
         if not self.stores:
             found.append("compiled to nothing: it writes no result")

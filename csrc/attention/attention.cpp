@@ -126,7 +126,14 @@ Tensor empty_rows(const Tensor& like, int64_t head_dim) {
 
 AttentionTensor operand(const Tensor& tensor) {
   // Packed sequences share a batch of one, from which no stride leads to the next.
-  return {tensor.data_ptr(), tensor.size(0) == 1 ? 0 : tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  AttentionTensor rows{tensor.data_ptr(), tensor.size(0) == 1 ? 0 : tensor.stride(0), tensor.stride(1),
+                       tensor.stride(2)};
+  if (!runs_cuda_kernels(tensor)) return rows;
+  // The stride of a dimension of one element may be any number. But tiles step past the last row to rows that they do
+  // not read, at addresses that have to be aligned even so.
+  if (tensor.size(1) == 1) rows.stride_head = 0;
+  if (tensor.size(2) == 1) rows.stride_row = 0;
+  return rows;
 }
 
 // Conversions and copies of the small operands; they live as long as the kernel runs.

@@ -46,18 +46,21 @@ struct BwdPlan {
   int64_t padded_rows = 0;          // of the longest sequence
   int64_t packed_rows = 0, statistics = 0;
   int64_t dq_sum_bytes = 0, turns_bytes = 0;  // of Hopper's dq
+  int64_t order_bytes = 0;                    // of its packed sequences
   MaskTilesPlan dkv_mask_tiles, dq_mask_tiles;
   BwdParts parts;  // of dk and dv
   TileIndex dmask_places = {1, 1, 1, 1}, dmask_sharers = {1, 1, 1, 1};
   int dmask_splits = 1;
   int64_t dmask_elements = 0;
+  int row_sum_parts = 0;  // of dS, which correct delta for fp32 gradients
 
   size_t row_bytes() const { return aligned_bytes(statistics * 4); }
   size_t dmask_bytes() const { return dmask_splits > 1 ? aligned_bytes(dmask_splits * dmask_elements * 4) : 0; }
   size_t parts_bytes() const { return parts.count() > 1 ? aligned_bytes(2 * parts.count() * parts.elements * 4) : 0; }
   size_t workspace_bytes() const {
     return parts_bytes() + 2 * row_bytes() + aligned_bytes(dkv_mask_tiles.bytes) + aligned_bytes(dq_mask_tiles.bytes) +
-           dmask_bytes() + aligned_bytes(dq_sum_bytes) + aligned_bytes(turns_bytes);
+           dmask_bytes() + row_sum_parts * row_bytes() + aligned_bytes(dq_sum_bytes) + aligned_bytes(turns_bytes) +
+           aligned_bytes(order_bytes);
   }
   bool is_on_hopper() const { return sm90_tile.head_dim > 0; }
   bool has_kernels() const { return is_on_hopper() || (dkv_tile >= 0 && dq_tile >= 0); }
@@ -77,19 +80,22 @@ int choose_tile(const Tile (&tiles)[kCount], SmemBytes smem_bytes, const Attenti
   return -1;
 }
 
+// Whether the gradient of the mask follows from rows alone.
+bool is_row_mask(const AttentionBwdParams& p) {
+  return p.dmask != nullptr && (p.stride_dmask_k == 0 || p.seqlen_k == 1);
+}
+
 // How many blocks share the tiles of scores of one place of the mask: enough for four blocks a multiprocessor.
 void plan_dmask(BwdPlan& plan, const AttentionBwdParams& p, const DeviceLaunch& launch) {
   const int batch = static_cast<int>(p.batch), heads = static_cast<int>(p.heads);
   const int query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kDmaskTile));
   const int key_tiles = static_cast<int>(ceil_div(p.seqlen_k, kDmaskTile));
   const bool per_batch = p.stride_dmask_batch != 0, per_head = p.stride_dmask_head != 0;
-  const bool per_query = p.stride_dmask_q != 0, per_key = p.stride_dmask_k != 0;
-  plan.dmask_places = {per_batch ? batch : 1, per_head ? heads : 1, per_query ? query_tiles : 1,
-                       per_key ? key_tiles : 1};
-  plan.dmask_sharers = {per_batch ? 1 : batch, per_head ? 1 : heads, per_query ? 1 : query_tiles,
-                        per_key ? 1 : key_tiles};
+  const bool per_query = p.stride_dmask_q != 0;
+  plan.dmask_places = {per_batch ? batch : 1, per_head ? heads : 1, per_query ? query_tiles : 1, key_tiles};
+  plan.dmask_sharers = {per_batch ? 1 : batch, per_head ? 1 : heads, per_query ? 1 : query_tiles, 1};
   plan.dmask_elements =
-      (per_batch ? p.batch : 1) * (per_head ? p.heads : 1) * (per_query ? p.seqlen_q : 1) * (per_key ? p.seqlen_k : 1);
+      (per_batch ? p.batch : 1) * (per_head ? p.heads : 1) * (per_query ? p.seqlen_q : 1) * p.seqlen_k;
   const int64_t wanted = ceil_div(4 * static_cast<int64_t>(launch.multiprocessors), plan.dmask_places.count());
   constexpr int64_t kMostSplits = 1024;
   plan.dmask_splits = static_cast<int>(min_of(min_of(wanted, plan.dmask_sharers.count()), kMostSplits));
@@ -160,12 +166,13 @@ BwdPlan plan_bwd(const AttentionBwdParams& p, const DeviceLaunch& launch) {
   plan.padded_rows = ceil_div(p.seqlen_q, kRowPadding) * kRowPadding;
   plan.packed_rows = is_packed(p) ? packed_statistics_rows(p.batch, p.packed_q.total) : 0;
   plan.statistics = p.heads * (is_packed(p) ? plan.packed_rows : p.batch * plan.padded_rows);
-  if (p.dmask != nullptr) plan_dmask(plan, p, launch);
+  if (p.dmask != nullptr && !is_row_mask(p)) plan_dmask(plan, p, launch);
   plan.sm90_tile = choose_bwd_sm90_tile(p, launch);
   if (plan.is_on_hopper()) {
     plan.dkv_mask_tiles = plan_mask_tiles(p, plan.sm90_tile.block_q(), plan.sm90_tile.block_k(), 1);
     plan.dq_sum_bytes = plan.statistics * plan.sm90_tile.head_dim * 4;
     plan.turns_bytes = launch.deterministic ? plan.statistics / DqSum::kRows * 2 * 4 : 0;
+    plan.order_bytes = is_packed(p) ? BwdOrder::workspace_bytes(p.batch) : 0;
     choose_parts(plan, p, launch);
     return plan;
   }
@@ -177,6 +184,8 @@ BwdPlan plan_bwd(const AttentionBwdParams& p, const DeviceLaunch& launch) {
   const BwdDqTile& dq = kBwdDqTiles[plan.dq_tile];
   plan.dkv_mask_tiles = plan_mask_tiles(p, dkv.block_q, dkv.block_k(), 1);
   plan.dq_mask_tiles = plan_mask_tiles(p, dq.block_q(), dq.block_k, 1);
+  const bool mask_needs_delta = p.dmask != nullptr && (p.sinks != nullptr || !is_row_mask(p));
+  if (p.dsinks != nullptr || mask_needs_delta) plan.row_sum_parts = dq.key_parts;
   return plan;
 }
 
@@ -185,6 +194,7 @@ AttentionBwdArgs make_args(const BwdPlan& plan, const AttentionBwdParams& p, con
   args.q = p.q, args.k = p.k, args.v = p.v, args.dout = p.dout;
   args.dq = p.dq, args.dk = p.dk, args.dv = p.dv;
   args.lse_log2 = rows.lse_log2, args.delta = rows.delta;
+  args.row_sums = const_cast<float*>(rows.row_sums), args.row_sums_part = rows.row_sums_part;
   args.padded_rows = is_packed(p) ? rows.packed_rows : rows.padded_rows;
   args.packed = packed_sequences(p);
   args.heads = static_cast<int>(p.heads), args.heads_kv = static_cast<int>(p.heads_kv);
@@ -208,12 +218,29 @@ template <typename Element>
 const char* launch_rows(const AttentionBwdParams& p, const BwdRowStatistics& rows, cudaStream_t stream) {
   const bool aligned = rows_are_aligned(p.out, p.head_dim_v) && rows_are_aligned(p.dout, p.head_dim_v);
   const auto blocks = static_cast<unsigned>(p.batch * p.heads * rows.padded_rows / kRowsPerBlock);
-  const char* error =
-      launch_kernel(aligned ? attention_bwd_rows_kernel<Element, true> : attention_bwd_rows_kernel<Element, false>,
-                    blocks, kRowStatisticsThreads, 0, stream, p, rows);
-  if (error != nullptr || p.dsinks == nullptr) return error;
-  return launch_kernel(attention_bwd_sinks_kernel<kSinkWarps>, static_cast<unsigned>(p.heads), 32 * kSinkWarps, 0,
-                       stream, p, rows);
+  return launch_kernel(aligned ? attention_bwd_rows_kernel<Element, true> : attention_bwd_rows_kernel<Element, false>,
+                       blocks, kRowStatisticsThreads, 0, stream, p, rows);
+}
+
+// The gradients that follow from rows alone, once delta is as exact as it gets.
+const char* launch_row_gradients(const AttentionBwdParams& p, const BwdRowStatistics& rows, cudaStream_t stream) {
+  const char* error = nullptr;
+  if (rows.row_sums != nullptr) {
+    const auto blocks = static_cast<unsigned>(p.batch * p.heads * rows.padded_rows / kDeltaThreads);
+    error = launch_kernel(attention_bwd_delta_kernel<kDeltaThreads>, blocks, kDeltaThreads, 0, stream, p, rows);
+  }
+  if (error == nullptr && p.dsinks != nullptr) {
+    error = launch_kernel(attention_bwd_sinks_kernel<kSinkWarps>, static_cast<unsigned>(p.heads), 32 * kSinkWarps, 0,
+                          stream, p, rows);
+  }
+  if (error != nullptr || !is_row_mask(p)) return error;
+  const int64_t places = (p.stride_dmask_batch == 0 ? 1 : p.batch) * (p.stride_dmask_head == 0 ? 1 : p.heads) *
+                         (p.stride_dmask_q == 0 ? 1 : p.seqlen_q);
+  if (places > INT32_MAX) return "the mask is too large";
+  const auto blocks = static_cast<unsigned>(places);
+  return p.stride_dmask_q == 0
+             ? launch_kernel(attention_bwd_row_mask_kernel<kSinkWarps>, blocks, 32 * kSinkWarps, 0, stream, p, rows)
+             : launch_kernel(attention_bwd_row_mask_kernel<1>, blocks, 32, 0, stream, p, rows);
 }
 
 // Adds up what blocks that share queries have left of dk and dv.
@@ -251,14 +278,20 @@ const char* launch_dq(const BwdPlan& plan, const AttentionBwdArgs& args, unsigne
 // dq, dk and dv by one kernel, and dq once more to round it.
 template <typename Element>
 const char* launch_hopper(const BwdPlan& plan, const AttentionBwdParams& p, const AttentionBwdArgs& bwd,
-                          const BwdRowStatistics& rows, unsigned blocks, cudaStream_t stream) {
+                          const BwdRowStatistics& rows, const BwdOrder& order, unsigned blocks, cudaStream_t stream) {
   AttentionBwdSm90Args args;
   args.bwd = bwd;
   args.dq.sum = rows.dq_sum, args.dq.turns = rows.turns;
   args.dq.padded_rows = bwd.padded_rows, args.dq.columns = rows.dq_columns;
-  const unsigned shared_blocks = blocks * static_cast<unsigned>(bwd.parts.count());
-  const char* error = launch_choice<64, 96, 128, 192, 256>(plan.sm90_tile.head_dim, [&](auto head_dim) {
-    return launch_bwd_sm90<Element, head_dim()>(plan.sm90_tile.kind, args, p.batch, shared_blocks, stream);
+  args.order = order;
+  const char* error = nullptr;
+  if (is_packed(p)) {
+    error = launch_kernel(attention_bwd_order_kernel<QueryClass::kCount>, 1, QueryClass::kCount, 0, stream, order,
+                          bwd.packed, bwd.scores.seqlen_q, bwd.scores.seqlen_k, plan.sm90_tile.block_k());
+    if (error != nullptr) return error;
+  }
+  error = launch_choice<64, 96, 128, 192, 256>(plan.sm90_tile.head_dim, [&](auto head_dim) {
+    return launch_bwd_sm90<Element, head_dim()>(plan.sm90_tile.kind, args, p.batch, blocks, stream);
   });
   if (error == nullptr) error = launch_dkv_sum<Element>(bwd, stream);
   if (error != nullptr) return error;
@@ -313,10 +346,20 @@ const char* launch_bwd(const BwdPlan& plan, const AttentionBwdParams& p, const D
   auto* dkv_states = reinterpret_cast<MaskTileState*>(take(aligned_bytes(plan.dkv_mask_tiles.bytes)));
   auto* dq_states = reinterpret_cast<MaskTileState*>(take(aligned_bytes(plan.dq_mask_tiles.bytes)));
   auto* dmask_partial = reinterpret_cast<float*>(take(plan.dmask_bytes()));
+  BwdOrder order;
+  if (plan.row_sum_parts > 0) {
+    rows.row_sums = reinterpret_cast<float*>(take(plan.row_sum_parts * plan.row_bytes()));
+    rows.row_sums_part = static_cast<int64_t>(plan.row_bytes() / 4), rows.row_sum_parts = plan.row_sum_parts;
+  }
   if (plan.is_on_hopper()) {
     rows.dq_sum = reinterpret_cast<float*>(take(aligned_bytes(plan.dq_sum_bytes)));
     rows.dq_columns = plan.sm90_tile.head_dim;
     if (plan.turns_bytes > 0) rows.turns = reinterpret_cast<int*>(take(aligned_bytes(plan.turns_bytes)));
+    if (plan.order_bytes > 0) {
+      const int64_t bytes_per_head = 2 * (p.heads / p.heads_kv) * p.seqlen_q * (p.head_dim + p.head_dim_v);
+      order = BwdOrder::in(take(aligned_bytes(plan.order_bytes)), p.batch,
+                           kv_heads_per_section(p.heads_kv, bytes_per_head));
+    }
   }
 
   AttentionBwdArgs args = make_args(plan, p, rows);
@@ -337,7 +380,10 @@ const char* launch_bwd(const BwdPlan& plan, const AttentionBwdParams& p, const D
   args.mask_tiles = mask_tiles(plan.dkv_mask_tiles, p, dkv_states);
   if (plan.is_on_hopper()) {
     if (error == nullptr) {
-      error = launch_hopper<Element>(plan, p, args, rows, static_cast<unsigned>(dkv_blocks), stream);
+      // Of packed sequences as many stay as run at once.
+      const int64_t tiles = dkv_blocks * args.parts.count();
+      const int64_t blocks = is_packed(p) ? min_of(tiles, launch.multiprocessors) : tiles;
+      error = launch_hopper<Element>(plan, p, args, rows, order, static_cast<unsigned>(blocks), stream);
     }
   } else {
     if (error == nullptr) error = launch_dkv<Element>(plan, args, static_cast<unsigned>(dkv_blocks), stream);
@@ -345,7 +391,10 @@ const char* launch_bwd(const BwdPlan& plan, const AttentionBwdParams& p, const D
     args.mask_tiles = mask_tiles(plan.dq_mask_tiles, p, dq_states);
     if (error == nullptr) error = launch_dq<Element>(plan, args, static_cast<unsigned>(dq_blocks), stream);
   }
-  if (error == nullptr && p.dmask != nullptr) error = launch_dmask<Element>(plan, p, args, dmask_partial, stream);
+  if (error == nullptr) error = launch_row_gradients(p, rows, stream);
+  if (error == nullptr && p.dmask != nullptr && !is_row_mask(p)) {
+    error = launch_dmask<Element>(plan, p, args, dmask_partial, stream);
+  }
   if (error == nullptr) error = clear_backward_gaps(p, stream);
   return error;
 }

@@ -7,6 +7,10 @@
 // Memory:  k and v stay; q, dO, lse and delta arrive in two stages. P goes from warp to warp through shared memory, in
 //          the order of the registers, 16 bytes a lane; P^T and dX^T are left operands of their products as they are.
 // Numbers: fp16/bf16 inputs, fp32 scores, P and accumulation; P and dX are rounded for the products with dO and q.
+// Order:   what a block works on and copies (BwdDkvBlock, BwdDkvCopies), each warp's share of P and dX, the way out,
+// the
+//          kernel. attention_bwd_dq_sm80.cuh is the simpler one; attention_bwd_split_sm80.cuh adds up what blocks
+//          share.
 // Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 2, without its dq.
 #pragma once
 
@@ -41,6 +45,73 @@ struct AttentionBwdDkvTraits {
   static constexpr int kSmemBytes = kStatisticsAt + 2 * kStatisticsBytes;
   static_assert(kBlockQ % 16 == 0, "queries are the depth of the second product");
   static_assert(kRowPadding % kBlockQ == 0, "the statistics of the last tile's rows exist");
+};
+
+// ---- what a block does
+
+// The keys of one block, and this warp's. Under a causal mask most queries see the first keys: those blocks go first.
+template <typename Traits>
+struct BwdDkvBlock {
+  const AttentionBwdArgs& args;
+  const AttentionBwdArgs& own;  // args as they are for the batch entry; in a dense batch the same object
+  const int key_tile = static_cast<int>(blockIdx.x) % args.key_tiles;
+  const int batch_head = static_cast<int>(blockIdx.x) / args.key_tiles;
+  const int batch = batch_head / args.heads_kv, head_kv = batch_head % args.heads_kv;
+  const int entry = Traits::kPacked ? 0 : batch;  // of the tensors: packed sequences share one
+  const int first_key = key_tile * Traits::kBlockK, keys = min(Traits::kBlockK, own.scores.seqlen_k - first_key);
+  const IndexRange key_range = {first_key, first_key + keys};
+
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int pair = warp % Traits::kPairs, pair_key = pair * Traits::kPairKeys;
+  const bool makes_dk = warp >= Traits::kPairs;  // else dv
+};
+
+// The tiles in shared memory and the copies that fill them: each function starts one group.
+template <typename Traits>
+struct BwdDkvCopies {
+  using Element = typename Traits::Element;
+  using TileK = typename Traits::TileK;
+  using TileQ = typename Traits::TileQ;
+  static constexpr int kThreads = Traits::kThreads;
+
+  const uint32_t smem_base;
+  const BwdDkvBlock<Traits>& block;
+  const TileK k_tile{smem_base}, v_tile{smem_base + TileK::kBytes};
+
+  FASTATTN_DEVICE TileQ q_tile(int stage) const {
+    return TileQ{smem_base + Traits::kStagesAt + stage * Traits::kStageBytes};
+  }
+  FASTATTN_DEVICE TileQ dout_tile(int stage) const { return TileQ{q_tile(stage).address + TileQ::kBytes}; }
+
+  FASTATTN_DEVICE void load_keys() const {
+    load(k_tile, block.own.k, block.args.k, block.head_kv, block.first_key, block.keys, block.args.head_dim);
+    load(v_tile, block.own.v, block.args.v, block.head_kv, block.first_key, block.keys, block.args.head_dim_v);
+    cp_async_commit_group();
+  }
+  FASTATTN_DEVICE void load_queries(int stage, int head, int query_tile) const {
+    const AttentionBwdArgs &args = block.args, &own = block.own;
+    const int query = query_tile * Traits::kBlockQ, rows = own.scores.seqlen_q - query;
+    load(q_tile(stage), own.q, args.q, head, query, rows, args.head_dim);
+    load(dout_tile(stage), own.dout, args.dout, head, query, rows, args.head_dim_v);
+    // lse, then delta: 16 bytes a thread.
+    constexpr int kVectors = Traits::kBlockQ / 4;
+    const int i = static_cast<int>(threadIdx.x);
+    if (i < 2 * kVectors) {
+      const float* source = (i < kVectors ? own.lse_log2 : own.delta) +
+                            statistics_offset<Traits::kPacked>(args, block.batch, head) + query + i % kVectors * 4;
+      cp_async<16>(smem_base + Traits::kStatisticsAt + stage * Traits::kStatisticsBytes + 16 * i, source);
+    }
+    cp_async_commit_group();
+  }
+
+ private:
+  // `every` has the strides of `own`, in constant memory.
+  template <typename Tile>
+  FASTATTN_DEVICE void load(Tile tile, const AttentionTensor& own, const AttentionTensor& every, int head, int row,
+                            int rows, int cols) const {
+    load_tile<kThreads>(tile, head_gmem<const Element>(own, block.entry, head) + row * every.stride_row,
+                        every.stride_row, rows, cols);
+  }
 };
 
 // ---- from scores to P and dX, a column tile (eight queries) at a time
@@ -126,67 +197,56 @@ FASTATTN_DEVICE void take_score_gradients(typename Traits::Scores& dp, const Sco
 
 // ---- the kernel
 
-// `own`: args as they are for the batch entry that the block works on. In a dense batch they are the same object.
+// dk or dv of this warp's keys, from its accumulators to global memory.
+template <typename Traits>
+FASTATTN_DEVICE void store_dkv(const typename Traits::Gradient& gradient, const BwdDkvBlock<Traits>& block,
+                               const BwdDkvCopies<Traits>& copies) {
+  using Element = typename Traits::Element;
+  const AttentionBwdArgs &args = block.args, &own = block.own;
+  const bool makes_dk = block.makes_dk;
+  const float factor = makes_dk ? args.scale : args.scores.dropout_scale;
+  if (Traits::kShares && args.parts.count() > 1) {
+    // Unknown to the compiler, which would otherwise make the addresses ahead of the loop and spill them.
+    const int index = opaque(static_cast<int>(blockIdx.x)), part = opaque(static_cast<int>(blockIdx.y));
+    const int first_row = index % args.key_tiles * Traits::kBlockK + block.pair_key;
+    const int64_t key = int64_t{index / args.key_tiles} * args.scores.seqlen_k + first_row;
+    store_part(gradient, factor, args.parts.sums(!makes_dk, part) + key * args.parts.columns, args.parts.columns,
+               own.scores.seqlen_k - first_row);
+    return;
+  }
+  FASTATTN_DYNAMIC_SMEM(smem);
+  const AttentionTensor& tensor = makes_dk ? own.dk : own.dv;
+  const TileOutput<Element> output = {
+      head_gmem<Element>(tensor, block.entry, block.head_kv) + (block.first_key + block.pair_key) * tensor.stride_row,
+      tensor.stride_row, block.keys - block.pair_key, makes_dk ? args.head_dim : args.head_dim_v,
+      makes_dk ? args.dk_is_aligned : args.dv_is_aligned};
+  store_accumulators(gradient, factor, makes_dk ? copies.k_tile : copies.v_tile,
+                     smem + (makes_dk ? 0 : Traits::TileK::kBytes), block.pair_key, output);
+}
+
+// Both warps of a pair do the same with different operands: k q^T, then P^T dO; or v dO^T, then dX^T q.
 template <typename Traits>
 FASTATTN_DEVICE void attention_bwd_dkv_block(const AttentionBwdArgs& args, const AttentionBwdArgs& own) {
   using Element = typename Traits::Element;
-  using TileK = typename Traits::TileK;
   using TileQ = typename Traits::TileQ;
-  constexpr int kBlockQ = Traits::kBlockQ, kBlockK = Traits::kBlockK, kThreads = Traits::kThreads;
+  constexpr int kBlockQ = Traits::kBlockQ;
   FASTATTN_DYNAMIC_SMEM(smem);
   const uint32_t smem_base = smem_address(smem);
-  const TileK k_tile{smem_base}, v_tile{smem_base + TileK::kBytes};
+  const BwdDkvBlock<Traits> block{args, own};
+  const BwdDkvCopies<Traits> copies{smem_base, block};
+  const int batch = block.batch, lane = block.lane;
+  const bool makes_dk = block.makes_dk;
+  float4* pair_smem = reinterpret_cast<float4*>(smem + Traits::kExchangeAt + block.pair * Traits::kPairBytes) + lane;
 
-  // ---- what this block and this warp do. Under a causal mask most queries see the first keys: those blocks go first.
-  const ScoreArgs& scores = own.scores;
-  const int key_tile = static_cast<int>(blockIdx.x) % args.key_tiles;
-  const int batch_head = static_cast<int>(blockIdx.x) / args.key_tiles;
-  const int batch = batch_head / args.heads_kv, head_kv = batch_head % args.heads_kv;
-  const int entry = Traits::kPacked ? 0 : batch;  // of the tensors: packed sequences share one
-  const int first_key = key_tile * kBlockK, keys = min(kBlockK, scores.seqlen_k - first_key);
-  const IndexRange key_range = {first_key, first_key + keys};
+  copies.load_keys();
+  QueryTileWalk<Traits> walk(own, batch, block.head_kv, block.key_tile, block.key_range,
+                             Traits::kShares ? args.parts : BwdParts(), static_cast<int>(blockIdx.y));
+  if (!walk.done()) copies.load_queries(0, walk.head, walk.tile);
 
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int pair = warp % Traits::kPairs, pair_key = pair * Traits::kPairKeys;
-  const bool makes_dk = warp >= Traits::kPairs;
-  float4* pair_smem = reinterpret_cast<float4*>(smem + Traits::kExchangeAt + pair * Traits::kPairBytes) + lane;
-
-  // ---- copies
-  const auto load_stage = [&](int stage, int head, int query_tile) {
-    const int query = query_tile * kBlockQ;
-    const TileQ q_tile{smem_base + Traits::kStagesAt + stage * Traits::kStageBytes};
-    const TileQ dout_tile{q_tile.address + TileQ::kBytes};
-    load_tile<kThreads>(q_tile, head_gmem<const Element>(own.q, entry, head) + query * args.q.stride_row,
-                        args.q.stride_row, scores.seqlen_q - query, args.head_dim);
-    load_tile<kThreads>(dout_tile, head_gmem<const Element>(own.dout, entry, head) + query * args.dout.stride_row,
-                        args.dout.stride_row, scores.seqlen_q - query, args.head_dim_v);
-    // lse, then delta: 16 bytes a thread.
-    constexpr int kVectors = kBlockQ / 4;
-    const int i = static_cast<int>(threadIdx.x);
-    if (i < 2 * kVectors) {
-      const float* source = (i < kVectors ? own.lse_log2 : own.delta) +
-                            statistics_offset<Traits::kPacked>(args, batch, head) + query + i % kVectors * 4;
-      cp_async<16>(smem_base + Traits::kStatisticsAt + stage * Traits::kStatisticsBytes + 16 * i, source);
-    }
-    cp_async_commit_group();
-  };
-
-  load_tile<kThreads>(k_tile, head_gmem<const Element>(own.k, entry, head_kv) + first_key * args.k.stride_row,
-                      args.k.stride_row, keys, args.head_dim);
-  load_tile<kThreads>(v_tile, head_gmem<const Element>(own.v, entry, head_kv) + first_key * args.v.stride_row,
-                      args.v.stride_row, keys, args.head_dim_v);
-  cp_async_commit_group();
-  QueryTileWalk<Traits> walk(own, batch, head_kv, key_tile, key_range, Traits::kShares ? args.parts : BwdParts(),
-                             static_cast<int>(blockIdx.y));
-  if (!walk.done()) load_stage(0, walk.head, walk.tile);
-
-  // ---- one pass over the queries. Both warps of a pair do the same with different operands: k q^T, then P^T dO; or
-  // v dO^T, then dX^T q.
   DropoutState dropout;
-  if (Traits::kKind == ScoreKind::kEverything && args.scores.dropout_threshold > 0) {
-    dropout = load_dropout_state(args.scores.rng_state);
-  }
-  const FragmentLoader<Fragment::kA, TileK> key_fragments(makes_dk ? v_tile : k_tile, pair_key);
+  if constexpr (Traits::kKind == ScoreKind::kEverything) dropout = load_dropout_state(args.scores);
+  const FragmentLoader<Fragment::kA, typename Traits::TileK> key_fragments(makes_dk ? copies.v_tile : copies.k_tile,
+                                                                           block.pair_key);
   typename Traits::Gradient gradient = {};
 
   for (int stage = 0; !walk.done(); stage ^= 1) {
@@ -195,10 +255,9 @@ FASTATTN_DEVICE void attention_bwd_dkv_block(const AttentionBwdArgs& args, const
     cp_async_wait_group<0>();
     __syncthreads();  // this stage is there for everyone; everyone has done with the other one, and with P
     walk.advance();
-    if (!walk.done()) load_stage(stage ^ 1, walk.head, walk.tile);
+    if (!walk.done()) copies.load_queries(stage ^ 1, walk.head, walk.tile);
 
-    const TileQ q_tile{smem_base + Traits::kStagesAt + stage * Traits::kStageBytes};
-    const TileQ dout_tile{q_tile.address + TileQ::kBytes};
+    const TileQ q_tile = copies.q_tile(stage), dout_tile = copies.dout_tile(stage);
     typename Traits::Scores s = {};
     const FragmentLoader<Fragment::kB, TileQ> right(makes_dk ? dout_tile : q_tile);
     multiply_tiles<Element, Traits::kHeadDim>(s, key_fragments, right);
@@ -206,39 +265,23 @@ FASTATTN_DEVICE void attention_bwd_dkv_block(const AttentionBwdArgs& args, const
     const float* lse_smem =
         reinterpret_cast<const float*>(smem + Traits::kStatisticsAt + stage * Traits::kStatisticsBytes);
     if (makes_dk) {
-      bar_sync(1 + pair, 64);
+      bar_sync(1 + block.pair, 64);
       take_score_gradients<Traits>(s, args.scores, lse_smem + kBlockQ, pair_smem);
     } else {
-      const IndexRange all = band_of(scores).keys_seen_by_all({first_query, first_query + kBlockQ});
-      const bool is_cut = all.begin > key_range.begin || all.end < key_range.end;
-      const TransposedPlace place = {first_key + pair_key + lane / 4, first_query + lane_column(), batch, head};
-      make_probabilities<Traits>(s, tile_scores<Traits>(args.scores, scores), dropout, place, is_masked, is_cut,
+      const IndexRange all = band_of(own.scores).keys_seen_by_all({first_query, first_query + kBlockQ});
+      const bool is_cut = all.begin > block.key_range.begin || all.end < block.key_range.end;
+      const TransposedPlace place = {block.first_key + block.pair_key + lane / 4, first_query + lane_column(), batch,
+                                     head};
+      make_probabilities<Traits>(s, tile_scores<Traits>(args.scores, own.scores), dropout, place, is_masked, is_cut,
                                  lse_smem, pair_smem);
-      bar_arrive(1 + pair, 64);
+      bar_arrive(1 + block.pair, 64);
     }
     const FragmentLoader<Fragment::kBTransposed, TileQ> summed(makes_dk ? q_tile : dout_tile);
     multiply_accumulators<Element>(gradient, s, summed);
   }
   cp_async_wait_group<0>();
   __syncthreads();  // everyone has done with k and v, whose tiles become the gradients'
-
-  // ---- dk and dv
-  const float factor = makes_dk ? args.scale : args.scores.dropout_scale;
-  if (Traits::kShares && args.parts.count() > 1) {
-    // Unknown to the compiler, which would otherwise make the addresses ahead of the loop and spill them.
-    const int block = opaque(static_cast<int>(blockIdx.x)), part = opaque(static_cast<int>(blockIdx.y));
-    const int first_row = block % args.key_tiles * kBlockK + pair_key;
-    const int64_t key = int64_t{block / args.key_tiles} * args.scores.seqlen_k + first_row;
-    store_part(gradient, factor, args.parts.sums(!makes_dk, part) + key * args.parts.columns, args.parts.columns,
-               scores.seqlen_k - first_row);
-    return;
-  }
-  const AttentionTensor& tensor = makes_dk ? own.dk : own.dv;
-  const TileOutput<Element> output = {
-      head_gmem<Element>(tensor, entry, head_kv) + (first_key + pair_key) * tensor.stride_row, tensor.stride_row,
-      keys - pair_key, makes_dk ? args.head_dim : args.head_dim_v, makes_dk ? args.dk_is_aligned : args.dv_is_aligned};
-  store_accumulators(gradient, factor, makes_dk ? k_tile : v_tile, smem + (makes_dk ? 0 : TileK::kBytes), pair_key,
-                     output);
+  store_dkv(gradient, block, copies);
 }
 
 // Traits: AttentionBwdDkvTraits, or PackedTraits of them.

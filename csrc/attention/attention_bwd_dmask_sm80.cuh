@@ -1,10 +1,12 @@
-// Gradient of a floating mask:  dmask = dS, summed over the dimensions in which the mask broadcasts.
+// Gradient of a floating mask:  dmask = dS, summed over the dimensions in which the mask broadcasts. (Where these
+// include the keys, attention_bwd_row_mask_kernel needs no dS.)
 // Work:    a block owns 64 x 64 places of the mask and visits every tile of scores that shares them: over batch and
-//          heads, and over queries or keys too where the mask has one row or one column. It recomputes S and dP of each
+//          heads, and over queries too where the mask has one row. It recomputes S and dP of each
 //          and adds dS in registers, in fp32, in one order. Where places are too few to fill the card, `splits` blocks
 //          share the tiles of a place, and reduce_splits_kernel adds their sums, in order.
 // Memory:  dot products go through 64 columns of head_dim at a time, in three stages, as in a matrix product: so one
 //          kernel serves every head_dim.
+// Order:   what a block walks over (DmaskWalk); how sums leave (store_dmask); a step; the kernel.
 #pragma once
 
 #include "attention/attention_bwd_sm80.cuh"
@@ -85,8 +87,8 @@ struct DmaskWalk {
   }
 };
 
-// Sums over what the mask has one of, rows or columns, within the warp: every place then holds its sum in the first
-// row or column of the warp's tile.
+// Sums over rows, of which the mask has one, within the warp: every place then holds its sum in the first row of the
+// warp's tile.
 FASTATTN_DEVICE void sum_rows(DmaskSums& sums) {
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
@@ -99,26 +101,14 @@ FASTATTN_DEVICE void sum_rows(DmaskSums& sums) {
     }
   }
 }
-FASTATTN_DEVICE void sum_columns(DmaskSums& sums) {
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < 4; ++n) sum += sums[m][n][2 * half] + sums[m][n][2 * half + 1];
-      sums[m][0][2 * half] = warp_reduce<4>(sum, Sum());
-    }
-  }
-}
 
-// Sums of the four warps meet in shared memory, 64 x 64 floats, and leave from there, added up over rows or columns.
+// Sums of the four warps meet in shared memory, 64 x 64 floats, and leave from there, added up over rows where the mask
+// has one.
 FASTATTN_DEVICE void store_dmask(DmaskSums& sums, const DmaskArgs& args, TileIndex place, int split, uint8_t* smem,
                                  int warp_row, int warp_col) {
   const int lane = static_cast<int>(threadIdx.x) % 32, row = warp_row + lane / 4, col = warp_col + lane_column();
-  const bool one_row = args.stride_q == 0, one_col = args.stride_k == 0;
+  const bool one_row = args.stride_q == 0;
   if (one_row) sum_rows(sums);
-  if (one_col) sum_columns(sums);
   float* sums_smem = reinterpret_cast<float*>(smem);
   for_each_score(sums, [&](float& sum, int m, int half, int n, int e) {
     sums_smem[(row + 16 * m + 8 * half) * kDmaskTile + col + 8 * n + e] = sum;
@@ -128,90 +118,106 @@ FASTATTN_DEVICE void store_dmask(DmaskSums& sums, const DmaskArgs& args, TileInd
   float* out = args.out + split * args.elements + place.batch * args.stride_batch + place.head * args.stride_head;
   const int first_row = place.query * kDmaskTile, first_col = place.key * kDmaskTile;
   const int rows = one_row ? 1 : min(kDmaskTile, args.bwd.scores.seqlen_q - first_row);
-  const int cols = one_col ? 1 : min(kDmaskTile, args.bwd.scores.seqlen_k - first_col);
+  const int cols = min(kDmaskTile, args.bwd.scores.seqlen_k - first_col);
   for (int i = static_cast<int>(threadIdx.x); i < rows * kDmaskTile; i += kDmaskThreads) {
     const int r = i / kDmaskTile, c = i % kDmaskTile;
     if (c >= cols) continue;
     // The other warps' shares.
     float sum = sums_smem[i];
     if (one_row) sum += sums_smem[i + 32 * kDmaskTile];
-    if (one_col) sum += sums_smem[i + 32] + (one_row ? sums_smem[i + 32 * kDmaskTile + 32] : 0.0f);
     out[(first_row + r) * args.stride_q + (first_col + c) * args.stride_k] = sum;
   }
 }
+
+// ---- one step: a chunk of a tile of scores
+
+// A stage in shared memory: 64 columns of 64 rows of q and of k, or of dO and of v.
+struct DmaskStage {
+  DmaskTile left, right;
+};
+FASTATTN_DEVICE DmaskStage dmask_stage(uint32_t smem_base, int stage) {
+  const DmaskTile left{smem_base + stage * kDmaskStageBytes};
+  return {left, DmaskTile{left.address + DmaskTile::kBytes}};
+}
+
+// Copies the chunk at which `ahead` stands and moves it on; starts a group even where there is none, so that groups can
+// be counted.
+template <typename Element>
+FASTATTN_DEVICE void load_ahead(DmaskWalk& ahead, DmaskStage stage) {
+  const AttentionBwdArgs& bwd = ahead.args.bwd;
+  if (!ahead.done()) {
+    const TileIndex& tile = ahead.tile;
+    const int head_kv = tile.head / (bwd.heads / bwd.heads_kv);
+    const bool is_v = ahead.chunk >= ahead.q_chunks();
+    const int col = (is_v ? ahead.chunk - ahead.q_chunks() : ahead.chunk) * DmaskTile::kPanelCols;
+    const AttentionTensor &left = is_v ? bwd.dout : bwd.q, &right = is_v ? bwd.v : bwd.k;
+    const int cols = (is_v ? bwd.head_dim_v : bwd.head_dim) - col;
+    const int query = tile.query * kDmaskTile, key = tile.key * kDmaskTile;
+    load_tile<kDmaskThreads>(stage.left,
+                             head_gmem<const Element>(left, tile.batch, tile.head) + query * left.stride_row + col,
+                             left.stride_row, bwd.scores.seqlen_q - query, cols);
+    load_tile<kDmaskThreads>(stage.right,
+                             head_gmem<const Element>(right, tile.batch, head_kv) + key * right.stride_row + col,
+                             right.stride_row, bwd.scores.seqlen_k - key, cols);
+    ahead.advance();
+  }
+  cp_async_commit_group();
+}
+
+// s and dp of a whole tile become dS, which joins the sums, and are cleared for the next tile.
+FASTATTN_DEVICE void add_tile(DmaskSums& sums, DmaskSums& s, DmaskSums& dp, const AttentionBwdArgs& bwd,
+                              const DropoutState& dropout, const TileIndex& tile, int warp_row, int warp_col) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int64_t batch_head = int64_t{tile.batch} * bwd.heads + tile.head;
+  const int row = tile.query * kDmaskTile + warp_row + lane / 4;
+  float no_row_sums[2];
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    const float *lse = bwd.lse_log2 + batch_head * bwd.padded_rows + row + 16 * m,
+                *delta = bwd.delta + batch_head * bwd.padded_rows + row + 16 * m;
+    const QueryRows rows = {row + 16 * m, tile.head, 1};
+    make_score_gradients<ScoreKind::kEverything, /*kOfMask=*/true>(
+        s[m], dp[m], bwd.scores, dropout, rows, tile.batch, tile.key * kDmaskTile + warp_col, /*is_masked=*/true,
+        /*is_cut=*/true, {lse[0], lse[8]}, {delta[0], delta[8]}, /*sums=*/false, no_row_sums);
+  }
+  for_each_score(sums, [&](float& sum, int m, int half, int n, int e) {
+    sum += s[m][n][2 * half + e];
+    s[m][n][2 * half + e] = dp[m][n][2 * half + e] = 0.0f;
+  });
+}
+
+// ---- the kernel
 
 template <typename Element>
 __global__ void __launch_bounds__(kDmaskThreads, 2) attention_bwd_dmask_kernel(const __grid_constant__ DmaskArgs args) {
   FASTATTN_DYNAMIC_SMEM(smem);
   const uint32_t smem_base = smem_address(smem);
-  const AttentionBwdArgs& bwd = args.bwd;
-  const ScoreArgs& scores = bwd.scores;
   const int split = static_cast<int>(blockIdx.y);
   const TileIndex place = args.places.at(blockIdx.x);
   const int64_t sharers = args.sharers.count();
   DmaskWalk walk(args, place, sharers * split / args.splits, sharers * (split + 1) / args.splits), ahead = walk;
 
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
   const int warp_row = warp / kDmaskWarpCols * 32, warp_col = warp % kDmaskWarpCols * 32;
-  DropoutState dropout;
-  if (scores.dropout_threshold > 0) dropout = load_dropout_state(scores.rng_state);
-
-  // ---- copies: the next chunk, and a group even where there is none, so that groups can be counted
-  const auto load_ahead = [&](int stage) {
-    if (!ahead.done()) {
-      const int head_kv = ahead.tile.head / (bwd.heads / bwd.heads_kv);
-      const bool is_v = ahead.chunk >= ahead.q_chunks();
-      const int col = (is_v ? ahead.chunk - ahead.q_chunks() : ahead.chunk) * DmaskTile::kPanelCols;
-      const AttentionTensor &left = is_v ? bwd.dout : bwd.q, &right = is_v ? bwd.v : bwd.k;
-      const int cols = (is_v ? bwd.head_dim_v : bwd.head_dim) - col;
-      const DmaskTile left_tile{smem_base + stage * kDmaskStageBytes},
-          right_tile{left_tile.address + DmaskTile::kBytes};
-      const int query = ahead.tile.query * kDmaskTile, key = ahead.tile.key * kDmaskTile;
-      load_tile<kDmaskThreads>(
-          left_tile, head_gmem<const Element>(left, ahead.tile.batch, ahead.tile.head) + query * left.stride_row + col,
-          left.stride_row, scores.seqlen_q - query, cols);
-      load_tile<kDmaskThreads>(
-          right_tile, head_gmem<const Element>(right, ahead.tile.batch, head_kv) + key * right.stride_row + col,
-          right.stride_row, scores.seqlen_k - key, cols);
-      ahead.advance();
-    }
-    cp_async_commit_group();
-  };
+  const DropoutState dropout = load_dropout_state(args.bwd.scores);
 #pragma unroll
-  for (int stage = 0; stage < kDmaskStages - 1; ++stage) load_ahead(stage);
+  for (int stage = 0; stage < kDmaskStages - 1; ++stage) load_ahead<Element>(ahead, dmask_stage(smem_base, stage));
 
-  // ---- every tile of scores that shares this place
   DmaskSums sums = {}, s = {}, dp = {};
   for (int stage = 0; !walk.done(); stage = (stage + 1) % kDmaskStages) {
     cp_async_wait_group<kDmaskStages - 2>();
     __syncthreads();  // this chunk is there for everyone; everyone has done with the one before, whose stage is next
-    load_ahead((stage + kDmaskStages - 1) % kDmaskStages);
+    load_ahead<Element>(ahead, dmask_stage(smem_base, (stage + kDmaskStages - 1) % kDmaskStages));
 
-    const DmaskTile left_tile{smem_base + stage * kDmaskStageBytes}, right_tile{left_tile.address + DmaskTile::kBytes};
-    const FragmentLoader<Fragment::kA, DmaskTile> left(left_tile, warp_row);
-    const FragmentLoader<Fragment::kB, DmaskTile> right(right_tile, warp_col);
+    const DmaskStage tiles = dmask_stage(smem_base, stage);
+    const FragmentLoader<Fragment::kA, DmaskTile> left(tiles.left, warp_row);
+    const FragmentLoader<Fragment::kB, DmaskTile> right(tiles.right, warp_col);
     if (walk.chunk < walk.q_chunks()) {
       multiply_tiles<Element, DmaskTile::kCols>(s, left, right);
     } else {
       multiply_tiles<Element, DmaskTile::kCols>(dp, left, right);
     }
-    if (walk.chunk == walk.chunks() - 1) {
-      const int64_t batch_head = int64_t{walk.tile.batch} * bwd.heads + walk.tile.head;
-      const int row = walk.tile.query * kDmaskTile + warp_row + lane / 4;
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        const float *lse = bwd.lse_log2 + batch_head * bwd.padded_rows + row + 16 * m,
-                    *delta = bwd.delta + batch_head * bwd.padded_rows + row + 16 * m;
-        const QueryRows rows = {row + 16 * m, walk.tile.head, 1};
-        make_score_gradients<ScoreKind::kEverything, /*kOfMask=*/true>(
-            s[m], dp[m], scores, dropout, rows, walk.tile.batch, walk.tile.key * kDmaskTile + warp_col,
-            /*is_masked=*/true, /*is_cut=*/true, {lse[0], lse[8]}, {delta[0], delta[8]});
-      }
-      for_each_score(sums, [&](float& sum, int m, int half, int n, int e) {
-        sum += s[m][n][2 * half + e];
-        s[m][n][2 * half + e] = dp[m][n][2 * half + e] = 0.0f;
-      });
-    }
+    if (walk.chunk == walk.chunks() - 1) add_tile(sums, s, dp, args.bwd, dropout, walk.tile, warp_row, warp_col);
     walk.advance();
   }
   cp_async_wait_group<0>();

@@ -3,7 +3,7 @@
 // copy nor the warpgroup permutes anything. The kernel below does it once, when all is added up.
 #pragma once
 
-#include "attention/attention_bwd_sm80.cuh"
+#include "attention/attention_bwd_order_sm90.cuh"
 
 namespace fastattn {
 
@@ -30,6 +30,7 @@ struct DqSum {
 struct AttentionBwdSm90Args {
   AttentionBwdArgs bwd;
   DqSum dq;
+  BwdOrder order;  // of packed sequences
 };
 
 // Makes args those of batch entry `batch` alone. Sums of packed sequences lie where their statistics do: heads take the

@@ -1,7 +1,9 @@
-// Packed sequences in Hopper's backward: a block's arguments become those of its sequence, and the rows behind a
-// sequence, which TMA, knowing only the whole tensors, brings of the next one, become zeros.
+// Packed sequences in Hopper's backward: a block takes tiles of keys one after another, its arguments become those of
+// each one's sequence, and the rows behind a sequence, which TMA, knowing only the whole tensors, brings of the next
+// one, become zeros.
 //
-// Order: the grid is that of the longest sequence; a block whose keys lie past its own sequence's end leaves at once.
+// Order: attention_bwd_order_sm90.cuh. A block has done with a tile before it starts the next: only the place of that
+//        is taken earlier, by the copying thread, which is done first. mbarriers start anew with each.
 // Rows:  positions of TMA are rows of the tensors, all else counts from the sequence's first. Row statistics and sums
 //        of dq are padded to 128 rows for each sequence: no tile of them belongs to two.
 // Edges: k, v, q, dO   every one is a factor of a sum over keys or queries, where 0 * NaN of the next sequence would
@@ -14,47 +16,82 @@
 
 namespace fastattn {
 
-// What a block of packed sequences has of its own in shared memory. A dense one has no use for it.
-template <typename Traits>
-struct BwdPackedSmem {
-  alignas(16) uint8_t args[Traits::kPacked ? sizeof(AttentionBwdSm90Args) : 16];
-  BwdKeys<Traits> keys;
-  // Of tiles with rows to clear: the copies are done. Such a tile is full when its rows are zeros.
-  uint64_t k_arrived, v_arrived, q_arrived[Traits::kStages], dout_arrived[Traits::kDoutStages];
-};
+// Calls fn(barrier, arrivals) for each mbarrier that only packed sequences have.
+template <typename Traits, typename Fn>
+FASTATTN_DEVICE void for_each_packed_barrier(BwdPackedSmem<Traits>& packed, Fn fn) {
+  if constexpr (!Traits::kPacked) return;
+  fn(&packed.k_arrived, 1);
+  fn(&packed.v_arrived, 1);
+  for (uint64_t& barrier : packed.q_arrived) fn(&barrier, 1);
+  for (uint64_t& barrier : packed.dout_arrived) fn(&barrier, 1);
+}
 
-// All threads of the block come here.
+// By one thread, before the others use them.
+template <typename Smem>
+FASTATTN_DEVICE void init_bwd_barriers(Smem& smem) {
+  smem.for_each_barrier([](uint64_t* barrier, int arrivals) { mbarrier_init(barrier, arrivals); });
+  fence_mbarrier_init();
+}
+
+// ---- one tile of keys after another
+
+// Makes the block's arguments and keys those of its next tile; false if there is none. All threads come here, by whole
+// warps. The feeding warps have few registers: they only take the place, while the others multiply.
+template <typename Traits, bool kFeeds, typename Smem>
+FASTATTN_DEVICE bool next_key_tile(Smem& smem, const AttentionBwdSm90Args& args, bool is_first) {
+  constexpr int kBarrier = 3, kWords = sizeof(AttentionBwdSm90Args) / sizeof(uint32_t);
+  BwdPackedSmem<Traits>& packed = smem.packed;
+  const int thread = opaque(static_cast<int>(threadIdx.x)) - (kFeeds ? 0 : 128);
+  if (kFeeds && thread == 0) packed.place = atomicAdd(args.order.next_place, 1);
+  fence_proxy_async();  // copies come where threads have stored dk and dv
+  __syncwarp();
+  bar_sync(kBarrier, Traits::kThreads);
+  if constexpr (!kFeeds) {
+    for (int i = thread; i < kWords; i += Traits::kThreads - 128) {
+      reinterpret_cast<uint32_t*>(packed.args)[i] = reinterpret_cast<const uint32_t*>(&args)[i];
+    }
+    if (thread == 0) {
+      const int place = packed.place;
+      packed.keys.batch = -1;
+      if (place < bwd_places(args.bwd, args.order)) packed.keys = BwdTileKeys<Traits>(args.bwd, args.order, place);
+      if (!is_first) smem.for_each_barrier([](uint64_t* barrier, int) { mbarrier_inval(barrier); });
+      init_bwd_barriers(smem);
+    }
+    __syncwarp();
+  }
+  bar_sync(kBarrier, Traits::kThreads);
+  if (packed.keys.batch < 0) return false;
+  if (!kFeeds && thread == 0) narrow_to_entry(packed.own(), packed.keys.batch);
+  __syncwarp();
+  bar_sync(kBarrier, Traits::kThreads);
+  return true;
+}
+
+// run() for the block's tile of keys, or for one after another; by all threads of the block.
+template <typename Traits, bool kFeeds, typename Smem, typename Run>
+FASTATTN_DEVICE void for_each_key_tile(Smem& smem, const AttentionBwdSm90Args& args, Run run) {
+  if constexpr (!Traits::kPacked) {
+    run();
+  } else {
+#pragma unroll 1
+    for (bool is_first = true; next_key_tile<Traits, kFeeds>(smem, args, is_first); is_first = false) {
+      run();
+      __syncwarp();
+    }
+  }
+}
+
+// The arguments of the block's tile.
 template <typename Traits, typename Smem>
 FASTATTN_DEVICE const AttentionBwdSm90Args& args_of_block(Smem& smem, const AttentionBwdSm90Args& args) {
   if constexpr (Traits::kPacked) {
-    return share_entry(smem.packed.args, args, BwdKeys<Traits>(args.bwd).batch);
+    return smem.packed.own();
   } else {
     return args;
   }
 }
 
-// What a multiplying thread knows of its block's keys. Packed, it has no registers for them.
-template <typename Traits>
-using BwdGroupKeys = std::conditional_t<Traits::kPacked, const BwdKeys<Traits>&, const BwdKeys<Traits>>;
-
-template <typename Traits, typename Smem>
-FASTATTN_DEVICE BwdGroupKeys<Traits> keys_of_block(const Smem& smem, const AttentionBwdArgs& own) {
-  if constexpr (Traits::kPacked) {
-    return smem.packed.keys;
-  } else {
-    return BwdKeys<Traits>(own);
-  }
-}
-
-// By one thread, before all others have met.
-template <typename Traits>
-FASTATTN_DEVICE void init_packed(BwdPackedSmem<Traits>& packed, const AttentionBwdArgs& own) {
-  packed.keys = BwdKeys<Traits>(own);
-  mbarrier_init(&packed.k_arrived, 1);
-  mbarrier_init(&packed.v_arrived, 1);
-  for (uint64_t& barrier : packed.q_arrived) mbarrier_init(&barrier, 1);
-  for (uint64_t& barrier : packed.dout_arrived) mbarrier_init(&barrier, 1);
-}
+// ---- edges
 
 // Clears rows [row, Tile::kRows) of a tile that has arrived, by one warp; then it is full.
 template <typename Tile>
@@ -71,7 +108,7 @@ FASTATTN_DEVICE void clear_edge(uint8_t* tile_smem, int row, uint64_t* arrived, 
 template <typename Traits, typename Smem>
 FASTATTN_DEVICE void clear_bwd_edges(Smem& smem, const AttentionBwdArgs& own) {
   using TileQ = typename Traits::TileQ;
-  const BwdKeys<Traits> keys(own);
+  const BwdTileKeys<Traits> keys = smem.packed.keys;
   if (keys.count < Traits::kBlockK) {
     clear_edge<typename Traits::TileK>(smem.k, keys.count, &smem.packed.k_arrived, 0, &smem.k_full);
     clear_edge<typename Traits::TileV>(smem.v, keys.count, &smem.packed.v_arrived, 0, &smem.v_full);

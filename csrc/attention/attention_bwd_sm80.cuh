@@ -1,6 +1,6 @@
 // Backward attention for compute capability 8.0 and newer: what its kernels share. README.md derives the formulas.
 //
-//   attention_bwd_rows_sm80.cuh    delta = rowsum(dO o) - dlse and the lse in base 2; the gradient of sinks
+//   attention_bwd_rows_sm80.cuh    delta = rowsum(dO o) - dlse and the lse in base 2; what rows alone make gradients of
 //   attention_bwd_dkv_sm80.cuh     dk, dv:  a block owns keys and visits the queries    4 products of a tile
 //   attention_bwd_dq_sm80.cuh      dq:      a block owns queries and visits the keys    3 products
 //   attention_bwd_dmask_sm80.cuh   the gradient of a floating mask, where it is asked for    2 products
@@ -14,7 +14,6 @@
 #include "attention/attention_mask_tiles.cuh"
 #include "attention/attention_packed.cuh"
 #include "attention/attention_products_sm80.cuh"
-#include "attention/mask.h"
 
 namespace fastattn {
 
@@ -39,6 +38,10 @@ struct AttentionBwdArgs {
   // See attention_bwd_rows_sm80.cuh; of a dense batch (batch * heads, padded_rows) each.
   const float* lse_log2 = nullptr;
   const float* delta = nullptr;
+  // Of dS, by the kernel that owns queries: null where nobody asks. Each of its key parts has as many as there is
+  // delta.
+  float* row_sums = nullptr;
+  int64_t row_sums_part = 0;
   int64_t padded_rows = 0;
   int heads = 0, heads_kv = 0, head_dim = 0, head_dim_v = 0;
   float scale = 0.0f;
@@ -66,16 +69,13 @@ FASTATTN_DEVICE void narrow_to_entry(AttentionBwdArgs& args, int batch) {
   for (AttentionTensor* tensor : {&args.k, &args.v, &args.dk, &args.dv}) skip_rows(*tensor, first.key);
   args.lse_log2 += packed_statistics_row(batch, first.query);
   args.delta += packed_statistics_row(batch, first.query);
+  if (args.row_sums != nullptr) args.row_sums += packed_statistics_row(batch, first.query);
 }
 
 // Where the statistics of (batch, head) start.
 template <bool kPacked>
 FASTATTN_DEVICE int64_t statistics_offset(const AttentionBwdArgs& args, int batch, int head) {
   return (kPacked ? head : int64_t{batch} * args.heads + head) * args.padded_rows;
-}
-
-FASTATTN_DEVICE Band band_of(const ScoreArgs& scores) {
-  return {scores.seqlen_q, scores.seqlen_k, scores.diagonal, scores.window_left, scores.window_right};
 }
 
 // First element of (batch, head).
@@ -85,11 +85,13 @@ FASTATTN_DEVICE Element* head_gmem(const AttentionTensor& tensor, int batch, int
 }
 
 // One row tile, 16 rows: dot products s = q k^T and dp = dO v^T become, in s, the gradient of the scores before the
-// softcap (dX), or of what was added to them (dS, the gradient of a mask). lse is +inf for rows that do not exist.
+// softcap (dX), or of what was added to them (dS, the gradient of a mask). lse is +inf for rows that do not exist. If
+// it `sums`, adds this lane's share of the rows of dS to row_sums.
 template <ScoreKind kKind, bool kOfMask, int kColTiles>
 FASTATTN_DEVICE void make_score_gradients(float (&s)[kColTiles][4], float (&dp)[kColTiles][4], const ScoreArgs& scores,
                                           const DropoutState& dropout, const QueryRows& rows, int batch, int col0,
-                                          bool is_masked, bool is_cut, const float (&lse)[2], const float (&delta)[2]) {
+                                          bool is_masked, bool is_cut, const float (&lse)[2], const float (&delta)[2],
+                                          bool sums, float (&row_sums)[2]) {
   constexpr bool kPlain = kKind == ScoreKind::kPlain;
   float x[1][kColTiles][4], gradient[1][kColTiles][4], derivative[1][kColTiles][4];
   for_each_score(x, [&](float& element, int, int half, int n, int e) { element = s[n][2 * half + e]; });
@@ -110,10 +112,6 @@ FASTATTN_DEVICE void make_score_gradients(float (&s)[kColTiles][4], float (&dp)[
     element = ex2_approx(fmaf(element, kPlain ? scores.scale_log2 : 1.0f, -lse[half]));
   });
   if constexpr (!kPlain) {
-    if (has_derivative) {
-      for_each_score(x,
-                     [&](float& element, int, int half, int n, int e) { element *= derivative[0][n][2 * half + e]; });
-    }
     if (scores.dropout_threshold > 0) {
       for_each_dropout(gradient, scores, dropout, rows, batch, col0,
                        [&](float& element, bool keep, int, int, int, int) {
@@ -121,9 +119,16 @@ FASTATTN_DEVICE void make_score_gradients(float (&s)[kColTiles][4], float (&dp)[
                        });
     }
   }
-  for_each_score(x, [&](float& element, int, int half, int n, int e) {
-    s[n][2 * half + e] = element * (gradient[0][n][2 * half + e] - delta[half]);
-  });
+  for_each_score(
+      x, [&](float& element, int, int half, int n, int e) { element *= gradient[0][n][2 * half + e] - delta[half]; });
+  if (sums) for_each_score(x, [&](float& element, int, int half, int, int) { row_sums[half] += element; });
+  if constexpr (!kPlain) {
+    if (has_derivative) {
+      for_each_score(x,
+                     [&](float& element, int, int half, int n, int e) { element *= derivative[0][n][2 * half + e]; });
+    }
+  }
+  for_each_score(x, [&](float& element, int, int half, int n, int e) { s[n][2 * half + e] = element; });
 }
 
 // Walks the query tiles that see a block of keys, for one head of the group after another, or `part` of them. Traits:

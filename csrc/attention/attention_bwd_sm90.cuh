@@ -1,4 +1,5 @@
-// Attention backward on Hopper for head_dim up to 128: dq, dk and dv in one kernel.
+// Attention backward on Hopper for head_dim up to 128: dq, dk and dv in one kernel. Above, registers and shared memory
+// ask for another division of the work: attention_bwd_wide_sm90.cuh.
 // Work:    a block owns 128 keys of a key head and visits the visible query tiles of every query head of the group. One
 //          warp feeds it by TMA; two warpgroups have 64 keys each; two more warps add what the block knows of dq to
 //          global memory. README.md draws the timeline.
@@ -8,6 +9,9 @@
 // Memory:  k and v stay; q with lse, dO with delta arrive in two stages. dX^T is stored as it lies in registers, a row
 //          a key: read with the queries as its rows, it needs no transposition. dq leaves in fp32, 16 KiB a warpgroup,
 //          by a bulk copy that adds: in any order, or in the order of the keys where every run must give the same.
+// Order:   tiles and shared memory; who adds up dq; the multiplying warpgroups, whose loop is the timeline; the kernel.
+//          The feeding warp is in attention_bwd_stages_sm90.cuh, S to P and dP to dX are in
+//          attention_bwd_probabilities_sm90.cuh, dq's fp32 sums in attention_bwd_dq_sum_sm90.cuh.
 // Packed:  sequences one behind the other have tiles of their own; attention_bwd_packed_sm90.cuh.
 // Numbers: fp16/bf16 inputs, fp32 scores, P, dX and sums; P and dX are rounded for the products with dO, q and k.
 // Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 2; Shah et al., "FlashAttention-3", arXiv:2407.08608.
@@ -91,17 +95,41 @@ struct AttentionBwdSm90Smem {
   uint64_t mask_full[kMaxMaskStages], mask_empty[kMaxMaskStages];
   uint64_t dq_full[Traits::kGroups], dq_empty[Traits::kGroups];
   BwdPackedSmem<Traits> packed;
+
+  // Calls fn(barrier, arrivals) for each mbarrier that is used.
+  template <typename Fn>
+  FASTATTN_DEVICE void for_each_barrier(Fn fn) {
+    constexpr int kWarps = 4 * Traits::kGroups;
+    fn(&k_full, 1);
+    fn(&v_full, 1);
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      fn(&q_full[stage], 1);
+      fn(&q_empty[stage], kWarps);
+      fn(&dout_full[stage], 1);
+      fn(&dout_empty[stage], kWarps);
+    }
+    for (int stage = 0; Traits::kCopiesMasks && stage < kMaxMaskStages; ++stage) {
+      fn(&mask_full[stage], 1);
+      fn(&mask_empty[stage], kWarps);
+    }
+    for (int group = 0; group < Traits::kGroups; ++group) {
+      fn(&dq_full[group], 4);
+      fn(&dq_empty[group], 1);
+    }
+    for_each_packed_barrier<Traits>(packed, fn);
+  }
 };
 
 // ---- the storing warps, one for each warpgroup
 
 // By one thread: adds the warpgroup's parts of dq to global memory as they come.
 template <typename Traits>
-FASTATTN_DEVICE void add_dq_pieces(AttentionBwdSm90Smem<Traits>& smem, const AttentionBwdSm90Args& args, int group) {
-  const BwdKeys<Traits> keys(args.bwd);
-  const uint32_t bytes = DqSum::kRows * 4 * (group == 0 ? Traits::kDqCols : Traits::kLastDqCols);
+FASTATTN_DEVICE void add_dq_pieces(AttentionBwdSm90Smem<Traits>& smem, const AttentionBwdSm90Args& args, int group_) {
+  BwdBlockKeys<Traits> keys = keys_of_block<Traits>(smem, args.bwd);
   const bool takes_turns = args.dq.turns != nullptr;
   for (uint32_t step = 0;; ++step) {
+    const int group = Traits::kPacked ? opaque(group_) : group_;  // addresses made of it take registers
+    const uint32_t bytes = DqSum::kRows * 4 * (group == 0 ? Traits::kDqCols : Traits::kLastDqCols);
     mbarrier_wait(&smem.dq_full[group], step & 1);
     const BwdStageInfo info = smem.dq_info[group];
     if (info.head < 0) break;
@@ -134,7 +162,7 @@ struct BwdGroup {
 
   AttentionBwdSm90Smem<Traits>& smem;
   const AttentionBwdArgs &args, &own;  // every block's, and those of its sequence
-  BwdGroupKeys<Traits> keys;
+  BwdBlockKeys<Traits> keys;
   const int group, first_key, warp_row, lane;  // first_key and warp_row count from the block's first key
   DropoutState dropout;
 
@@ -146,11 +174,9 @@ struct BwdGroup {
         keys(keys_of_block<Traits>(smem_, own_)),
         group(group_),
         first_key(group_ * Traits::kGroupKeys),
-        warp_row(first_key + static_cast<int>(threadIdx.x) / 32 % 4 * 16),
-        lane(static_cast<int>(threadIdx.x) % 32) {
-    if (Traits::kKind == ScoreKind::kEverything && args.scores.dropout_threshold > 0) {
-      dropout = load_dropout_state(args.scores.rng_state);
-    }
+        warp_row(first_key + thread_of_tile<Traits>() / 32 % 4 * 16),
+        lane(thread_of_tile<Traits>() % 32) {
+    if constexpr (Traits::kKind == ScoreKind::kEverything) dropout = load_dropout_state(args.scores);
   }
 
   FASTATTN_DEVICE TileK k_tile() const { return {smem_address(smem.k)}; }
@@ -164,9 +190,10 @@ struct BwdGroup {
 
   // dX to shared memory, where both warpgroups' next product reads it once they have met.
   FASTATTN_DEVICE void publish(const typename Traits::Operand& dx, TileDx tile) {
+    const int at = Traits::kPacked && Traits::kBlockQ == 128 ? opaque(lane) : lane;  // too many addresses to keep
 #pragma unroll
     for (int n = 0; n < Traits::kColTiles / 2; ++n) {
-      stmatrix(tile.chunk_address(warp_row + lane % 16, 16 * n + lane / 16 * 8), dx[n]);
+      stmatrix(tile.chunk_address(warp_row + at % 16, 16 * n + at / 16 * 8), dx[n]);
     }
     fence_proxy_async();
   }
@@ -188,8 +215,9 @@ struct BwdGroup {
 
   FASTATTN_DEVICE void store_gradients(const typename Traits::Gradient& dk, const typename Traits::Gradient& dv) {
     if (args.parts.count() > 1) {
-      store_shared_sums<Traits>(dv, args.scores.dropout_scale, own, args.scores.seqlen_k, /*of_dv=*/true, warp_row);
-      store_shared_sums<Traits>(dk, args.scale, own, args.scores.seqlen_k, /*of_dv=*/false, warp_row);
+      store_shared_sums<Traits>(dv, args.scores.dropout_scale, smem, own, args.scores.seqlen_k, /*of_dv=*/true,
+                                warp_row);
+      store_shared_sums<Traits>(dk, args.scale, smem, own, args.scores.seqlen_k, /*of_dv=*/false, warp_row);
       return;
     }
     const int rows = keys.count - warp_row, key = keys.first + warp_row;
@@ -204,6 +232,33 @@ struct BwdGroup {
                                 output(own.dk, args.head_dim, args.dk_is_aligned));
   }
 };
+
+// The end of a step: dq = dX k, which the storing warp takes over, and dk += dX^T q.
+template <typename Traits>
+FASTATTN_DEVICE void make_dq_and_dk(BwdGroup<Traits>& group, typename Traits::Gradient& dk,
+                                    typename Traits::Gradient& dv, const typename Traits::Operand& dx,
+                                    BwdStageInfo info, RingPosition<Traits::kStages> at) {
+  using Element = typename Traits::Element;
+  AttentionBwdSm90Smem<Traits>& smem = group.smem;
+  const int stage = at.stage();
+  const typename Traits::TileDx dx_tile{smem_address(smem.dx[stage])};
+  typename Traits::DqPiece dq;
+  wgmma_fence();
+  issue_dq<Element>(dq, dx_tile, Traits::dq_row(group.group), group.k_tile(), Traits::dq_column(group.group));
+  wgmma_commit_group();
+  wgmma_fence();
+  issue_ab<Element>(dk, dx, group.q_tile(stage));
+  wgmma_commit_group();
+  wgmma_wait_group<2>();  // dq, dk
+  group.arrive_by_warp(&smem.dout_empty[stage]);
+  wgmma_wait_group<1>();  // dk
+  pin_accumulators(wgmma_registers(dq));
+  group.hand_over_dq(dq, info, at.count);
+  wgmma_wait_group<0>();
+  pin_accumulators(wgmma_registers(dk));
+  pin_accumulators(wgmma_registers(dv));
+  group.arrive_by_warp(&smem.q_empty[stage]);
+}
 
 template <typename Traits>
 FASTATTN_DEVICE void multiply_bwd_tiles(AttentionBwdSm90Smem<Traits>& smem, const AttentionBwdArgs& args,
@@ -224,7 +279,6 @@ FASTATTN_DEVICE void multiply_bwd_tiles(AttentionBwdSm90Smem<Traits>& smem, cons
     if (info.head < 0) break;
     typename Traits::Scores s, dp;
     typename Traits::Operand p, dx;
-    typename Traits::DqPiece dq;
     const auto issue_dp = [&] {
       mbarrier_wait(&smem.dout_full[stage], at.parity());
       wgmma_fence();
@@ -252,26 +306,10 @@ FASTATTN_DEVICE void multiply_bwd_tiles(AttentionBwdSm90Smem<Traits>& smem, cons
     wgmma_wait_group<Traits::kEarlyDp && Traits::kOverlapsDv ? 1 : 0>();  // dv
     pin_accumulators(wgmma_registers(dp));
     make_score_gradients<Traits>(dx, p, dp, s, args.scores, smem.delta[stage]);
-    const typename Traits::TileDx dx_tile{smem_address(smem.dx[stage])};
-    group.publish(dx, dx_tile);
+    group.publish(dx, typename Traits::TileDx{smem_address(smem.dx[stage])});
     if constexpr (!Traits::kEarlyDv) issue_dv();
     group.meet();  // both have also read dX of the step before the last, whose place this one took
-
-    wgmma_fence();
-    issue_dq<Element>(dq, dx_tile, Traits::dq_row(group_), group.k_tile(), Traits::dq_column(group_));
-    wgmma_commit_group();
-    wgmma_fence();
-    issue_ab<Element>(dk, dx, group.q_tile(stage));
-    wgmma_commit_group();
-    wgmma_wait_group<2>();  // dq, dk
-    group.arrive_by_warp(&smem.dout_empty[stage]);
-    wgmma_wait_group<1>();  // dk
-    pin_accumulators(wgmma_registers(dq));
-    group.hand_over_dq(dq, info, at.count);
-    wgmma_wait_group<0>();
-    pin_accumulators(wgmma_registers(dk));
-    pin_accumulators(wgmma_registers(dv));
-    group.arrive_by_warp(&smem.q_empty[stage]);
+    make_dq_and_dk(group, dk, dv, dx, info, at);
   }
   group.hand_over_dq({}, {}, at.count);
   group.store_gradients(dk, dv);
@@ -290,43 +328,28 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const AttentionBwdSm90Args& own = args_of_block<Traits>(smem, args);
   if (threadIdx.x == 0) {
     for (const TensorMap* map : {&q_map, &k_map, &v_map, &dout_map}) prefetch_tensor_map(map);
-    mbarrier_init(&smem.k_full, 1);
-    mbarrier_init(&smem.v_full, 1);
-    constexpr int kWarps = 4 * Traits::kGroups;
-    for (int stage = 0; stage < Traits::kStages; ++stage) {
-      mbarrier_init(&smem.q_full[stage], 1);
-      mbarrier_init(&smem.q_empty[stage], kWarps);
-      mbarrier_init(&smem.dout_full[stage], 1);
-      mbarrier_init(&smem.dout_empty[stage], kWarps);
-    }
-    for (int stage = 0; Traits::kCopiesMasks && stage < kMaxMaskStages; ++stage) {
-      mbarrier_init(&smem.mask_full[stage], 1);
-      mbarrier_init(&smem.mask_empty[stage], kWarps);
-    }
-    for (int group = 0; group < Traits::kGroups; ++group) {
-      mbarrier_init(&smem.dq_full[group], 4);
-      mbarrier_init(&smem.dq_empty[group], 1);
-    }
-    if constexpr (Traits::kPacked) init_packed(smem.packed, own.bwd);
-    fence_mbarrier_init();
+    if (!Traits::kPacked) init_bwd_barriers(smem);
   }
-  __syncthreads();
-  if (Traits::kPacked && smem.packed.keys.count <= 0) return;  // the sequence has no such tile
+  if (!Traits::kPacked) __syncthreads();
   // Where few registers are left, ptxas spills some if it knows that this is uniform.
   const int warp = Traits::kFewLeft ? static_cast<int>(threadIdx.x) / 32 : warp_of_block();
   if (warp < 4) {
     setmaxnreg_dec<Traits::kFeedingRegisters>();
-    if (warp == 0) {
-      feed_bwd_stages<Traits>(smem, own.bwd, &q_map, &k_map, &v_map, &dout_map);
-    } else if (warp <= Traits::kGroups && threadIdx.x % 32 == 0) {
-      add_dq_pieces(smem, own, warp - 1);
-    } else if (warp == 3) {
-      if constexpr (Traits::kCopiesMasks) feed_bwd_masks<Traits>(smem, args.bwd, mask);
-      if constexpr (Traits::kPacked) clear_bwd_edges<Traits>(smem, own.bwd);
-    }
+    for_each_key_tile<Traits, true>(smem, args, [&] {
+      const int role = Traits::kPacked ? thread_of_tile<Traits>() / 32 : warp;
+      if (role == 0) {
+        feed_bwd_stages<Traits>(smem, own.bwd, &q_map, &k_map, &v_map, &dout_map);
+      } else if (role <= Traits::kGroups && threadIdx.x % 32 == 0) {
+        add_dq_pieces(smem, own, role - 1);
+      } else if (role == 3) {
+        if constexpr (Traits::kCopiesMasks) feed_bwd_masks<Traits>(smem, args.bwd, mask);
+        if constexpr (Traits::kPacked) clear_bwd_edges<Traits>(smem, own.bwd);
+      }
+    });
   } else {
     setmaxnreg_inc<Traits::kMultiplyingRegisters>();
-    multiply_bwd_tiles(smem, args.bwd, own.bwd, mask, warp / 4 - 1);
+    for_each_key_tile<Traits, false>(smem, args,
+                                     [&] { multiply_bwd_tiles(smem, args.bwd, own.bwd, mask, warp / 4 - 1); });
   }
 }
 

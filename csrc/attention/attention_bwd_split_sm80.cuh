@@ -11,7 +11,7 @@ namespace fastattn {
 template <int kRowTiles, int kColTiles>
 FASTATTN_DEVICE void store_part(const float (&acc)[kRowTiles][kColTiles][4], float factor, float* gmem, int columns,
                                 int rows) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = opaque(static_cast<int>(threadIdx.x) % 32);  // or a loop around would keep lane / 4
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll

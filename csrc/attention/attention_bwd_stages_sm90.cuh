@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/attention_bwd_dq_sum_sm90.cuh"
+#include "attention/attention_bwd_order_sm90.cuh"
 #include "attention/attention_bwd_probabilities_sm90.cuh"
 #include "attention/attention_bwd_split_sm80.cuh"
 #include "attention/attention_tile_sm90.cuh"
@@ -15,22 +16,43 @@ struct BwdStageInfo {
   int mask_number = 0;            // 0: attn_mask changes nothing; else this is the block's 1st, 2nd, ... tile of it
 };
 
-// The block's keys, and which part of the queries that see them it has.
 template <typename Traits>
-struct BwdKeys {
-  int batch, head_kv, tile, first, count, part;
+using BwdTileKeys = BwdKeys<Traits::kBlockK>;
 
-  FASTATTN_DEVICE explicit BwdKeys(const AttentionBwdArgs& args, int block = static_cast<int>(blockIdx.x)) {
-    // The causal diagonal lets the first keys be seen by most queries: they go first. Where blocks take turns, those
-    // before this one have started earlier; so do all parts of smaller keys, whichever of them has a query tile.
-    const int keys = block / args.parts.count();
-    part = block - keys * args.parts.count();
-    tile = keys % args.key_tiles;
-    const int batch_head = keys / args.key_tiles;
-    batch = batch_head / args.heads_kv, head_kv = batch_head % args.heads_kv;
-    first = tile * Traits::kBlockK, count = min(Traits::kBlockK, args.scores.seqlen_k - first);
-  }
+// What a block of packed sequences has of its own in shared memory. A dense one has no use for it.
+template <typename Traits>
+struct BwdPackedSmem {
+  alignas(16) uint8_t args[Traits::kPacked ? sizeof(AttentionBwdSm90Args) : 16];
+  BwdTileKeys<Traits> keys;
+  int place;
+  // Of tiles with rows to clear: the copies are done. Such a tile is full when its rows are zeros.
+  uint64_t k_arrived, v_arrived, q_arrived[Traits::kStages], dout_arrived[Traits::kDoutStages];
+
+  FASTATTN_DEVICE AttentionBwdSm90Args& own() { return *reinterpret_cast<AttentionBwdSm90Args*>(args); }
 };
+
+// threadIdx.x anew with each of a packed block's tiles, so that what is made of it does not take registers from tile to
+// tile.
+template <typename Traits>
+FASTATTN_DEVICE int thread_of_tile() {
+  const int thread = static_cast<int>(threadIdx.x);
+  return Traits::kPacked ? opaque(thread) : thread;
+}
+
+// What a thread knows of its block's keys. Packed, the multiplying ones have no registers for them.
+template <typename Traits>
+using BwdBlockKeys = std::conditional_t<Traits::kPacked, const BwdTileKeys<Traits>&, const BwdTileKeys<Traits>>;
+
+// `block` is blockIdx.x.
+template <typename Traits, typename Smem>
+FASTATTN_DEVICE BwdBlockKeys<Traits> keys_of_block(const Smem& smem, const AttentionBwdArgs& own,
+                                                   [[maybe_unused]] int block = static_cast<int>(blockIdx.x)) {
+  if constexpr (Traits::kPacked) {
+    return smem.packed.keys;
+  } else {
+    return BwdTileKeys<Traits>(own, block);
+  }
+}
 
 // Where the block's batch entry lies in the tensors that TMA knows. A packed sequence's rows are followed by the next
 // one's, which are cleared in shared memory (attention_bwd_packed_sm90.cuh).
@@ -79,7 +101,7 @@ FASTATTN_DEVICE void feed_bwd_stages(Smem& smem, const AttentionBwdArgs& args, c
   using TileV = typename Traits::TileV;
   using TileQ = typename Traits::TileQ;
   constexpr uint32_t kRowBytes = Traits::kBlockQ * 4;  // of lse or delta
-  const BwdKeys<Traits> keys(args);
+  BwdBlockKeys<Traits> keys = keys_of_block<Traits>(smem, args);
   const bool is_leader = threadIdx.x % 32 == 0;
   const BwdEntry<Traits::kPacked> entry(args, keys.batch);
   if (is_leader) {
@@ -129,7 +151,7 @@ FASTATTN_DEVICE void feed_bwd_stages(Smem& smem, const AttentionBwdArgs& args, c
 template <typename Traits, typename Smem>
 FASTATTN_DEVICE void feed_bwd_masks(Smem& smem, const AttentionBwdArgs& args, const MaskStages& mask) {
   if (mask.count == 0) return;
-  const BwdKeys<Traits> keys(args);
+  BwdBlockKeys<Traits> keys = keys_of_block<Traits>(smem, args);
   MaskRingPosition at;
   for (QueryTileWalk<Traits> walk(args, keys.batch, keys.head_kv, keys.tile, {keys.first, keys.first + keys.count},
                                   args.parts, keys.part);
@@ -171,7 +193,7 @@ FASTATTN_DEVICE void release_mask(Smem& smem, const StepMask& mask) {
 template <typename Traits, typename Smem>
 FASTATTN_DEVICE void make_step_probabilities(typename Traits::Scores& s, typename Traits::Operand& p, Smem& smem,
                                              const ScoreArgs& scores, const MaskStages& mask,
-                                             const DropoutState& dropout, const BwdKeys<Traits>& keys,
+                                             const DropoutState& dropout, const BwdTileKeys<Traits>& keys,
                                              BwdStageInfo info, int row, const float* lse_smem) {
   const int query = info.query_tile * Traits::kBlockQ;
   const IndexRange all = band_of(scores).keys_seen_by_all({query, query + Traits::kBlockQ});
@@ -188,11 +210,11 @@ FASTATTN_DEVICE void make_step_probabilities(typename Traits::Scores& s, typenam
 
 // What this block knows of dk or dv, where others have more of it: fp32 sums of a warp's 16 keys, the first of which is
 // `warp_row`. Each sequence has room for `longest` keys.
-template <typename Traits>
-FASTATTN_DEVICE void store_shared_sums(const typename Traits::Gradient& gradient, float factor,
+template <typename Traits, typename Smem>
+FASTATTN_DEVICE void store_shared_sums(const typename Traits::Gradient& gradient, float factor, const Smem& smem,
                                        const AttentionBwdArgs& args, int longest, bool of_dv, int warp_row) {
   // Unknown to the compiler, which would otherwise make the addresses ahead of all steps and keep them.
-  const BwdKeys<Traits> keys(args, opaque(static_cast<int>(blockIdx.x)));
+  BwdBlockKeys<Traits> keys = keys_of_block<Traits>(smem, args, opaque(static_cast<int>(blockIdx.x)));
   const int64_t batch_head = int64_t{keys.batch} * args.heads_kv + keys.head_kv;
   const int64_t key = batch_head * longest + keys.first + warp_row;
   store_part(gradient, factor, args.parts.sums(of_dv, keys.part) + key * args.parts.columns, args.parts.columns,
@@ -203,7 +225,7 @@ FASTATTN_DEVICE void store_shared_sums(const typename Traits::Gradient& gradient
 
 // How many blocks of keys add to these queries before this one: the visible ones among those of smaller keys.
 template <typename Traits>
-FASTATTN_DEVICE int turn_of_block(const AttentionBwdArgs& args, const BwdKeys<Traits>& keys, BwdStageInfo info) {
+FASTATTN_DEVICE int turn_of_block(const AttentionBwdArgs& args, const BwdTileKeys<Traits>& keys, BwdStageInfo info) {
   const int query = info.query_tile * Traits::kBlockQ;
   const IndexRange seen =
       band_of(args.scores).keys_seen_by_any({query, min(query + Traits::kBlockQ, args.scores.seqlen_q)});

@@ -8,6 +8,7 @@
 // Memory:  k and v stay; q with lse arrives in two stages, dO with delta in one or two; P and dX have one place each;
 //          dq leaves in fp32, 16 KiB at a time from two places, by a bulk copy that adds (attention_bwd_sm90.cuh).
 // Numbers: fp16/bf16 inputs, fp32 scores, P, dX and sums; P and dX are rounded for the products with dO, q and k.
+// Order:   as attention_bwd_sm90.cuh, which is to be read first and shares the same feeding warp and dq's sums.
 // Source:  as attention_bwd_sm90.cuh.
 #pragma once
 
@@ -71,6 +72,33 @@ struct AttentionBwdWideSm90Smem {
   uint64_t p_full, p_empty;
   uint64_t dq_full[Traits::kDqPlaces], dq_empty[Traits::kDqPlaces];
   BwdPackedSmem<Traits> packed;
+
+  // Calls fn(barrier, arrivals) for each mbarrier that is used.
+  template <typename Fn>
+  FASTATTN_DEVICE void for_each_barrier(Fn fn) {
+    constexpr int kGroupWarps = 4;
+    fn(&k_full, 1);
+    fn(&v_full, 1);
+    for (int stage = 0; stage < kStages; ++stage) {
+      fn(&q_full[stage], 1);
+      fn(&q_empty[stage], 2 * kGroupWarps);
+    }
+    for (int stage = 0; stage < kDoutStages; ++stage) {
+      fn(&dout_full[stage], 1);
+      fn(&dout_empty[stage], 2 * kGroupWarps);
+    }
+    for (int stage = 0; Traits::kCopiesMasks && stage < kMaxMaskStages; ++stage) {
+      fn(&mask_full[stage], 1);
+      fn(&mask_empty[stage], kGroupWarps);
+    }
+    fn(&p_full, kGroupWarps);
+    fn(&p_empty, kGroupWarps);
+    for (int place = 0; place < Traits::kDqPlaces; ++place) {
+      fn(&dq_full[place], kGroupWarps);
+      fn(&dq_empty[place], 1);
+    }
+    for_each_packed_barrier<Traits>(packed, fn);
+  }
 };
 
 // ---- the storing warp
@@ -78,7 +106,7 @@ struct AttentionBwdWideSm90Smem {
 // By one thread: adds the pieces of dq to global memory as they come.
 template <typename Traits>
 FASTATTN_DEVICE void add_wide_dq_pieces(AttentionBwdWideSm90Smem<Traits>& smem, const AttentionBwdSm90Args& args) {
-  const BwdKeys<Traits> keys(args.bwd);
+  BwdBlockKeys<Traits> keys = keys_of_block<Traits>(smem, args.bwd);
   const bool takes_turns = args.dq.turns != nullptr;
   RingPosition<Traits::kDqPlaces> at;
   for (;; ++at.count) {
@@ -116,7 +144,7 @@ struct BwdWideGroup {
 
   AttentionBwdWideSm90Smem<Traits>& smem;
   const AttentionBwdArgs &args, &own;  // every block's, and those of its sequence
-  BwdGroupKeys<Traits> keys;
+  BwdBlockKeys<Traits> keys;
   const int thread, warp_row, lane;
   RingPosition<Traits::kStages> q_at;
   RingPosition<Traits::kDoutStages> dout_at;
@@ -150,7 +178,7 @@ struct BwdWideGroup {
   FASTATTN_DEVICE void store(const typename Traits::Gradient& gradient, float factor, uint8_t* tile_smem,
                              const AttentionTensor& tensor, int cols, bool is_aligned) const {
     if (args.parts.count() > 1) {
-      return store_shared_sums<Traits>(gradient, factor, own, args.scores.seqlen_k, /*of_dv=*/&tensor == &own.dv,
+      return store_shared_sums<Traits>(gradient, factor, smem, own, args.scores.seqlen_k, /*of_dv=*/&tensor == &own.dv,
                                        warp_row);
     }
     bar_sync(kWideGroupsBarrier, 256);
@@ -168,9 +196,7 @@ FASTATTN_DEVICE void make_dv(AttentionBwdWideSm90Smem<Traits>& smem, const Atten
   BwdWideGroup<Traits> group(smem, args, own);
   const ScoreArgs& scores = args.scores;
   DropoutState dropout;
-  if (Traits::kKind == ScoreKind::kEverything && scores.dropout_threshold > 0) {
-    dropout = load_dropout_state(scores.rng_state);
-  }
+  if constexpr (Traits::kKind == ScoreKind::kEverything) dropout = load_dropout_state(scores);
   const typename Traits::TileK k_tile{smem_address(smem.k)};
   typename Traits::Gradient dv = {};
   mbarrier_wait(&smem.k_full, 0);
@@ -321,49 +347,28 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const AttentionBwdSm90Args& own = args_of_block<Traits>(smem, args);
   if (threadIdx.x == 0) {
     for (const TensorMap* map : {&q_map, &k_map, &v_map, &dout_map}) prefetch_tensor_map(map);
-    mbarrier_init(&smem.k_full, 1);
-    mbarrier_init(&smem.v_full, 1);
-    constexpr int kGroupWarps = 4;
-    for (int stage = 0; stage < Traits::kStages; ++stage) {
-      mbarrier_init(&smem.q_full[stage], 1);
-      mbarrier_init(&smem.q_empty[stage], 2 * kGroupWarps);
-    }
-    for (int stage = 0; stage < Traits::kDoutStages; ++stage) {
-      mbarrier_init(&smem.dout_full[stage], 1);
-      mbarrier_init(&smem.dout_empty[stage], 2 * kGroupWarps);
-    }
-    for (int stage = 0; Traits::kCopiesMasks && stage < kMaxMaskStages; ++stage) {
-      mbarrier_init(&smem.mask_full[stage], 1);
-      mbarrier_init(&smem.mask_empty[stage], kGroupWarps);
-    }
-    mbarrier_init(&smem.p_full, kGroupWarps);
-    mbarrier_init(&smem.p_empty, kGroupWarps);
-    for (int place = 0; place < Traits::kDqPlaces; ++place) {
-      mbarrier_init(&smem.dq_full[place], kGroupWarps);
-      mbarrier_init(&smem.dq_empty[place], 1);
-    }
-    if constexpr (Traits::kPacked) init_packed(smem.packed, own.bwd);
-    fence_mbarrier_init();
+    if (!Traits::kPacked) init_bwd_barriers(smem);
   }
-  __syncthreads();
-  if (Traits::kPacked && smem.packed.keys.count <= 0) return;  // the sequence has no such tile
+  if (!Traits::kPacked) __syncthreads();
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (warp < 4) {
     setmaxnreg_dec<Traits::kFeedingRegisters>();
-    if (warp == 0) {
-      feed_bwd_stages<Traits>(smem, own.bwd, &q_map, &k_map, &v_map, &dout_map);
-    } else if (warp == 1 && threadIdx.x % 32 == 0) {
-      add_wide_dq_pieces(smem, own);
-    } else if (warp == 2) {
-      if constexpr (Traits::kCopiesMasks) feed_bwd_masks<Traits>(smem, args.bwd, mask);
-      if constexpr (Traits::kPacked) clear_bwd_edges<Traits>(smem, own.bwd);
-    }
+    for_each_key_tile<Traits, true>(smem, args, [&] {
+      if (warp == 0) {
+        feed_bwd_stages<Traits>(smem, own.bwd, &q_map, &k_map, &v_map, &dout_map);
+      } else if (warp == 1 && threadIdx.x % 32 == 0) {
+        add_wide_dq_pieces(smem, own);
+      } else if (warp == 2) {
+        if constexpr (Traits::kCopiesMasks) feed_bwd_masks<Traits>(smem, args.bwd, mask);
+        if constexpr (Traits::kPacked) clear_bwd_edges<Traits>(smem, own.bwd);
+      }
+    });
   } else if (warp < 8) {
     setmaxnreg_inc<Traits::kValuesRegisters>();
-    make_dv(smem, args.bwd, own.bwd, mask);
+    for_each_key_tile<Traits, false>(smem, args, [&] { make_dv(smem, args.bwd, own.bwd, mask); });
   } else {
     setmaxnreg_inc<Traits::kKeysRegisters>();
-    make_dk_and_dq(smem, args.bwd, own.bwd);
+    for_each_key_tile<Traits, false>(smem, args, [&] { make_dk_and_dq(smem, args.bwd, own.bwd); });
   }
 }
 

@@ -158,7 +158,8 @@ int choose_sm90_tile(const AttentionParams& p, const DeviceLaunch& launch, int64
     const FwdSm90Tile& tile = kFwdSm90Tiles[i];
     if (!tile.serves(head_dim, score_kind(p), rows) || (is_packed(p) && !tile.packed())) continue;
     const int64_t blocks = p.batch * (p.heads / group) * ceil_div(rows, tile.block_q());
-    const int64_t key_tiles = visible_key_tiles(p, min_of(p.seqlen_q, tile.block_q()), tile.block_k);
+    const int block_k = is_packed(p) ? tile.packed_block_k() : tile.block_k;
+    const int64_t key_tiles = visible_key_tiles(p, min_of(p.seqlen_q, tile.block_q()), block_k);
     return choose_splits(blocks, key_tiles, launch.multiprocessors) == 1 ? i : -1;
   }
   return -1;

@@ -4,6 +4,8 @@
 // Memory:  q, one tile of k and one of v in shared memory. While a warp multiplies by k the copy of v runs, while it
 //          exponentiates and multiplies by v that of the next k; two blocks a multiprocessor fill each other's gaps.
 // Numbers: fp16/bf16 inputs, fp32 scores, softmax and accumulation; probabilities are rounded for the product with v.
+// Order:   what a block works on and copies (FwdBlock, FwdCopies), scores, the way out, the kernel, whose loop is
+//          README.md's picture of the forward. softmax.cuh has the softmax, attention_combine.cuh joins parts.
 // Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 1.
 #pragma once
 
@@ -12,7 +14,6 @@
 #include "attention/attention_mask_tiles.cuh"
 #include "attention/attention_packed.cuh"
 #include "attention/attention_products_sm80.cuh"
-#include "attention/mask.h"
 #include "attention/softmax.cuh"
 
 namespace fastattn {
@@ -37,8 +38,11 @@ struct AttentionFwdTraits {
 template <typename Traits>
 struct CachedTraits : Traits {
   static constexpr bool kCached = true, kNoMask = true;
-  // One more block of the smallest tile with everything would make the compiler spill.
-  static constexpr int kMinBlocks = Traits::kKind == ScoreKind::kEverything ? 2 : Traits::kMinBlocks;
+  // One more block of the smallest tile with everything would make the compiler spill, and so would on 12.0 a third at
+  // head_dim 128, which shared memory has no room for.
+  static constexpr bool kTwoBlocks =
+      Traits::kKind == ScoreKind::kEverything || (kCodeCapability >= 120 && Traits::kHeadDim == 128);
+  static constexpr int kMinBlocks = kTwoBlocks ? 2 : Traits::kMinBlocks;
 };
 
 struct AttentionFwdArgs {
@@ -80,7 +84,7 @@ struct KeyTiles {
 
 template <int kBlockK>
 FASTATTN_DEVICE KeyTiles key_tiles(const ScoreArgs& scores, IndexRange queries) {
-  const Band band = {scores.seqlen_q, scores.seqlen_k, scores.diagonal, scores.window_left, scores.window_right};
+  const Band band = band_of(scores);
   const IndexRange any = band.keys_seen_by_any(queries), all = band.keys_seen_by_all(queries);
   const int begin = static_cast<int>(any.begin) / kBlockK;
   const int end = any.end > any.begin ? (static_cast<int>(any.end) + kBlockK - 1) / kBlockK : begin;
@@ -96,6 +100,87 @@ FASTATTN_DEVICE KeyTiles key_tiles(const ScoreArgs& scores, IndexRange queries, 
   tiles.begin += static_cast<int>(int64_t{count} * split / splits);
   return tiles;
 }
+
+// ---- what a block does
+
+// The shared memory of one block, its rows, and the key tiles that it visits.
+template <typename Traits>
+struct FwdBlock {
+  using TileQ = typename Traits::TileQ;
+  using TileK = typename Traits::TileK;
+
+  const uint32_t smem_base;
+  const AttentionFwdArgs& args;
+  const AttentionFwdArgs& own;  // args as they are for the batch entry; in a dense batch the same object
+  const FwdWork& work;
+
+  const TileQ q_tile{smem_base};
+  const TileK k_tile{q_tile.address + TileQ::kBytes};
+  const TileK v_tile{k_tile.address + TileK::kBytes};
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  // Packing is for short sequences, which the plain tiles are too large for but of caches; a constant spares them the
+  // divisions.
+  const int group = Traits::kKind == ScoreKind::kPlain && !Traits::kCached ? 1 : args.group;
+  const int head_kv = group > 1 ? work.tile_head : work.tile_head / (args.heads / args.heads_kv);
+  const int first_row = work.row_tile * Traits::kBlockQ;
+  const int rows = min(Traits::kBlockQ, own.scores.seqlen_q* group - first_row);
+  const QueryRows tile_rows = {first_row, work.tile_head * group, group};
+  // This warp's rows, counted from the tile's first; this lane's.
+  const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16 * Traits::kRowTiles;
+  const QueryRows lane_rows = {first_row + warp_row + lane / 4, tile_rows.head, group};
+  const KeyTiles tiles = key_tiles<Traits::kBlockK>(
+      own.scores, {tile_rows.query_of(first_row), tile_rows.query_of(first_row + rows - 1) + 1}, work.split,
+      args.splits);
+};
+
+// q, k and v on their way to shared memory: each function starts one group of copies.
+template <typename Traits>
+struct FwdCopies {
+  using Element = typename Traits::Element;
+  const FwdBlock<Traits>& block;
+  // Packed sequences share one entry of the tensors, and a cache's table knows its own.
+  const int query_entry = Traits::kPacked ? 0 : block.work.batch;
+  const int key_entry = Traits::kPacked || Traits::kCached ? 0 : block.work.batch;
+
+  // Where the entry starts. The head's address as a member would make the largest tile spill.
+  const void* const k_data = block.own.k.data;
+  const void* const v_data = block.own.v.data;
+
+  FASTATTN_DEVICE void load_q() const {
+    const AttentionFwdArgs& args = block.args;
+    const Element* q_gmem = static_cast<const Element*>(block.own.q.data) + query_entry * args.q.stride_batch;
+    load_tile_rows<Traits::kThreads>(block.q_tile, block.rows, args.head_dim, [&](int row) {
+      return q_gmem + block.tile_rows.head_of(block.first_row + row) * args.q.stride_head +
+             block.tile_rows.query_of(block.first_row + row) * args.q.stride_row;
+    });
+    cp_async_commit_group();
+  }
+  FASTATTN_DEVICE void load_k(int tile) const { load(block.k_tile, k_data, block.args.k, tile, block.args.head_dim); }
+  FASTATTN_DEVICE void load_v(int tile) const { load(block.v_tile, v_data, block.args.v, tile, block.args.head_dim_v); }
+
+ private:
+  // The strides are the same for all entries and come from constant memory.
+  FASTATTN_DEVICE void load(typename Traits::TileK dst, const void* data, const AttentionTensor& tensor, int tile,
+                            int cols) const {
+    const AttentionFwdArgs& args = block.args;
+    const int key = tile * Traits::kBlockK, rows = block.own.scores.seqlen_k - key;
+    const Element* gmem =
+        static_cast<const Element*>(data) + key_entry * tensor.stride_batch + block.head_kv * tensor.stride_head;
+    if constexpr (Traits::kCached) {
+      const CachedRows<Element> cached = {args.cache,       gmem, tensor.stride_batch, tensor.stride_row,
+                                          block.work.batch, key};
+      FASTATTN_DYNAMIC_SMEM(smem);
+      if (args.cache_is_aligned) {
+        load_cached_tile<Traits::kThreads>(dst, cached, rows, cols);
+      } else {
+        load_unaligned_cached_tile<Traits::kThreads>(dst, smem + (dst.address - block.smem_base), cached, rows, cols);
+      }
+    } else {
+      load_tile<Traits::kThreads>(dst, gmem + key * tensor.stride_row, tensor.stride_row, rows, cols);
+    }
+    cp_async_commit_group();
+  }
+};
 
 // ---- scores
 
@@ -121,25 +206,41 @@ FASTATTN_DEVICE void modify_scores(float (&s)[kRowTiles][kColTiles][4], const Sc
   });
 }
 
+// The softmax before the first key: a sink is as if it had been seen, by one of the parts of the keys.
+template <typename Traits>
+FASTATTN_DEVICE void start_softmax(OnlineSoftmax<Traits::kRowTiles>& softmax, const FwdBlock<Traits>& block) {
+  const float* sinks = block.args.sinks;
+#pragma unroll
+  for (int m = 0; m < Traits::kRowTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool has_sink = sinks != nullptr && block.work.split == 0;
+      const int head = block.lane_rows.head_of(block.lane_rows.row(m, half));
+      softmax.start(m, half, has_sink ? sinks[head] * kLog2E : -INFINITY);
+    }
+  }
+}
+
 // ---- writing the result
 
 // Through q's tile, of which a warp reads and writes its own rows alone. Rows are addressed here and not by an object
 // that store_accumulators asks, which cost the largest tiles registers that they do not have.
 template <typename Traits>
 FASTATTN_DEVICE void store_out(const float (&o)[Traits::kRowTiles][Traits::kHeadDim / 8][4],
-                               typename Traits::TileQ tile, uint8_t* tile_smem, const AttentionFwdArgs& args, void* out,
-                               int batch, const QueryRows& tile_rows, int warp_row, int rows) {
+                               const FwdBlock<Traits>& block, const FwdCopies<Traits>& copies) {
   using Element = typename Traits::Element;
-  stage_accumulators<Element>(o, 1.0f, tile, tile_smem, warp_row);
-  Element* out_gmem = static_cast<Element*>(out) + batch * args.out.stride_batch;
+  const AttentionFwdArgs& args = block.args;
+  FASTATTN_DYNAMIC_SMEM(smem);
+  stage_accumulators<Element>(o, 1.0f, block.q_tile, smem, block.warp_row, static_cast<int>(threadIdx.x) % 32);
+  Element* out_gmem = static_cast<Element*>(block.own.out.data) + copies.query_entry * args.out.stride_batch;
   constexpr int kChunks = Traits::kHeadDim / 8;
   for (int i = static_cast<int>(threadIdx.x) % 32; i < 16 * Traits::kRowTiles * kChunks; i += 32) {
-    const int row = warp_row + i / kChunks, col = i % kChunks * 8;
-    if (row >= rows || col >= args.head_dim_v) continue;
-    const int tile_row = tile_rows.first + row;
-    Element* dst = out_gmem + tile_rows.head_of(tile_row) * args.out.stride_head +
-                   tile_rows.query_of(tile_row) * args.out.stride_row + col;
-    store_staged_chunk(dst, staged_place(tile, tile_smem, row, col), args.head_dim_v - col, args.out_is_aligned);
+    const int row = block.warp_row + i / kChunks, col = i % kChunks * 8;
+    if (row >= block.rows || col >= args.head_dim_v) continue;
+    const int tile_row = block.first_row + row;
+    Element* dst = out_gmem + block.tile_rows.head_of(tile_row) * args.out.stride_head +
+                   block.tile_rows.query_of(tile_row) * args.out.stride_row + col;
+    store_staged_chunk(dst, staged_place(block.q_tile, smem, row, col), args.head_dim_v - col, args.out_is_aligned);
   }
 }
 
@@ -154,37 +255,39 @@ FASTATTN_DEVICE void store_partial_row(const float (&o)[kColTiles][4], int half,
   }
 }
 
-// Normalises o and writes lse; of a part of the keys, its lse and o for combine_splits_kernel. `lane` is handed in
+// Normalises o and writes lse; of a part of the keys, its lse and o for combine_splits_kernel. The lane is block's
 // because reading threadIdx again made the largest tiles spill.
-template <bool kPacked, int kRowTiles, int kColTiles>
-FASTATTN_DEVICE void finish_rows(float (&o)[kRowTiles][kColTiles][4], const OnlineSoftmax<kRowTiles>& softmax,
-                                 const AttentionFwdArgs& args, float* lse, const FwdWork& work, const QueryRows& rows,
-                                 int end_row, int lane) {
-  const int seqlen_q = args.scores.seqlen_q;
+template <typename Traits>
+FASTATTN_DEVICE void finish_rows(float (&o)[Traits::kRowTiles][Traits::kHeadDim / 8][4],
+                                 const OnlineSoftmax<Traits::kRowTiles>& softmax, const FwdBlock<Traits>& block) {
+  const AttentionFwdArgs& args = block.args;
+  const QueryRows& rows = block.lane_rows;
+  float* const lse = block.own.lse;
+  const int seqlen_q = args.scores.seqlen_q, end_row = block.first_row + block.rows;
 #pragma unroll
-  for (int m = 0; m < kRowTiles; ++m) {
+  for (int m = 0; m < Traits::kRowTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float total = softmax.total(m, half), lse_log2 = softmax.lse_log2(m, half, total);
       // A row that saw nothing has o = 0. Not total > 0, which would turn NaN into 0.
       const float normaliser = total == 0.0f ? 0.0f : args.scores.dropout_scale / total;
 #pragma unroll
-      for (int n = 0; n < kColTiles; ++n) {
+      for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
         o[m][n][2 * half] *= normaliser;
         o[m][n][2 * half + 1] *= normaliser;
       }
       const int row = rows.row(m, half);
       if (row >= end_row) continue;
-      const int64_t batch_head = int64_t{work.batch} * args.heads + rows.head_of(row);
+      const int64_t batch_head = int64_t{block.work.batch} * args.heads + rows.head_of(row);
       const int64_t result_row = batch_head * seqlen_q + rows.query_of(row);
-      const bool first_lane = lane % 4 == 0;
+      const bool first_lane = block.lane % 4 == 0;
       if (args.splits > 1) {
-        const int64_t partial_row = work.split * int64_t{args.batch} * args.heads * seqlen_q + result_row;
+        const int64_t partial_row = block.work.split * int64_t{args.batch} * args.heads * seqlen_q + result_row;
         if (first_lane) args.partial_lse[partial_row] = lse_log2;
         store_partial_row(o[m], half, args, partial_row);
       } else if (first_lane) {
         const int64_t packed_row = rows.head_of(row) * args.packed.q.total + rows.query_of(row);
-        lse[kPacked ? packed_row : result_row] = lse_log2 * kLn2;
+        lse[Traits::kPacked ? packed_row : result_row] = lse_log2 * kLn2;
       }
     }
   }
@@ -192,84 +295,30 @@ FASTATTN_DEVICE void finish_rows(float (&o)[kRowTiles][kColTiles][4], const Onli
 
 // ---- the kernel
 
-// `own`: args as they are for the batch entry that the block works on. In a dense batch they are the same object.
 template <typename Traits>
 FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args, const AttentionFwdArgs& own,
                                          const FwdWork& work) {
   using Element = typename Traits::Element;
-  constexpr int kRowTiles = Traits::kRowTiles, kBlockK = Traits::kBlockK, kBlockQ = Traits::kBlockQ;
-  constexpr bool kPlain = Traits::kKind == ScoreKind::kPlain, kEverything = Traits::kKind == ScoreKind::kEverything;
+  using TileK = typename Traits::TileK;
+  constexpr int kRowTiles = Traits::kRowTiles, kBlockK = Traits::kBlockK;
+  constexpr bool kDrops = Traits::kKind == ScoreKind::kEverything && !Traits::kCached;
+  constexpr bool kPlain = Traits::kKind == ScoreKind::kPlain;
   FASTATTN_DYNAMIC_SMEM(smem);
-  const typename Traits::TileQ q_tile{smem_address(smem)};
-  const typename Traits::TileK k_tile{q_tile.address + Traits::TileQ::kBytes};
-  const typename Traits::TileK v_tile{k_tile.address + Traits::TileK::kBytes};
+  const FwdBlock<Traits> block{smem_address(smem), args, own, work};
+  const FwdCopies<Traits> copies{block};
+  const KeyTiles& tiles = block.tiles;
 
-  // ---- what this block does
-  const ScoreArgs& scores = own.scores;
-  const int batch = work.batch, lane = static_cast<int>(threadIdx.x) % 32;
-  // Packing is for short sequences, which the plain tiles are too large for but of caches; a constant spares them the
-  // divisions.
-  const int group = kPlain && !Traits::kCached ? 1 : args.group;
-  const int head_kv = group > 1 ? work.tile_head : work.tile_head / (args.heads / args.heads_kv);
-  const int first_row = work.row_tile * kBlockQ;
-  const int rows = min(kBlockQ, scores.seqlen_q * group - first_row);
-  const QueryRows tile_rows = {first_row, work.tile_head * group, group};
-  const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16 * kRowTiles;
-  const QueryRows lane_rows = {first_row + warp_row + lane / 4, tile_rows.head, group};
-  const IndexRange queries = {tile_rows.query_of(first_row), tile_rows.query_of(first_row + rows - 1) + 1};
-  const KeyTiles tiles = key_tiles<kBlockK>(scores, queries, work.split, args.splits);
-
-  // Packed sequences share one entry of the tensors, and a cache's table knows its own.
-  const int query_entry = Traits::kPacked ? 0 : batch, entry = Traits::kPacked || Traits::kCached ? 0 : batch;
-  const Element* q_gmem = static_cast<const Element*>(own.q.data) + query_entry * args.q.stride_batch;
-  const Element* k_gmem =
-      static_cast<const Element*>(own.k.data) + entry * args.k.stride_batch + head_kv * args.k.stride_head;
-  const Element* v_gmem =
-      static_cast<const Element*>(own.v.data) + entry * args.v.stride_batch + head_kv * args.v.stride_head;
-  const auto load_keys = [&](auto dst, const Element* gmem, const AttentionTensor& tensor, int tile, int cols) {
-    const int key = tile * kBlockK, rows = scores.seqlen_k - key;
-    if constexpr (Traits::kCached) {
-      const CachedRows<Element> cached = {args.cache, gmem, tensor.stride_batch, tensor.stride_row, batch, key};
-      if (args.cache_is_aligned) {
-        load_cached_tile<Traits::kThreads>(dst, cached, rows, cols);
-      } else {
-        load_unaligned_cached_tile<Traits::kThreads>(dst, smem + (dst.address - q_tile.address), cached, rows, cols);
-      }
-    } else {
-      load_tile<Traits::kThreads>(dst, gmem + key * tensor.stride_row, tensor.stride_row, rows, cols);
-    }
-    cp_async_commit_group();
-  };
-  const auto load_k = [&](int tile) { load_keys(k_tile, k_gmem, args.k, tile, args.head_dim); };
-  const auto load_v = [&](int tile) { load_keys(v_tile, v_gmem, args.v, tile, args.head_dim_v); };
-
-  load_tile_rows<Traits::kThreads>(q_tile, rows, args.head_dim, [&](int row) {
-    return q_gmem + tile_rows.head_of(first_row + row) * args.q.stride_head +
-           tile_rows.query_of(first_row + row) * args.q.stride_row;
-  });
-  cp_async_commit_group();
-  MaskTileReader<Traits::kNoMask> visible(args.mask_tiles, batch, work.tile_head, work.row_tile, tiles.end);
+  copies.load_q();
+  MaskTileReader<Traits::kNoMask> visible(args.mask_tiles, work.batch, work.tile_head, work.row_tile, tiles.end);
   int tile = visible.next(tiles.begin);
-  if (tile < tiles.end) load_k(tile);
+  if (tile < tiles.end) copies.load_k(tile);
 
-  // ---- one pass over the keys
   OnlineSoftmax<kRowTiles> softmax;
-#pragma unroll
-  for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      // One of the parts counts the sink.
-      const bool has_sink = args.sinks != nullptr && work.split == 0;
-      const float sink = has_sink ? args.sinks[lane_rows.head_of(lane_rows.row(m, half))] * kLog2E : -INFINITY;
-      softmax.start(m, half, sink);
-    }
-  }
+  start_softmax(softmax, block);
   DropoutState dropout;
-  if (kEverything && !Traits::kCached && args.scores.dropout_threshold > 0) {
-    dropout = load_dropout_state(args.scores.rng_state);
-  }
-  const FragmentLoader<Fragment::kA, typename Traits::TileQ> q_fragments(q_tile, warp_row);
-  const FragmentLoader<Fragment::kB, typename Traits::TileK> k_fragments(k_tile);
+  if constexpr (kDrops) dropout = load_dropout_state(args.scores);
+  const FragmentLoader<Fragment::kA, typename Traits::TileQ> q_fragments(block.q_tile, block.warp_row);
+  const FragmentLoader<Fragment::kB, TileK> k_fragments(block.k_tile);
   float o[kRowTiles][Traits::kHeadDim / 8][4] = {};
 
   while (tile < tiles.end) {
@@ -277,18 +326,19 @@ FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args, const Att
     const bool masked = visible.is_partial(tile);
     cp_async_wait_group<0>();
     __syncthreads();  // k is there for everyone, and everyone has done with the last v
-    load_v(tile);
+    copies.load_v(tile);
 
     float s[kRowTiles][kBlockK / 8][4];
     for_each_score(s, [](float& x, int, int, int, int) { x = 0.0f; });
     multiply_tiles<Element, Traits::kHeadDim>(s, q_fragments, k_fragments);
     const bool cut = tile < tiles.full_begin || tile >= tiles.full_end;
-    modify_scores<Traits::kKind>(s, tile_scores<Traits>(args.scores, scores), lane_rows, batch, col0, masked, cut);
+    modify_scores<Traits::kKind>(s, tile_scores<Traits>(args.scores, own.scores), block.lane_rows, work.batch, col0,
+                                 masked, cut);
 
     cp_async_wait_group<0>();
     __syncthreads();  // v is there for everyone, and everyone has done with this k
     tile = visible.next(tile + 1);
-    if (tile < tiles.end) load_k(tile);
+    if (tile < tiles.end) copies.load_k(tile);
 
     const float factor = kPlain ? args.scores.scale_log2 : 1.0f;
     float correction[kRowTiles][2];
@@ -296,18 +346,20 @@ FASTATTN_DEVICE void attention_fwd_block(const AttentionFwdArgs& args, const Att
       for_each_score(o, [&](float& x, int m, int half, int, int) { x *= correction[m][half]; });
     }
     softmax.exponentiate(s, factor);
-    if constexpr (kEverything && !Traits::kCached) {
-      if (args.scores.dropout_threshold > 0) drop_probabilities(s, args.scores, dropout, lane_rows, batch, col0);
+    if constexpr (kDrops) {
+      if (args.scores.dropout_threshold > 0) {
+        drop_probabilities(s, args.scores, dropout, block.lane_rows, work.batch, col0);
+      }
     }
     // Constructed here, since one register less across the loop decides whether the large tiles spill.
-    const FragmentLoader<Fragment::kBTransposed, typename Traits::TileK> v_fragments(v_tile);
+    const FragmentLoader<Fragment::kBTransposed, TileK> v_fragments(block.v_tile);
     multiply_accumulators<Element>(o, s, v_fragments);
   }
   cp_async_wait_group<0>();
   __syncthreads();  // where no key was visible, q has arrived only now; its tile becomes the output's
 
-  finish_rows<Traits::kPacked>(o, softmax, args, own.lse, work, lane_rows, first_row + rows, lane);
-  if (args.splits == 1) store_out<Traits>(o, q_tile, smem, args, own.out.data, query_entry, tile_rows, warp_row, rows);
+  finish_rows(o, softmax, block);
+  if (args.splits == 1) store_out(o, block, copies);
 }
 
 // Traits: AttentionFwdTraits, or PackedTraits of them.

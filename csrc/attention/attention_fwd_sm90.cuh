@@ -8,6 +8,8 @@
 // Memory:  q (kGroups tiles of 64 rows), kStages tiles of k and of v; one or two tiles of attn_mask a warpgroup and a
 //          tile of out where they fit, else the mask is read from global memory and out takes q's place.
 //          Probabilities never leave the registers; out leaves through shared memory by TMA.
+// Order:   what a block does; the warps that copy; the warpgroups that multiply, whose loop (attend) is the timeline;
+//          the way out; the kernel. attention_fwd_traits_sm90.cuh has tiles and shared memory and is to be read first.
 // Packed:  sequences one behind the other have row tiles of their own; attention_packed_sm90.cuh.
 // Numbers: fp16/bf16 inputs, fp32 scores, softmax and accumulation; probabilities are rounded for the product with v.
 // Source:  Shah et al., "FlashAttention-3", arXiv:2407.08608, algorithms 1 and 2.
@@ -48,44 +50,39 @@ FASTATTN_DEVICE FwdTileWork<Traits> fwd_tile_work(const AttentionFwdArgs& args, 
 
 // ---- producers: a warp, of which one lane waits and copies, and another for attn_mask
 
+// What one lane copies, stage by stage. The first round finds every stage empty.
 template <typename Traits>
-FASTATTN_DEVICE void produce_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const AttentionFwdArgs& args,
-                                       const AttentionFwdMaps& maps, int row_tiles) {
+struct FwdProducer {
   using TileQ = typename Traits::TileQ;
   using TileK = typename Traits::TileK;
-  const bool copies = threadIdx.x == 0;
-  RingPosition<Traits::kStages> k_at, v_at;
-  RingPosition<1> q_at;
-  EntryWalk<Traits> walk(smem.entries);
-  for (int round = 0; walk.reaches(args, row_tile_of_round(round), row_tiles); ++round, ++q_at.count) {
-    const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, walk, row_tile_of_round(round));
-    // The first round finds every stage empty.
-    const auto load_k = [&](int tile) {
-      uint64_t* const full = &smem.k_full[k_at.stage()];
-      if (copies) {
-        mbarrier_wait(&smem.k_empty[k_at.stage()], k_at.parity() ^ 1);
-        mbarrier_arrive_expect_tx(full, TileK::kBytes);
-        load_tile_sm90<TileK>(smem.k[k_at.stage()], &maps.k, full, work.entry.key_row(tile * Traits::kBlockK),
-                              work.head_kv, work.entry.of_map(work.at.batch));
-      }
-      ++k_at.count;
-    };
-    const auto load_v = [&](int tile) {
-      const bool cleared = work.entry.ends_in(tile * Traits::kBlockK, Traits::kBlockK);
-      uint64_t* const full = cleared ? &smem.v_arrived[v_at.stage()] : &smem.v_full[v_at.stage()];
-      if (copies) {
-        mbarrier_wait(&smem.v_empty[v_at.stage()], v_at.parity() ^ 1);
-        mbarrier_arrive_expect_tx(full, TileK::kBytes);
-        load_tile_sm90<TileK>(smem.v[v_at.stage()], &maps.v, full, work.entry.key_row(tile * Traits::kBlockK),
-                              work.head_kv, work.entry.of_map(work.at.batch));
-      }
-      ++v_at.count;
-    };
+  using Work = FwdTileWork<Traits>;
 
-    MaskTileReader<!Traits::kHasMask> visible(args.mask_tiles, work.at.batch, work.at.tile_head, work.at.row_tile,
-                                              work.keys.end);
-    int tile = visible.next(work.keys.begin);
-    if (tile < work.keys.end) load_k(tile);
+  AttentionFwdSm90Smem<Traits>& smem;
+  const AttentionFwdArgs& args;
+  const AttentionFwdMaps& maps;
+  const bool copies = threadIdx.x == 0;
+  RingPosition<Traits::kStages> k_at = {}, v_at = {};
+  RingPosition<1> q_at = {};
+
+  FASTATTN_DEVICE void load_k(const Work& work, int tile) {
+    const int stage = k_at.stage();
+    if (copies) {
+      mbarrier_wait(&smem.k_empty[stage], k_at.parity() ^ 1);
+      load_keys(work, tile, smem.k[stage], maps.k, &smem.k_full[stage]);
+    }
+    ++k_at.count;
+  }
+  FASTATTN_DEVICE void load_v(const Work& work, int tile) {
+    const int stage = v_at.stage();
+    const bool cleared = work.entry.ends_in(tile * Traits::kBlockK, Traits::kBlockK);
+    uint64_t* const full = cleared ? &smem.v_arrived[stage] : &smem.v_full[stage];
+    if (copies) {
+      mbarrier_wait(&smem.v_empty[stage], v_at.parity() ^ 1);
+      load_keys(work, tile, smem.v[stage], maps.v, full);
+    }
+    ++v_at.count;
+  }
+  FASTATTN_DEVICE void load_q(const Work& work) {
     if (copies) {
 #pragma unroll
       for (int group = 0; group < Traits::kGroups; ++group) {
@@ -101,12 +98,35 @@ FASTATTN_DEVICE void produce_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const
         }
       }
     }
+    ++q_at.count;
+  }
+
+ private:
+  FASTATTN_DEVICE void load_keys(const Work& work, int tile, uint8_t* place, const TensorMap& map, uint64_t* full) {
+    mbarrier_arrive_expect_tx(full, TileK::kBytes);
+    load_tile_sm90<TileK>(place, &map, full, work.entry.key_row(tile * Traits::kBlockK), work.head_kv,
+                          work.entry.of_map(work.at.batch));
+  }
+};
+
+template <typename Traits>
+FASTATTN_DEVICE void produce_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const AttentionFwdArgs& args,
+                                       const AttentionFwdMaps& maps, int row_tiles) {
+  FwdProducer<Traits> producer{smem, args, maps};
+  EntryWalk<Traits> walk(smem.entries);
+  for (int round = 0; walk.reaches(args, row_tile_of_round(round), row_tiles); ++round) {
+    const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, walk, row_tile_of_round(round));
+    MaskTileReader<!Traits::kHasMask> visible(args.mask_tiles, work.at.batch, work.at.tile_head, work.at.row_tile,
+                                              work.keys.end);
+    int tile = visible.next(work.keys.begin);
+    if (tile < work.keys.end) producer.load_k(work, tile);
+    producer.load_q(work);
     // In the order in which the consumers need them: k of one tile before v of the tile before.
 #pragma unroll 1
     while (tile < work.keys.end) {
       const int next = visible.next(tile + 1);
-      if (next < work.keys.end) load_k(next);
-      load_v(tile);
+      if (next < work.keys.end) producer.load_k(work, next);
+      producer.load_v(work, tile);
       tile = next;
     }
   }
@@ -216,46 +236,59 @@ struct FwdRows {
   }
 };
 
+// The two products of a key tile, by this warpgroup: s = q k^T, and o += p v.
+template <typename Traits>
+struct FwdProducts {
+  using Element = typename Traits::Element;
+  using TileK = typename Traits::TileK;
+  using Position = RingPosition<Traits::kStages>;
+
+  AttentionFwdSm90Smem<Traits>& smem;
+  const typename Traits::TileQ q_tile;
+  const uint32_t k_smem = smem_address(smem.k[0]), v_smem = smem_address(smem.v[0]);
+  float s[1][Traits::kBlockK / 8][4];
+  uint32_t p[Traits::kBlockK / 16][4];
+
+  // Not an aggregate, which would clear s and p.
+  FASTATTN_DEVICE FwdProducts(AttentionFwdSm90Smem<Traits>& smem_, int group)
+      : smem(smem_), q_tile{smem_address(smem_.q[group])} {}
+
+  FASTATTN_DEVICE void issue_scores(Position position) {
+    wgmma_fence();
+    issue_abt<Element>(s, q_tile, 0, TileK{k_smem + position.stage() * TileK::kBytes});
+    wgmma_commit_group();
+  }
+  FASTATTN_DEVICE void issue_output(float (&o)[1][Traits::kHeadDim / 8][4], Position position) {
+    mbarrier_wait(&smem.v_full[position.stage()], position.parity());
+    wgmma_fence();
+    issue_ab<Element>(o, p, TileK{v_smem + position.stage() * TileK::kBytes});
+    wgmma_commit_group();
+  }
+};
+
 // One pass over the keys: o = sum of p v, not normalised. `at` moves past the key tiles' stages.
 template <typename Traits>
 FASTATTN_DEVICE void attend(float (&o)[1][Traits::kHeadDim / 8][4], FwdRows<Traits>& rows,
                             AttentionFwdSm90Smem<Traits>& smem, RingPosition<Traits::kStages>& at, int group,
                             bool out_has_tile) {
-  using Element = typename Traits::Element;
-  using TileK = typename Traits::TileK;
-  using Position = RingPosition<Traits::kStages>;
   const bool releases = threadIdx.x % 32 == 0;
   const FwdTileWork<Traits>& work = rows.work;
-  const typename Traits::TileQ q_tile{smem_address(smem.q[group])};
-  const uint32_t k_smem = smem_address(smem.k[0]), v_smem = smem_address(smem.v[0]);
-  float s[1][Traits::kBlockK / 8][4];
-  uint32_t p[Traits::kBlockK / 16][4];
-
-  const auto issue_scores = [&](Position position) {
-    wgmma_fence();
-    issue_abt<Element>(s, q_tile, 0, TileK{k_smem + position.stage() * TileK::kBytes});
-    wgmma_commit_group();
-  };
-  const auto issue_output = [&](Position position) {
-    mbarrier_wait(&smem.v_full[position.stage()], position.parity());
-    wgmma_fence();
-    issue_ab<Element>(o, p, TileK{v_smem + position.stage() * TileK::kBytes});
-    wgmma_commit_group();
-  };
+  FwdProducts<Traits> products(smem, group);
+  auto& s = products.s;
 
   MaskTileReader<!Traits::kHasMask> visible(rows.args.mask_tiles, work.at.batch, work.at.tile_head, work.at.row_tile,
                                             work.keys.end);
   int tile = visible.next(work.keys.begin);
   const bool any = tile < work.keys.end;
-  Position before = at;  // of the last tile that s was made of
+  RingPosition<Traits::kStages> before = at;  // of the last tile that s was made of
   for (bool first = true; tile < work.keys.end; first = false) {
     const bool masked = visible.is_partial(tile);
     mbarrier_wait(&smem.k_full[at.stage()], at.parity());
     if (!first) wait_for_products_turn<Traits>(group);
-    issue_scores(at);
+    products.issue_scores(at);
     // s of this tile is exponentiated under o += p v of the tile before; of the first, there is none.
     if (!first) {
-      issue_output(before);
+      products.issue_output(o, before);
       give_products_turn<Traits>((group + 1) % Traits::kGroups);
       wgmma_wait_group<1>();
     } else {
@@ -275,7 +308,7 @@ FASTATTN_DEVICE void attend(float (&o)[1][Traits::kHeadDim / 8][4], FwdRows<Trai
     wgmma_wait_group<0>();
     pin_accumulators(wgmma_registers(o));
     if (releases && !first) mbarrier_arrive(&smem.v_empty[before.stage()]);
-    pack_a<Element>(p, s);
+    pack_a<typename Traits::Element>(products.p, s);
     before = at;
     ++at.count;
     tile = visible.next(tile + 1);
@@ -286,7 +319,7 @@ FASTATTN_DEVICE void attend(float (&o)[1][Traits::kHeadDim / 8][4], FwdRows<Trai
     if (releases) mbarrier_arrive(&smem.q_empty[group]);
   }
   if (any) {
-    issue_output(before);
+    products.issue_output(o, before);
     wgmma_wait_group<0>();
     pin_accumulators(wgmma_registers(o));
     if (releases) mbarrier_arrive(&smem.v_empty[before.stage()]);
@@ -368,9 +401,7 @@ FASTATTN_DEVICE void consume_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = warp_of_block() - 4, group = warp / 4;
   DropoutState dropout;
-  if (Traits::kKind == ScoreKind::kEverything && args.scores.dropout_threshold > 0) {
-    dropout = load_dropout_state(args.scores.rng_state);
-  }
+  if constexpr (Traits::kKind == ScoreKind::kEverything) dropout = load_dropout_state(args.scores);
   RingPosition<Traits::kStages> at;
   RingPosition<1> q_at;
   MaskRingPosition mask_at;

@@ -15,11 +15,12 @@ struct FwdSm90Tile {
 
   constexpr int block_q() const { return 64 * groups; }
   // Packed sequences have no mask: a tile with masks serves them, without that code, only where the plain one has more
-  // warpgroups than short sequences have use for. Of 256 with everything, registers would spill.
-  constexpr bool packed() const {
-    return kind == ScoreKind::kMask ? head_dim == 64 : kind == ScoreKind::kPlain || head_dim < 256;
-  }
+  // warpgroups than short sequences have use for.
+  constexpr bool packed() const { return kind != ScoreKind::kMask || head_dim == 64; }
   constexpr ScoreKind packed_kind() const { return kind == ScoreKind::kMask ? ScoreKind::kPlain : kind; }
+  // Of 256 with everything, the scores of 64 keys and a sequence's place are 24 bytes more than the registers hold, and
+  // a draw of dropout serves 32 keys.
+  constexpr int packed_block_k() const { return head_dim == 256 && kind == ScoreKind::kEverything ? 32 : block_k; }
   constexpr bool serves(int64_t head_dim_asked, ScoreKind kind_asked, int64_t rows) const {
     return head_dim >= head_dim_asked && kind >= kind_asked && rows > block_q() - 64;  // no warpgroup is idle
   }
@@ -89,7 +90,7 @@ const char* launch_fwd_sm90_tile(int tile, const AttentionFwdArgs& args, int mul
       using Traits = AttentionFwdSm90Traits<Element, kHeadDim, kFacts.groups, kFacts.block_k, kFacts.kind, false>;
       if constexpr (kFacts.packed()) {
         constexpr ScoreKind kKind = kFacts.packed_kind();
-        using Packed = AttentionFwdSm90Traits<Element, kHeadDim, kFacts.groups, kFacts.block_k, kKind, true>;
+        using Packed = AttentionFwdSm90Traits<Element, kHeadDim, kFacts.groups, kFacts.packed_block_k(), kKind, true>;
         if (tile == kTile && is_packed(args.packed)) return launch_fwd_sm90<Packed>(args, multiprocessors, stream);
       }
       if (tile == kTile && !is_packed(args.packed)) return launch_fwd_sm90<Traits>(args, multiprocessors, stream);

@@ -64,8 +64,7 @@ FASTATTN_DEVICE uint8_t* staged_place(Tile tile, uint8_t* smem, int row, int col
 // use. There accumulators become whole rows, which leave 16 bytes a lane.
 template <typename Element, typename Tile, int kRowTiles, int kColTiles>
 FASTATTN_DEVICE void stage_accumulators(const float (&acc)[kRowTiles][kColTiles][4], float factor, Tile tile,
-                                        uint8_t* smem, int tile_row) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+                                        uint8_t* smem, int tile_row, int lane) {
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -105,8 +104,10 @@ struct TileOutput {
 template <typename Element, typename Tile, int kRowTiles, int kColTiles>
 FASTATTN_DEVICE void store_accumulators(const float (&acc)[kRowTiles][kColTiles][4], float factor, Tile tile,
                                         uint8_t* smem, int tile_row, const TileOutput<Element>& output) {
-  stage_accumulators<Element>(acc, factor, tile, smem, tile_row);
-  for (int i = static_cast<int>(threadIdx.x) % 32; i < 16 * kRowTiles * kColTiles; i += 32) {
+  // Opaque, or a loop around would keep the addresses.
+  stage_accumulators<Element>(acc, factor, tile, smem, tile_row, opaque(static_cast<int>(threadIdx.x) % 32));
+  const int lane = opaque(static_cast<int>(threadIdx.x) % 32);
+  for (int i = lane; i < 16 * kRowTiles * kColTiles; i += 32) {
     const int row = i / kColTiles, col = i % kColTiles * 8;
     if (row >= output.rows || col >= output.cols) continue;
     Element* dst = output.gmem + row * output.stride_row + col;

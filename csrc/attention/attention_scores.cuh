@@ -7,6 +7,7 @@
 #pragma once
 
 #include "attention/attention.h"
+#include "attention/mask.h"
 #include "common/philox.h"
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
@@ -38,6 +39,10 @@ struct ScoreArgs {
   uint32_t dropout_threshold = 0;  // 0 = off
   const int64_t* rng_state = nullptr;
 };
+
+FASTATTN_DEVICE Band band_of(const ScoreArgs& scores) {
+  return {scores.seqlen_q, scores.seqlen_k, scores.diagonal, scores.window_left, scores.window_right};
+}
 
 // Whether every row can be read or written 16 bytes at a time, up to its last element.
 inline bool rows_are_aligned(const AttentionTensor& tensor, int64_t head_dim) {
@@ -278,9 +283,15 @@ struct DropoutState {
   uint32_t seed_low = 0, seed_high = 0, offset = 0;
 };
 
-FASTATTN_DEVICE DropoutState load_dropout_state(const int64_t* rng_state) {
-  const uint64_t seed = static_cast<uint64_t>(rng_state[0]);
-  return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(rng_state[1])};
+// Nothing is read where nothing is dropped; there is no generator's state then.
+FASTATTN_DEVICE DropoutState load_dropout_state(const ScoreArgs& scores) {
+  DropoutState state;
+  if (scores.dropout_threshold > 0) {
+    const uint64_t seed = static_cast<uint64_t>(scores.rng_state[0]);
+    state = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
+             static_cast<uint32_t>(scores.rng_state[1])};
+  }
+  return state;
 }
 
 // Calls fn(element, keep, m, half, n, e) for every probability of this lane. col0 is a multiple of 32: then one draw

@@ -110,7 +110,7 @@ FASTATTN_DEVICE void clear_last_rows(uint8_t* tile_smem, int row) {
   for (int panel = 0; panel < Tile::kPanels; ++panel) {
     uint8_t* const panel_smem = tile_smem + panel * Tile::kPanelBytes;
 #pragma unroll 1
-    for (int byte = row * Tile::kRowBytes + static_cast<int>(threadIdx.x) % 32 * kVec; byte < Tile::kPanelBytes;
+    for (int byte = row * Tile::kRowBytes + opaque(static_cast<int>(threadIdx.x) % 32) * kVec; byte < Tile::kPanelBytes;
          byte += 32 * kVec) {
       store_vec(reinterpret_cast<uint32_t*>(panel_smem + byte), Vec<uint32_t, 4>{});
     }

@@ -75,7 +75,7 @@ FASTATTN_DEVICE void head_weights(float (&w)[1][Traits::kBlockK / 8][4], const A
   for_each_score(w,
                  [&](float& x, int, int half, int, int) { x = ex2_approx(x - lse_log2[half]) * scores.dropout_scale; });
   if (scores.dropout_threshold > 0) {
-    drop_probabilities(w, scores, load_dropout_state(scores.rng_state), rows, batch, col0);
+    drop_probabilities(w, scores, load_dropout_state(scores), rows, batch, col0);
   }
 }
 
@@ -117,9 +117,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const int batch = static_cast<int>(args.average_heads ? batch_head : batch_head / scores.heads);
 
   float w[1][Traits::kBlockK / 8][4] = {};
-  const Band band = {scores.seqlen_q, scores.seqlen_k, scores.diagonal, scores.window_left, scores.window_right};
   const int end_row = min(first_row + Traits::kBlockQ, scores.seqlen_q);
-  const IndexRange seen = band.keys_seen_by_any({first_row, end_row});
+  const IndexRange seen = band_of(scores).keys_seen_by_any({first_row, end_row});
   if (seen.begin < col0 + Traits::kBlockK && seen.end > col0) {
     if (args.average_heads) {
       float one_head[1][Traits::kBlockK / 8][4];

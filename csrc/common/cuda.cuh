@@ -35,19 +35,22 @@ using bfloat16_t = __nv_bfloat16;
 template <typename T>
 using TypeIs = T;  // lets a macro take an array type
 
-// Some kernels are only for cards below a compute capability (as DeviceLaunch counts it), because others have no room
-// for them, or their code generator would spill registers. Code for the others has never_launched() in place of the
-// body: a card runs code for its own compute capability or an older one, never for a newer one.
+// The compute capability that the compiler generates code for, as DeviceLaunch counts it; 0 on the host, which has to
+// know every kernel, and in the emulator, which plays every card.
+#if defined(__CUDA_ARCH__)
+constexpr int kCodeCapability = __CUDA_ARCH__ / 10;
+#else
+constexpr int kCodeCapability = 0;
+#endif
+
+// Some kernels are only for cards below a compute capability, because others have no room for them, or their code
+// generator would spill registers. Code for the others has never_launched() in place of the body: a card runs code for
+// its own compute capability or an older one, never for a newer one.
 constexpr int kAnyCapability = 1000;
 
 template <int kCapability>
 struct Below {
-#if defined(__CUDA_ARCH__)
-  static constexpr bool kHasCode = __CUDA_ARCH__ / 10 < kCapability;
-#else
-  // On the host, which has to know every kernel, and in the emulator, which plays every card.
-  static constexpr bool kHasCode = true;
-#endif
+  static constexpr bool kHasCode = kCodeCapability < kCapability;
 };
 
 FASTATTN_DEVICE void never_launched() {

@@ -12,8 +12,19 @@
 namespace fastattn {
 
 // A kernel that does not ask for more has 48 KiB, static and dynamic shared memory together. No more than 8 KiB are
-// static: the emulator sees to that.
+// static: the emulator sees to that, and to it that a kernel asks for the same whenever it asks. The limit is an
+// attribute of the kernel: of two threads with different wishes, one could lower it between the other's two calls.
 inline bool asks_for_shared_memory(size_t dynamic_smem_bytes) { return dynamic_smem_bytes > 40 * 1024; }
+
+#if !defined(FASTATTN_EMULATED)
+// Null, or what went wrong. The runtime would keep it as the thread's last error, which whoever asks next takes for
+// their own: PyTorch does after each of its launches.
+inline const char* take_error(cudaError_t status) {
+  if (status == cudaSuccess) return nullptr;
+  static_cast<void>(cudaGetLastError());
+  return cudaGetErrorString(status);
+}
+#endif
 
 // launch_clusters(kernel<Traits>, grid, cluster, block, dynamic_smem_bytes, stream, arguments...) starts clusters of up
 // to 8 blocks (compute capability 9.0; ptx_cluster.cuh), which divide the grid. It is the only way to a cluster:
@@ -29,7 +40,7 @@ const char* launch_clusters(void (*kernel)(Parameters...), dim3 grid, dim3 clust
     const cudaError_t status =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(smem_bytes));
-    if (status != cudaSuccess) return cudaGetErrorString(status);
+    if (const char* error = take_error(status)) return error;
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
@@ -41,8 +52,7 @@ const char* launch_clusters(void (*kernel)(Parameters...), dim3 grid, dim3 clust
   attribute.val.clusterDim = {cluster.x, cluster.y, cluster.z};
   config.attrs = &attribute;
   config.numAttrs = cluster.x * cluster.y * cluster.z > 1 ? 1 : 0;  // cards without clusters take no such attribute
-  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  return take_error(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 #endif
 }
 
@@ -64,8 +74,8 @@ int max_resident_clusters([[maybe_unused]] void (*kernel)(Parameters...), [[mayb
   config.attrs = &attribute;
   config.numAttrs = 1;
   int clusters = 0;
-  const cudaError_t status = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-  return status == cudaSuccess && clusters > 0 ? clusters : in_theory;
+  const char* error = take_error(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+  return error == nullptr && clusters > 0 ? clusters : in_theory;
 #endif
 }
 

@@ -313,17 +313,21 @@ FASTATTN_DEVICE bool elect_sync(FASTATTN_CALLER) {
 // Changes the registers each thread of a warpgroup may use, "setmaxnreg": a multiple of 8 from 24 to 256. All warps of
 // the warpgroup execute it.
 template <int kRegisters>
-FASTATTN_DEVICE void setmaxnreg_inc() {
+FASTATTN_DEVICE void setmaxnreg_inc(FASTATTN_CALLER) {
   static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0, "setmaxnreg: 24 to 256, by 8");
-#if !defined(FASTATTN_EMULATED)
+#if defined(FASTATTN_EMULATED)
+  emu::setmaxnreg_inc(kRegisters, {"setmaxnreg.inc", caller});
+#else
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 #endif
 }
 
 template <int kRegisters>
-FASTATTN_DEVICE void setmaxnreg_dec() {
+FASTATTN_DEVICE void setmaxnreg_dec(FASTATTN_CALLER) {
   static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0, "setmaxnreg: 24 to 256, by 8");
-#if !defined(FASTATTN_EMULATED)
+#if defined(FASTATTN_EMULATED)
+  emu::setmaxnreg_dec(kRegisters, {"setmaxnreg.dec", caller});
+#else
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 #endif
 }

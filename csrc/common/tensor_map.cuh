@@ -79,16 +79,29 @@ inline CUtensorMapSwizzle driver_swizzle(Swizzle swizzle) {
   }
 }
 
+// Makes the device's context current in this thread: a call of the runtime does so, the driver's own functions do not.
+inline bool make_context_current() {
+  int device = 0;
+  return cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;
+}
+
 inline const char* encode_tensor_map(TensorMap& map, CUtensorMapDataType element, int, void* base, int rank,
                                      const uint64_t* dim, const uint64_t* stride_bytes, const uint32_t* box,
                                      Swizzle swizzle) {
   static const PFN_cuTensorMapEncodeTiled_v12000 encoder = tensor_map_encoder();
   if (encoder == nullptr) return "tensor map: the driver has no cuTensorMapEncodeTiled (CUDA 12 is needed)";
   const uint32_t element_strides[5] = {1, 1, 1, 1, 1};
-  const CUresult result = encoder(&map, element, static_cast<uint32_t>(rank), base, dim, stride_bytes, box,
-                                  element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, driver_swizzle(swizzle),
-                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? nullptr : "tensor map: the driver refused the tensor's alignment, strides or box";
+  const auto encode = [&] {
+    return encoder(&map, element, static_cast<uint32_t>(rank), base, dim, stride_bytes, box, element_strides,
+                   CU_TENSOR_MAP_INTERLEAVE_NONE, driver_swizzle(swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = encode();
+  // A thread's first call may be this one: in autograd's threads and those of users.
+  if (result == CUDA_ERROR_INVALID_CONTEXT && make_context_current()) result = encode();
+  if (result == CUDA_SUCCESS) return nullptr;
+  return result == CUDA_ERROR_INVALID_VALUE ? "tensor map: the driver refused the tensor's alignment, strides or box"
+                                            : "tensor map: the driver cannot be used in this thread";
 }
 
 #endif

@@ -93,6 +93,8 @@ class BlockState {
     block_.ready_warps = 0;
     block_.last_warp = 0;
     if (block_.cluster->blocks.size() > 1) block_.priority = block_.cluster->random.next();
+    block_.spare_registers = 0;
+    block_.waiting_for_registers.clear();
     for (Barrier& barrier : block_.barriers) barrier = {};
     block_.mbarriers.clear();
     block_.unfinished_stores.clear();
@@ -104,6 +106,7 @@ class BlockState {
   std::string end_problem() {
     std::string problem = red_zone_damage(block_, shared_.bytes());
     if (problem.empty()) problem = wgmma_disagreement(block_);
+    if (problem.empty()) problem = setmaxnreg_disagreement(block_);
     return problem.empty() ? "" : block_text(block_) + ": " + problem;
   }
 
@@ -144,6 +147,7 @@ class BlockState {
     warp.wgmma_fenced = false;
     warp.wgmma_history.clear();
     warp.cluster_arrival = {};
+    warp.max_registers.clear();
   }
 
   void reset_thread(Thread& thread) {

@@ -26,6 +26,10 @@ void bar_arrive(int id, int threads, Site site);
 void wait_for_value(const int* counter, int value, Site site);
 void release_add(int* counter, int value, Site site);
 
+// ---- registers.cpp. Of a thread.
+void setmaxnreg_dec(int registers, Site site);
+void setmaxnreg_inc(int registers, Site site);
+
 // ---- warp.cpp, mma.cpp
 void ldmatrix(uint32_t* destination, int matrices, bool transposed, uint32_t row_address, Site site);
 void stmatrix(uint32_t row_address, const uint32_t* source, int matrices, bool transposed, Site site);

@@ -16,6 +16,11 @@ struct SharedMemory {
   bool asks_for_more = false;
 };
 
+// Empty, or why a device might refuse one of the kernel's launches. What a kernel may have is an attribute of it, which
+// every launch that asks for more than 48 KiB sets: where launches differ, one thread's takes away what another's
+// needs.
+std::string shared_request_problem(const void* kernel, SharedMemory shared);
+
 // Runs `body` once for each thread of the grid; empty if all went well, else what went wrong in which block.
 std::string run_grid(dim3 grid, dim3 cluster, dim3 block, SharedMemory shared, const std::function<void()>& body);
 
@@ -26,6 +31,8 @@ const char* keep_error(std::string text);
 template <typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 cluster, dim3 block, SharedMemory shared,
                    Arguments&&... arguments) {
+  std::string problem = shared_request_problem(reinterpret_cast<const void*>(kernel), shared);
+  if (!problem.empty()) return keep_error(std::move(problem));
   const std::tuple<Parameters...> parameters{static_cast<Parameters>(arguments)...};
   return keep_error(run_grid(grid, cluster, block, shared, [kernel, &parameters] { std::apply(kernel, parameters); }));
 }

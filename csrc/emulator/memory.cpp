@@ -8,6 +8,7 @@
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <unordered_map>
 
 #include "emulator/launch.h"
 #include "emulator/runtime.h"
@@ -89,6 +90,18 @@ static void check_shared_limit(const Block& block, size_t new_static_bytes, cons
     fail(site, "%zu bytes of static and dynamic shared memory; the limit of this launch is %zu", bytes,
          block.shared_limit);
   }
+}
+
+std::string shared_request_problem(const void* kernel, SharedMemory shared) {
+  if (!shared.asks_for_more || shared.dynamic_bytes > config().max_shared_bytes) return "";
+  static std::mutex mutex;
+  static std::unordered_map<const void*, size_t> asked;
+  const std::lock_guard lock(mutex);
+  const size_t before = asked.emplace(kernel, shared.dynamic_bytes).first->second;
+  if (before == shared.dynamic_bytes) return "";
+  return "launch: the kernel asks for " + std::to_string(shared.dynamic_bytes) +
+         " bytes of dynamic shared memory, and has asked for " + std::to_string(before) +
+         " before: threads that launch it at once would set the limit for each other. Ask for the largest always";
 }
 
 // Arrays lie in the order in which they are met first, at the same place in all blocks of a cluster.

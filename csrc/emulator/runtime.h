@@ -99,6 +99,7 @@ struct Warp {
   bool wgmma_fenced = false;
   std::vector<uint64_t> wgmma_history;  // one hash an instruction: the four warps of a warpgroup must agree
   Site cluster_arrival;                 // in the current phase of the cluster's barrier
+  std::vector<int> max_registers;       // of a thread, after each setmaxnreg
 };
 
 struct Barrier {
@@ -155,6 +156,9 @@ struct Block {
   std::vector<StaticSlot> static_slots;
   size_t static_bytes = 0;
   std::vector<const uint8_t*> red_zones;  // behind static arrays
+
+  int spare_registers = 0;  // given back, for all warps alike
+  std::vector<Thread*> waiting_for_registers;
 
   Barrier barriers[16];
   std::vector<std::unique_ptr<MBarrier>> mbarriers;
@@ -252,5 +256,6 @@ void check_copies_done(Thread& thread);
 void check_stores_read(Thread& thread);
 void check_wgmmas_done(Thread& thread);
 std::string wgmma_disagreement(const Block& block);
+std::string setmaxnreg_disagreement(const Block& block);
 
 }  // namespace fastattn::emu

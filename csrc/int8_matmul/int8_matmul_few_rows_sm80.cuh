@@ -131,6 +131,8 @@ __global__ void __launch_bounds__(Shape::kThreads)
 // `input` has p's rows and depth; its q and scale, and p's a and a_scale, are not used. Rows of q stand 64 bytes beyond
 // a multiple of 128 apart, so that the two that a phase of 16-byte loads reads lie in different banks.
 constexpr int int8_fused_stride(int depth) { return (depth + 127) / 128 * 128 + 64; }
+// What rows of q take at most.
+constexpr size_t kInt8MaxFusedBytes = kInt8MaxFusedElems + kInt8MaxFusedRows * (127 + 64);
 
 template <typename Shape, typename Element>
 __global__ void __launch_bounds__(Shape::kThreads)

@@ -37,8 +37,10 @@ const char* launch_int8_linear_few_rows(const Int8KernelParams& p, const Quantiz
   const int64_t blocks = int8_ceil_div(p.columns, Shape::kColumns);
   if (blocks > INT32_MAX) return "int8_linear: the weight has more than 2^34 rows";
   const size_t q_bytes = static_cast<size_t>(p.rows) * static_cast<size_t>(int8_fused_stride(p.depth));
-  return launch_kernel(int8_linear_few_rows_kernel<Shape, Element>, dim3(static_cast<unsigned>(blocks)),
-                       dim3(Shape::kThreads), Shape::kSmemBytes + q_bytes, stream, p, input);
+  const size_t wanted = Shape::kSmemBytes + q_bytes;
+  return launch_kernel(
+      int8_linear_few_rows_kernel<Shape, Element>, dim3(static_cast<unsigned>(blocks)), dim3(Shape::kThreads),
+      asks_for_shared_memory(wanted) ? Shape::kSmemBytes + kInt8MaxFusedBytes : wanted, stream, p, input);
 }
 
 // Quantisation and product in one launch, where fuses_int8_quantization.

@@ -76,7 +76,11 @@ def rows_of(tensor: Tensor) -> Tensor:
 
 
 def _addressable(mask: Tensor | None) -> Tensor | None:
-    return mask if mask is None or max(mask.stride()[-2:], default=0) < MAX_STRIDE else mask.contiguous()
+    """As ``rows_of``, for both dims of a mask's tiles; of a dim of one place the stride is never used."""
+    if mask is None:
+        return None
+    dims = zip(mask.shape[-2:], mask.stride()[-2:], strict=True)
+    return mask.contiguous() if any(size > 1 and stride >= MAX_STRIDE for size, stride in dims) else mask
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, alibi_slopes: Tensor | None,
@@ -116,13 +120,15 @@ def _backward(dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, val
 
     states = tuning.mask_states(query, value, call.attn_mask)
     operands = rows_of(query), rows_of(key), rows_of(value), rows_of(out), rows_of(dout)
-    inputs, sink_sums = tuning.run_backward(*operands, dlse, lse, (dq, dk, dv), call, states, learned_sinks)
-    if learned_mask is not None:
+    inputs, of_rows = tuning.run_backward(*operands, dlse, lse, (dq, dk, dv), call, states, learned_sinks, learned_mask)
+    if learned_mask is not None and of_rows.dmask is not None:
+        dmask = of_rows.dmask[..., None].sum_to_size(learned_mask.shape).to(learned_mask.dtype)
+    elif learned_mask is not None:
         launch, partial, sums = plan.plan_dmask(inputs, call, tiles.gpu_of(query))
         launch.run(query)
         dmask = (partial.sum(sums) if sums else partial).to(learned_mask.dtype).reshape(learned_mask.shape)
-    if sink_sums is not None and learned_sinks is not None:
-        dsinks = sink_sums.sum((0, 2)).to(learned_sinks.dtype)
+    if of_rows.dsinks is not None and learned_sinks is not None:
+        dsinks = of_rows.dsinks.sum((0, 2)).to(learned_sinks.dtype)
     return dq, dk, dv, dmask, dsinks
 
 

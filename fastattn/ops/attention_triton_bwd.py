@@ -1,4 +1,4 @@
-"""Attention's backward in Triton: delta, then dq, then dk and dv. No atomics: the bits are the same at every run.
+"""Attention's backward in Triton: dk and dv, and dq. No atomics: the bits are the same at every run.
 
     p = exp(s - lse)    dp = keep (dout v^T)    ds = p (dp - delta)    delta = rowsum(dout out) - dlse
     dv = (keep p)^T dout    dq = scale ds k    dk = scale ds^T q
@@ -16,14 +16,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.ops.attention_triton_packed import STATISTICS_ROWS, fill_gaps, packed_sequence, statistics_row
+from fastattn.ops.attention_triton_packed import fill_gaps, packed_sequence, statistics_row
 from fastattn.ops.attention_triton_scores import (
     MASK_NONE,
     VARYING,
     WHOLE_WALK,
-    clip_to_visible_keys,
+    keys_of_rows,
     listed_tiles,
-    load_lse,
     load_tile,
     mask_hides,
     sliced_dot,
@@ -35,70 +34,68 @@ from fastattn.ops.attention_triton_scores import (
 )
 from fastattn.ops.philox_triton import dropout_keep
 
+# --- dq --------------------------------------------------------------------------------------------------------------
+
 
 @triton.jit
-def _lse_offset(batch_head, head, entry_q, seqlen_q, total_q, PACKED: tl.constexpr):
-    """Where the lse of (batch, head) starts: (batch, heads, seqlen_q), packed (heads, total_q)."""
-    if PACKED:
-        return head * total_q + entry_q
-    else:
-        return batch_head.to(tl.int64) * seqlen_q
+def before_softcap(ds, ratio, SOFTCAP: tl.constexpr):
+    """dL/d(q k^T) but for the scale, from the gradient of the scores; ``ratio`` is what tanh gave the softcap."""
+    if SOFTCAP:
+        ds *= 1.0 - ratio * ratio
+    return ds
 
 
-@triton.jit(do_not_specialize=VARYING)
-def attention_delta_kernel(
-    out_ptr, dout_ptr, dlse_ptr, lse_ptr, row_lse_ptr, delta_ptr, sinks_ptr, dsinks_ptr, cu_seqlens_q_ptr,
-    stride_out_batch, stride_out_head, stride_out_row, stride_dout_batch, stride_dout_head, stride_dout_row,
-    heads, seqlen_q, padded_rows, total_q,
-    HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_DV: tl.constexpr, DLSE: tl.constexpr, SINKS: tl.constexpr,
-    PACKED: tl.constexpr,
-):  # fmt: skip
-    """delta and lse of each row as the other kernels want them: (batch * heads, padded_rows) float32, with lse +inf, so
-    that every probability is 0, where a row sees nothing or does not exist.
+@triton.jit
+def _dq_of_keys(dq, row_sums, q, dout, lse, delta, begin, end, list_ptr, first_row, k_ptr, v_ptr, mask_ptr,
+                rng_state_ptr,
+                stride_q_row, stride_k_row, stride_v_row, stride_dout_row, stride_mask_q, stride_mask_k, slope,
+                batch_head, seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap, threshold,
+                keep_scale,
+                HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+                BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr,
+                SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+                PLAIN: tl.constexpr, PRECISION: tl.constexpr, SLICE: tl.constexpr, LISTED: tl.constexpr,
+                ROW_SUMS: tl.constexpr, BOUNDARY: tl.constexpr):  # fmt: skip
+    """dq, not scaled, and with ROW_SUMS the sums of the rows of ds, plus what the key tiles of [begin, end) add, or,
+    LISTED, those that part of a list names.
 
-    With SINKS also each program's share of the sink's gradient, to be added up. Grid: (batch * heads * row tiles,).
+    q, dout: the rows' tiles or, if SLICE > 0, where they begin.
     """
-    row_tiles = padded_rows // BLOCK_Q
-    if PACKED:
-        row_tiles = tl.cdiv(seqlen_q, STATISTICS_ROWS) * (STATISTICS_ROWS // BLOCK_Q)
-    batch_head = tl.program_id(0) // row_tiles
-    first_row = tl.program_id(0) % row_tiles * BLOCK_Q
-    batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
-    entry_q = batch
-    if PACKED:
-        entry_q, seqlen_q = packed_sequence(cu_seqlens_q_ptr, batch, total_q, seqlen_q)
-        if first_row >= tl.cdiv(seqlen_q, STATISTICS_ROWS) * STATISTICS_ROWS:
-            return
-    out = load_tile(out_ptr + entry_q * stride_out_batch + head * stride_out_head, first_row, seqlen_q, stride_out_row,
-                    BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True).to(tl.float32)  # fmt: skip
-    dout = load_tile(dout_ptr + entry_q * stride_dout_batch + head * stride_dout_head, first_row, seqlen_q,
-                     stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True).to(tl.float32)  # fmt: skip
-    delta = tl.sum(out * dout, 1)
-    rows = first_row + tl.arange(0, BLOCK_Q)
-    offset = _lse_offset(batch_head, head, entry_q, seqlen_q, total_q, PACKED)
-    if DLSE:
-        delta -= tl.load(dlse_ptr + offset + rows, mask=rows < seqlen_q, other=0.0)
-    # A row that sees nothing passes nothing on, whatever reaches it.
-    lse = load_lse(lse_ptr + offset, rows, seqlen_q)
-    delta = tl.where(lse == float("inf"), 0.0, delta)
-    statistics = batch_head.to(tl.int64) * padded_rows
-    if PACKED:
-        statistics = head * padded_rows + statistics_row(entry_q, batch)
-    statistics += rows
-    tl.store(row_lse_ptr + statistics, lse)
-    tl.store(delta_ptr + statistics, delta)
-    if SINKS:
-        sink = tl.load(sinks_ptr + head).to(tl.float32)
-        tl.store(dsinks_ptr + tl.program_id(0), -tl.sum(tl.exp(sink - lse) * delta))
-
-
-# --- dq --------------------------------------------------------------------------------------------------------------
+    row, col = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    # The tiles at the edges read the mask without vectors: pipelining it would cost the registers of as many addresses.
+    STAGES: tl.constexpr = 1 if MASK != MASK_NONE and BOUNDARY else None
+    for at in tl.range(begin, end, 1 if LISTED else BLOCK_K, num_stages=STAGES):
+        first_col = visited_position(at, list_ptr, BLOCK_K, LISTED)
+        if SLICE > 0:
+            dots = sliced_dot(q, first_row, seqlen_q, stride_q_row, k_ptr, first_col, seqlen_k, stride_k_row,
+                              BLOCK_Q, BLOCK_K, HEAD_DIM, SLICE, PRECISION)  # fmt: skip
+            dp = sliced_dot(dout, first_row, seqlen_q, stride_dout_row, v_ptr, first_col, seqlen_k, stride_v_row,
+                            BLOCK_Q, BLOCK_K, HEAD_DIM_V, SLICE, PRECISION)  # fmt: skip
+            k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, BOUNDARY)
+        else:
+            k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, BOUNDARY)
+            dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            v = load_tile(v_ptr, first_col, seqlen_k, stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, BOUNDARY)
+            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        p, ratio = tile_probabilities(
+            dots, lse[:, None], first_row, first_col, row[:, None], col[None, :], mask_ptr, stride_mask_q,
+            stride_mask_k, slope, seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap,
+            MASK, ALIBI, SOFTCAP, LEFT, RIGHT, PLAIN, BOUNDARY,
+        )  # fmt: skip
+        if DROPOUT:
+            keep = dropout_keep(rng_state_ptr, batch_head, first_row + row, first_col, threshold, BLOCK_K)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        ds = p * (dp - delta[:, None])
+        if ROW_SUMS:
+            row_sums += tl.sum(ds, 1)
+        dq = tl.dot(before_softcap(ds, ratio, SOFTCAP).to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq, row_sums
 
 
 @triton.jit(do_not_specialize=VARYING)
 def attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, row_lse_ptr, delta_ptr, dq_ptr, mask_ptr, lists_ptr, alibi_ptr, rng_state_ptr,
-    cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, row_lse_ptr, delta_ptr, row_sums_ptr, dq_ptr, mask_ptr, lists_ptr, alibi_ptr,
+    rng_state_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     stride_q_batch, stride_q_head, stride_q_row, stride_k_batch, stride_k_head, stride_k_row,
     stride_v_batch, stride_v_head, stride_v_row, stride_dout_batch, stride_dout_head, stride_dout_row,
     stride_dq_batch, stride_dq_head, stride_dq_row,
@@ -109,9 +106,12 @@ def attention_dq_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     PLAIN: tl.constexpr, PRECISION: tl.constexpr, SLICE: tl.constexpr, ONE_WALK: tl.constexpr, LISTED: tl.constexpr,
-    PACKED: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
+    PACKED: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, ROW_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (batch * heads * row tiles,), the last rows first."""
+    """With ROW_SUMS also the sums of the rows of ds (before softcap), for attention_rows_kernel.
+
+    Grid: (batch * heads * row tiles,), the last rows first.
+    """
     row_tiles = tl.cdiv(seqlen_q, BLOCK_Q)
     batch_head = tl.program_id(0) // row_tiles
     first_row = (row_tiles - 1 - tl.program_id(0) % row_tiles) * BLOCK_Q
@@ -138,8 +138,8 @@ def attention_dq_kernel(
     if ALIBI:
         slope = tl.load(alibi_ptr + batch * stride_alibi_batch + head)
 
-    row, col = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
-    rows = first_row + row
+    rows = first_row + tl.arange(0, BLOCK_Q)
+    q, dout = q_ptr, dout_ptr
     if SLICE == 0:
         q = load_tile(q_ptr, first_row, seqlen_q, stride_q_row, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
         dout = load_tile(dout_ptr, first_row, seqlen_q, stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True)
@@ -149,19 +149,11 @@ def attention_dq_kernel(
     lse = tl.load(row_lse_ptr + statistics + rows)
     delta = tl.load(delta_ptr + statistics + rows)
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    row_sums = tl.zeros((BLOCK_Q,), tl.float32)
 
-    last_row = tl.minimum(first_row + BLOCK_Q, seqlen_q)
-    # The tiles at the edges read the mask without vectors: pipelining it would cost the registers of as many addresses.
-    STAGES: tl.constexpr = 1 if MASK != MASK_NONE else None
-    is_full = (MASK == MASK_NONE) | (last_row == first_row + BLOCK_Q)
-    begin, full_begin, full_end, end = tile_range(
-        first_row, last_row, seqlen_k, diagonal, window_left, window_right, is_full, LEFT, RIGHT, BLOCK_K
-    )
-    if KEY_MASK:
-        begin, full_begin, full_end, end = clip_to_visible_keys(
-            mask_ptr, stride_mask_k, begin, full_begin, full_end, end, MASK, BLOCK_K
-        )
-
+    begin, full_begin, full_end, end = keys_of_rows(first_row, seqlen_q, seqlen_k, diagonal, window_left, window_right,
+                                                    mask_ptr, stride_mask_k, MASK, KEY_MASK, LEFT, RIGHT, BLOCK_Q,
+                                                    BLOCK_K)  # fmt: skip
     FIRST_PART: tl.constexpr = WHOLE_WALK if ONE_WALK else 0 if LEFT else 1
     LAST_PART: tl.constexpr = WHOLE_WALK if ONE_WALK else 2
     for part in tl.static_range(FIRST_PART, LAST_PART + 1):
@@ -169,36 +161,81 @@ def attention_dq_kernel(
         list_ptr = lists_ptr
         if LISTED:
             list_ptr, start, stop = listed_tiles(lists_ptr, first_row // BLOCK_Q, seqlen_k, start, stop, BLOCK_K)
-        for at in tl.range(start, stop, 1 if LISTED else BLOCK_K, num_stages=STAGES if part != 1 else None):
-            first_col = visited_position(at, list_ptr, BLOCK_K, LISTED)
-            if SLICE > 0:
-                dots = sliced_dot(q_ptr, first_row, seqlen_q, stride_q_row, k_ptr, first_col, seqlen_k, stride_k_row,
-                                  BLOCK_Q, BLOCK_K, HEAD_DIM, SLICE, PRECISION)  # fmt: skip
-                dp = sliced_dot(dout_ptr, first_row, seqlen_q, stride_dout_row, v_ptr, first_col, seqlen_k,
-                                stride_v_row, BLOCK_Q, BLOCK_K, HEAD_DIM_V, SLICE, PRECISION)  # fmt: skip
-                k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, part != 1)
-            else:
-                k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, part != 1)
-                dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-                v = load_tile(v_ptr, first_col, seqlen_k, stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, part != 1)
-                dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-            p, ratio = tile_probabilities(
-                dots, lse[:, None], first_row, first_col, row[:, None], col[None, :], mask_ptr, stride_mask_q,
-                stride_mask_k, slope, seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap,
-                MASK, ALIBI, SOFTCAP, LEFT, RIGHT, PLAIN, part != 1,
-            )  # fmt: skip
-            if DROPOUT:
-                keep = dropout_keep(rng_state_ptr, batch_head, rows, first_col, threshold, BLOCK_K)
-                dp = tl.where(keep, dp * keep_scale, 0.0)
-            ds = p * (dp - delta[:, None])
-            if SOFTCAP:
-                ds *= 1.0 - ratio * ratio
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq, row_sums = _dq_of_keys(
+            dq, row_sums, q, dout, lse, delta, start, stop, list_ptr, first_row, k_ptr, v_ptr, mask_ptr, rng_state_ptr,
+            stride_q_row, stride_k_row, stride_v_row, stride_dout_row, stride_mask_q, stride_mask_k, slope, batch_head,
+            seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap, threshold, keep_scale,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT,
+            PLAIN, PRECISION, SLICE, LISTED, ROW_SUMS, BOUNDARY=part != 1,
+        )  # fmt: skip
+    if ROW_SUMS:
+        tl.store(row_sums_ptr + statistics + rows, row_sums)
     store_tile(dq_ptr + entry_q * stride_dq_batch + head * stride_dq_head, dq * scale, first_row, seqlen_q,
                stride_dq_row, BLOCK_Q, HEAD_DIM, BLOCK_D)  # fmt: skip
 
 
 # --- dk and dv -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _dkdv_of_rows(dk, dv, k, v, begin, end, list_ptr, first_col, q_ptr, dout_ptr, row_lse_ptr, delta_ptr, mask_ptr,
+                  rng_state_ptr,
+                  stride_q_row, stride_k_row, stride_v_row, stride_dout_row, stride_mask_q, stride_mask_k, slope,
+                  batch_head, seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap, threshold,
+                  keep_scale,
+                  HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+                  BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr,
+                  SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+                  PLAIN: tl.constexpr, PRECISION: tl.constexpr, SLICE: tl.constexpr, LISTED: tl.constexpr,
+                  DK: tl.constexpr, DV: tl.constexpr, BOUNDARY: tl.constexpr):  # fmt: skip
+    """dk, not scaled, and dv plus what the row tiles of [begin, end) of one query head add, or, LISTED, those that part
+    of a list names.
+
+    k, v: the keys' tiles or, if SLICE > 0, where they begin. Tiles are (BLOCK_K, BLOCK_Q), so that p^T and ds^T come
+    out as left operands of the products that need them.
+    """
+    row, col = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    STAGES: tl.constexpr = 1 if MASK != MASK_NONE and BOUNDARY else None
+    for at in tl.range(begin, end, 1 if LISTED else BLOCK_Q, num_stages=STAGES):
+        first_row = visited_position(at, list_ptr, BLOCK_Q, LISTED)
+        rows = first_row + row
+        if SLICE > 0:
+            dots = sliced_dot(k, first_col, seqlen_k, stride_k_row, q_ptr, first_row, seqlen_q, stride_q_row, BLOCK_K,
+                              BLOCK_Q, HEAD_DIM, SLICE, PRECISION)  # fmt: skip
+            # Read any later, q and dout would be in registers together with all that multiplies them.
+            if DK:
+                dp = sliced_dot(v, first_col, seqlen_k, stride_v_row, dout_ptr, first_row, seqlen_q, stride_dout_row,
+                                BLOCK_K, BLOCK_Q, HEAD_DIM_V, SLICE, PRECISION)  # fmt: skip
+                q = load_tile(q_ptr, first_row, seqlen_q, stride_q_row, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
+            if DV:
+                dout = load_tile(dout_ptr, first_row, seqlen_q, stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True)
+        else:
+            q = load_tile(q_ptr, first_row, seqlen_q, stride_q_row, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
+            dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        lse = tl.load(row_lse_ptr + rows)
+        p, ratio = tile_probabilities(
+            dots, lse[None, :], first_row, first_col, row[None, :], col[:, None], mask_ptr, stride_mask_q,
+            stride_mask_k, slope, seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap,
+            MASK, ALIBI, SOFTCAP, LEFT, RIGHT, PLAIN, BOUNDARY,
+        )  # fmt: skip
+        if DROPOUT:
+            keep = tl.trans(dropout_keep(rng_state_ptr, batch_head, rows, first_col, threshold, BLOCK_K))
+        if SLICE == 0:
+            dout = load_tile(dout_ptr, first_row, seqlen_q, stride_dout_row, BLOCK_Q, HEAD_DIM_V, BLOCK_DV, True)
+        if DV:
+            kept = p
+            if DROPOUT:
+                kept = tl.where(keep, p * keep_scale, 0.0)
+            dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        if DK:
+            if SLICE == 0:
+                dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            if DROPOUT:
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            delta = tl.load(delta_ptr + rows)
+            ds = before_softcap(p * (dp - delta[None, :]), ratio, SOFTCAP)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -219,8 +256,6 @@ def attention_dkdv_kernel(
 ):  # fmt: skip
     """Writes dk if DK, dv if DV: where the sums of both do not fit the registers, two launches share the work.
 
-    Tiles are (BLOCK_K, BLOCK_Q), so that p^T and ds^T come out as left operands of the products that need them.
-
     Grid: (batch * kv heads * key tiles,), the first keys, which causal masks leave to most rows, first.
     """
     key_tiles = tl.cdiv(seqlen_k, BLOCK_K)
@@ -228,8 +263,7 @@ def attention_dkdv_kernel(
     first_col = tl.program_id(0) % key_tiles * BLOCK_K
     heads_kv = heads // group
     batch, head_kv = (batch_head_kv // heads_kv).to(tl.int64), (batch_head_kv % heads_kv).to(tl.int64)
-    row, col = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
-    cols = first_col + col
+    cols = first_col + tl.arange(0, BLOCK_K)
     entry_k = batch
     if PACKED:
         tile, batches = tl.program_id(0) % key_tiles, tl.num_programs(0) // (key_tiles * heads_kv)
@@ -251,17 +285,18 @@ def attention_dkdv_kernel(
         delta_ptr += statistics_row(entry_q, batch)
     k_ptr += entry_k * stride_k_batch + head_kv * stride_k_head
     v_ptr += entry_k * stride_v_batch + head_kv * stride_v_head
+    k, v = k_ptr, v_ptr
     if SLICE == 0:
         k = load_tile(k_ptr, first_col, seqlen_k, stride_k_row, BLOCK_K, HEAD_DIM, BLOCK_D, True)
         if DK:
             v = load_tile(v_ptr, first_col, seqlen_k, stride_v_row, BLOCK_K, HEAD_DIM_V, BLOCK_DV, True)
+    dk, dv = 0.0, 0.0
     if DK:
         dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     if DV:
         dv = tl.zeros((BLOCK_K, BLOCK_DV), tl.float32)
 
     last_col = tl.minimum(first_col + BLOCK_K, seqlen_k)
-    STAGES: tl.constexpr = 1 if MASK != MASK_NONE else None
     is_full = (MASK == MASK_NONE) | (last_col == first_col + BLOCK_K)
     begin, full_begin, full_end, end = tile_range(
         first_col, last_col, seqlen_q, -diagonal, window_right, window_left, is_full, RIGHT, LEFT, BLOCK_Q
@@ -307,49 +342,14 @@ def attention_dkdv_kernel(
                     lists_ptr + batch * stride_lists_batch + head * stride_lists_head, first_col // BLOCK_K, seqlen_q,
                     start, stop, BLOCK_Q,
                 )  # fmt: skip
-            for at in tl.range(start, stop, 1 if LISTED else BLOCK_Q, num_stages=STAGES if part != 1 else None):
-                first_row = visited_position(at, list_ptr, BLOCK_Q, LISTED)
-                rows = first_row + row
-                if SLICE > 0:
-                    dots = sliced_dot(k_ptr, first_col, seqlen_k, stride_k_row, q_head_ptr, first_row, seqlen_q,
-                                      stride_q_row, BLOCK_K, BLOCK_Q, HEAD_DIM, SLICE, PRECISION)  # fmt: skip
-                    # Read any later, q and dout would be in registers together with all that multiplies them.
-                    if DK:
-                        dp = sliced_dot(v_ptr, first_col, seqlen_k, stride_v_row, dout_head_ptr, first_row, seqlen_q,
-                                        stride_dout_row, BLOCK_K, BLOCK_Q, HEAD_DIM_V, SLICE, PRECISION)  # fmt: skip
-                        q = load_tile(q_head_ptr, first_row, seqlen_q, stride_q_row, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
-                    if DV:
-                        dout = load_tile(dout_head_ptr, first_row, seqlen_q, stride_dout_row, BLOCK_Q, HEAD_DIM_V,
-                                         BLOCK_DV, True)  # fmt: skip
-                else:
-                    q = load_tile(q_head_ptr, first_row, seqlen_q, stride_q_row, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
-                    dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-                lse = tl.load(row_lse_head_ptr + rows)
-                p, ratio = tile_probabilities(
-                    dots, lse[None, :], first_row, first_col, row[None, :], col[:, None], mask_head_ptr, stride_mask_q,
-                    stride_mask_k, slope, seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap,
-                    MASK, ALIBI, SOFTCAP, LEFT, RIGHT, PLAIN, part != 1,
-                )  # fmt: skip
-                if DROPOUT:
-                    keep = tl.trans(dropout_keep(rng_state_ptr, batch_head, rows, first_col, threshold, BLOCK_K))
-                if SLICE == 0:
-                    dout = load_tile(dout_head_ptr, first_row, seqlen_q, stride_dout_row, BLOCK_Q, HEAD_DIM_V,
-                                     BLOCK_DV, True)  # fmt: skip
-                if DV:
-                    kept = p
-                    if DROPOUT:
-                        kept = tl.where(keep, p * keep_scale, 0.0)
-                    dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
-                if DK:
-                    if SLICE == 0:
-                        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-                    if DROPOUT:
-                        dp = tl.where(keep, dp * keep_scale, 0.0)
-                    delta = tl.load(delta_head_ptr + rows)
-                    ds = p * (dp - delta[None, :])
-                    if SOFTCAP:
-                        ds *= 1.0 - ratio * ratio
-                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            dk, dv = _dkdv_of_rows(
+                dk, dv, k, v, start, stop, list_ptr, first_col, q_head_ptr, dout_head_ptr, row_lse_head_ptr,
+                delta_head_ptr, mask_head_ptr, rng_state_ptr,
+                stride_q_row, stride_k_row, stride_v_row, stride_dout_row, stride_mask_q, stride_mask_k, slope,
+                batch_head, seqlen_q, seqlen_k, diagonal, window_left, window_right, scale, unit, softcap, threshold,
+                keep_scale, HEAD_DIM, HEAD_DIM_V, BLOCK_Q, BLOCK_K, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT,
+                LEFT, RIGHT, PLAIN, PRECISION, SLICE, LISTED, DK, DV, BOUNDARY=part != 1,
+            )  # fmt: skip
     if DK:
         store_tile(dk_ptr + entry_k * stride_dk_batch + head_kv * stride_dk_head, dk * scale, first_col, seqlen_k,
                    stride_dk_row, BLOCK_K, HEAD_DIM, BLOCK_D)  # fmt: skip

@@ -1,6 +1,7 @@
-"""The gradient of an additive attention mask in Triton: ds, summed over the dims in which the mask broadcasts.
+"""The gradient of an additive attention mask in Triton: ds, summed over the dims in which the mask broadcasts. (Where
+keys are among them attention_triton_rows.py needs no ds.)
 
-Work:    one program per tile of the mask (of the scores, where the mask broadcasts along rows or keys). It computes ds
+Work:    one program per tile of the mask (of the scores, where the mask broadcasts along rows). It computes ds
          of that tile again for each (batch, head) that shares it, one after the other, and adds in registers: no
          atomics, no (batch, heads, seqlen_q, seqlen_k) scratch. Where few tiles are shared by many (batch, head), the
          latter are split among programs, whose partial sums are added up afterwards.
@@ -27,9 +28,9 @@ def attention_dmask_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr, SLICE: tl.constexpr,
-    SUM_ROWS: tl.constexpr, SUM_KEYS: tl.constexpr,
+    SUM_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dmask: (splits, mask_batches, mask_heads, rows or row tiles if SUM_ROWS, keys or key tiles if SUM_KEYS).
+    """dmask: (splits, mask_batches, mask_heads, rows or row tiles if SUM_ROWS, keys).
 
     ``pairs`` (batch, head) of the batches_shared * heads_shared that share a tile are one program's part.
     Grid: (splits * mask_batches * mask_heads * row tiles * key tiles,).
@@ -84,10 +85,6 @@ def attention_dmask_kernel(
         total = tl.sum(total, 0)[None, :]
         rows = row_tile + tl.arange(0, 1)
         seqlen_q = row_tiles
-    if SUM_KEYS:
-        total = tl.sum(total, 1)[:, None]
-        cols = key_tile + tl.arange(0, 1)
-        seqlen_k = key_tiles
     ptrs = dmask_ptr + (matrix.to(tl.int64) * seqlen_q + rows[:, None]) * seqlen_k + cols[None, :]
     inside = (rows < seqlen_q)[:, None] & (cols < seqlen_k)[None, :]
     tl.store(ptrs, total.to(dmask_ptr.dtype.element_ty), mask=inside)

@@ -21,7 +21,7 @@ from fastattn.ops.attention_triton_scores import (
     VARYING,
     WHOLE_WALK,
     cap_scores,
-    clip_to_visible_keys,
+    keys_of_rows,
     listed_tiles,
     load_lse,
     load_tile,
@@ -30,7 +30,6 @@ from fastattn.ops.attention_triton_scores import (
     sliced_dot,
     store_tile,
     tile_probabilities,
-    tile_range,
     visited_position,
     walk_part,
 )
@@ -151,16 +150,9 @@ def attention_fwd_kernel(
         row_max = tl.zeros((BLOCK_Q,), tl.float32) + sink
         row_sum += tl.where(sink == float("-inf"), 0.0, 1.0)
 
-    last_row = tl.minimum(first_row + BLOCK_Q, seqlen_q)
-    is_full = (MASK == MASK_NONE) | (last_row == first_row + BLOCK_Q)
-    begin, full_begin, full_end, end = tile_range(
-        first_row, last_row, seqlen_k, diagonal, window_left, window_right, is_full, LEFT, RIGHT, BLOCK_K
-    )
-    if KEY_MASK:
-        begin, full_begin, full_end, end = clip_to_visible_keys(
-            mask_ptr, stride_mask_k, begin, full_begin, full_end, end, MASK, BLOCK_K
-        )
-
+    begin, full_begin, full_end, end = keys_of_rows(first_row, seqlen_q, seqlen_k, diagonal, window_left, window_right,
+                                                    mask_ptr, stride_mask_k, MASK, KEY_MASK, LEFT, RIGHT, BLOCK_Q,
+                                                    BLOCK_K)  # fmt: skip
     FIRST_PART: tl.constexpr = WHOLE_WALK if ONE_WALK else 0 if LEFT else 1
     LAST_PART: tl.constexpr = WHOLE_WALK if ONE_WALK else 2
     for part in tl.static_range(FIRST_PART, LAST_PART + 1):

@@ -78,7 +78,7 @@ def attention_mask_lists_kernel(
     for first in range(0, walk_tiles, CHUNK):
         walk = first * WALK + tl.arange(0, CHUNK * WALK)
         inside = (own < states_own)[:, None] & (walk < states_walk)[None, :]
-        ptrs = states_ptr + own[:, None] * stride_own + walk[None, :] * stride_walk
+        ptrs = states_ptr + own.to(tl.int64)[:, None] * stride_own + walk.to(tl.int64)[None, :] * stride_walk
         visible = tl.max(tl.load(ptrs, mask=inside, other=0).to(tl.int32), 0)
         visible = tl.max(tl.reshape(visible, (CHUNK, WALK)), 1)
         before = found + tl.cumsum(visible, 0) - visible

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from fastattn.ops import attention_triton_tiles as tiles
-from fastattn.ops.attention_triton_bwd import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
+from fastattn.ops.attention_triton_bwd import attention_dkdv_kernel, attention_dq_kernel
 from fastattn.ops.attention_triton_dmask import attention_dmask_kernel
 from fastattn.ops.attention_triton_fwd import attention_fwd_kernel, attention_weights_kernel
 from fastattn.ops.attention_triton_mask import ceil_div, mask_arguments, plan_lists
 from fastattn.ops.attention_triton_packed import STATISTICS_ROWS
+from fastattn.ops.attention_triton_rows import attention_delta_kernel, attention_rows_kernel
 from fastattn.ops.attention_triton_scores import MASK_ADD, MASK_NONE
 from fastattn.ops.attention_triton_tiles import Tile, Tiling
 from fastattn.ops.triton_launch import Launch, descriptor, neighbours
@@ -255,37 +256,33 @@ def plan_delta(
     lse: Tensor,
     row_lse: Tensor,
     delta: Tensor,
-    sinks: Tensor | None,
     packing: Packing | None = None,
-) -> tuple[Launch, Tensor | None]:
-    """Writes row_lse and delta; with sinks, the second result then holds what to sum for their gradient."""
+) -> Launch:
+    """Writes row_lse and delta."""
     batch, heads, seqlen_q, head_dim_v = out.shape
     if packing is not None:
         batch, seqlen_q = packing.batch, packing.max_seqlen_q
     block_dv = padded(head_dim_v)
-    # 4096 elements of each operand: 32 a thread, which keeps enough loads in flight.
-    block_q = max(16, 4096 // block_dv)
+    # 4096 elements of each operand: 32 a thread, which keeps enough loads in flight. But no more rows than other tiles
+    # have, whose offsets are 32-bit numbers.
+    block_q = min(max(16, 4096 // block_dv), 128)
     row_tiles = padded_rows(seqlen_q) // block_q
-    # Programs past the end of their packed sequence write no share.
-    allocate = lse.new_empty if packing is None else lse.new_zeros
-    dsinks = None if sinks is None else allocate((batch, heads, row_tiles))
-    sinks = None if sinks is None else neighbours(sinks)
     arguments = {
         "out_ptr": out, "dout_ptr": dout, "dlse_ptr": dlse, "lse_ptr": lse, "row_lse_ptr": row_lse, "delta_ptr": delta,
-        "sinks_ptr": sinks, "dsinks_ptr": dsinks, **_strides("out", out), **_strides("dout", dout), "heads": heads,
+        **_strides("out", out), **_strides("dout", dout), "heads": heads,
         "seqlen_q": seqlen_q, "padded_rows": delta.shape[2], "HEAD_DIM_V": head_dim_v, "BLOCK_Q": block_q,
-        "BLOCK_DV": block_dv, "DLSE": dlse is not None, "SINKS": sinks is not None, "PACKED": packing is not None,
+        "BLOCK_DV": block_dv, "DLSE": dlse is not None, "PACKED": packing is not None,
         "cu_seqlens_q_ptr": None if packing is None else packing.cu_seqlens_q,
         "total_q": None if packing is None else out.shape[2],
     }  # fmt: skip
     # With all registers: for one more block of 64 each, ptxas would spill some.
     options = Tile(block_q, 0, 4, 1, True).launch_options()
-    return Launch(attention_delta_kernel, (batch * heads * row_tiles,), arguments, options), dsinks
+    return Launch(attention_delta_kernel, (batch * heads * row_tiles,), arguments, options)
 
 
 class BackwardInputs(NamedTuple):
     """What every kernel of the backward reads. row_lse, delta: (batch, heads, padded_rows), from ``plan_delta``; the
-    batch is 1 for packed sequences."""
+    batch is 1 for packed sequences. row_sums is like them: of ds, from ``plan_dq``, where a gradient needs them."""
 
     query: Tensor
     key: Tensor
@@ -294,6 +291,7 @@ class BackwardInputs(NamedTuple):
     row_lse: Tensor
     delta: Tensor
     mask_states: Tensor | None
+    row_sums: Tensor | None = None
 
     def arguments(self, scoring: Scoring) -> dict[str, Any]:
         return _scoring_arguments(self.query, self.key, scoring) | {
@@ -312,6 +310,8 @@ def plan_dq(
     arguments |= {
         "dq_ptr": dq,
         **_strides("dq", dq),
+        "row_sums_ptr": inputs.row_sums,
+        "ROW_SUMS": inputs.row_sums is not None,
         "KEY_MASK": _key_mask(arguments, inputs.mask_states),
         "ONE_WALK": _one_walk(arguments, inputs.mask_states, 256),
     }
@@ -322,6 +322,42 @@ def plan_dq(
     launches, lists = plan_lists(inputs.mask_states, tile, seqlens)
     arguments |= _blocks(tile) | lists
     return [*launches, Launch(attention_dq_kernel, (programs,), arguments, tile.launch_options())]
+
+
+class RowGradients(NamedTuple):
+    """What ``plan_rows`` writes, where asked: shares of the sinks' gradient (batch, heads, shares), and the gradient of
+    a mask that broadcasts over keys, (batch, heads, seqlen_q)."""
+
+    dsinks: Tensor | None
+    dmask: Tensor | None
+
+
+def plan_rows(
+    inputs: BackwardInputs, dlse: Tensor | None, scoring: Scoring, wants_dsinks: bool, wants_dmask: bool
+) -> tuple[Launch, RowGradients]:
+    """Corrects delta by the sums of rows, behind ``plan_dq``."""
+    batch, seqlen_q, _ = scoring.extent(inputs.query, inputs.key)
+    heads, packing, delta = inputs.query.shape[1], scoring.packing, inputs.delta
+    block_q = STATISTICS_ROWS.value
+    row_tiles = padded_rows(seqlen_q) // block_q
+    # Programs past the end of their packed sequence write no share.
+    allocate = delta.new_empty if packing is None else delta.new_zeros
+    gradients = RowGradients(
+        allocate((batch, heads, row_tiles)) if wants_dsinks else None,
+        delta.new_empty((batch, heads, seqlen_q)) if wants_dmask else None,
+    )
+    sinks = None if scoring.sinks is None else neighbours(scoring.sinks)
+    arguments = {
+        "row_lse_ptr": inputs.row_lse, "delta_ptr": delta, "row_sums_ptr": inputs.row_sums, "dlse_ptr": dlse,
+        "sinks_ptr": sinks, "dsinks_ptr": gradients.dsinks, "dmask_ptr": gradients.dmask, "heads": heads,
+        "seqlen_q": seqlen_q, "padded_rows": delta.shape[2], "BLOCK_Q": block_q, "DLSE": dlse is not None,
+        "ROW_SUMS": inputs.row_sums is not None, "SINKS": sinks is not None, "DSINKS": wants_dsinks,
+        "DMASK": wants_dmask, "PACKED": packing is not None,
+        "cu_seqlens_q_ptr": None if packing is None else packing.cu_seqlens_q,
+        "total_q": None if packing is None else inputs.query.shape[2],
+    }  # fmt: skip
+    options = Tile(block_q, 0, 4, 1).launch_options()
+    return Launch(attention_rows_kernel, (batch * heads * row_tiles,), arguments, options), gradients
 
 
 def plan_dkdv(
@@ -359,23 +395,23 @@ def plan_dmask(inputs: BackwardInputs, scoring: Scoring, gpu: tiles.Gpu) -> tupl
     arguments = inputs.arguments(scoring)
     batch, heads, seqlen_q, _ = inputs.query.shape
     seqlen_k = inputs.key.shape[2]
-    mask_batches, mask_heads, mask_q, mask_k = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    mask_batches, mask_heads, mask_q, _ = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     head_dim_v = inputs.value.shape[3]
     tile = tiles.scores(gpu, inputs.query.dtype, padded(max(arguments["HEAD_DIM"], head_dim_v)))
     row_tiles, key_tiles = ceil_div(seqlen_q, tile.block_q), ceil_div(seqlen_k, tile.block_k)
-    sum_rows, sum_keys = mask_q < seqlen_q, mask_k < seqlen_k
+    sum_rows = mask_q < seqlen_q
 
     programs = mask_batches * mask_heads * row_tiles * key_tiles
     shared = (batch // mask_batches) * (heads // mask_heads)
     pairs = ceil_div(shared, max(1, min(shared, _DMASK_PROGRAMS // programs)))
     splits = ceil_div(shared, pairs)
-    sums = [dim for dim, summed in ((0, splits > 1), (3, sum_rows), (4, sum_keys)) if summed]
-    rows, keys = row_tiles if sum_rows else seqlen_q, key_tiles if sum_keys else seqlen_k
+    sums = [dim for dim, summed in ((0, splits > 1), (3, sum_rows)) if summed]
+    rows = row_tiles if sum_rows else seqlen_q
     dtype = torch.float32 if sums or mask.dtype == torch.float64 else mask.dtype
-    partial = torch.empty(splits, mask_batches, mask_heads, rows, keys, dtype=dtype, device=mask.device)
+    partial = torch.empty(splits, mask_batches, mask_heads, rows, seqlen_k, dtype=dtype, device=mask.device)
     arguments |= {
         "dmask_ptr": partial, "mask_batches": mask_batches, "mask_heads": mask_heads,
         "heads_shared": heads // mask_heads, "batches_shared": batch // mask_batches, "pairs": pairs,
-        "SUM_ROWS": sum_rows, "SUM_KEYS": sum_keys, **_blocks(tile), "HEAD_DIM_V": head_dim_v,
+        "SUM_ROWS": sum_rows, **_blocks(tile), "HEAD_DIM_V": head_dim_v,
     }  # fmt: skip
     return Launch(attention_dmask_kernel, (splits * programs,), arguments, tile.launch_options()), partial, sums

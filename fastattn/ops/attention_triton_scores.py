@@ -110,6 +110,24 @@ def clip_to_visible_keys(mask_ptr, stride_mask_k, begin, full_begin, full_end, e
 
 
 @triton.jit
+def keys_of_rows(first_row, seqlen_q, seqlen_k, diagonal, window_left, window_right, mask_ptr, stride_mask_k,
+                 MASK: tl.constexpr, KEY_MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+                 BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """``tile_range`` of the keys that a tile of rows visits; KEY_MASK: without those at the ends that a mask hides."""
+    last_row = tl.minimum(first_row + BLOCK_Q, seqlen_q)
+    # The mask of rows past the end is not read: tiles that have some are no full ones.
+    is_full = (MASK == MASK_NONE) | (last_row == first_row + BLOCK_Q)
+    begin, full_begin, full_end, end = tile_range(
+        first_row, last_row, seqlen_k, diagonal, window_left, window_right, is_full, LEFT, RIGHT, BLOCK_K
+    )
+    if KEY_MASK:
+        begin, full_begin, full_end, end = clip_to_visible_keys(
+            mask_ptr, stride_mask_k, begin, full_begin, full_end, end, MASK, BLOCK_K
+        )
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
 def listed_tiles(lists_ptr, tile, length, start, stop, BLOCK: tl.constexpr):
     """(list, first, last): where own ``tile`` lists the tiles of [start, stop) that the mask leaves visible, of those
     of ``length`` positions (attention_triton_mask_tiles.py)."""

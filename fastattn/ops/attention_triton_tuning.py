@@ -52,19 +52,31 @@ def run_backward(
     call: plans.Scoring,
     states: Tensor | None,
     sinks: Tensor | None,
-) -> tuple[plans.BackwardInputs, Tensor | None]:
-    """Writes dq, dk and dv. Gives what the kernel of the mask's gradient reads too and what adds up to that of
-    ``sinks``."""
+    mask: Tensor | None = None,
+) -> tuple[plans.BackwardInputs, plans.RowGradients]:
+    """Writes dq, dk and dv. Gives what the kernel of the gradient of ``mask`` reads too, and what adds up to that of
+    ``sinks``, and of a mask that broadcasts over keys."""
     dq, dk, dv = gradients
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     batch, heads, seqlen_q, _ = out.shape
     row_lse, delta = (lse.new_empty(batch, heads, plans.padded_rows(seqlen_q, call.packing)) for _ in range(2))
-    inputs = plans.BackwardInputs(query, key, value, dout, row_lse, delta, states)
-    launch, sink_sums = plans.plan_delta(out, dout, dlse, lse, row_lse, delta, sinks, call.packing)
-    launch.run(query)
+    is_row_mask = mask is not None and broadcasts_over_keys(mask)
+    needs_delta = sinks is not None or (mask is not None and (not is_row_mask or call.sinks is not None))
+    row_sums = torch.empty_like(delta) if needs_delta else None
+    inputs = plans.BackwardInputs(query, key, value, dout, row_lse, delta, states, row_sums)
+    plans.plan_delta(out, dout, dlse, lse, row_lse, delta, call.packing).run(query)
     run(query, plans.plan_dkdv, inputs, dk, dv, call)
     run(query, plans.plan_dq, inputs, dq, call)
-    return inputs, sink_sums
+    if not needs_delta and not is_row_mask:
+        return inputs, plans.RowGradients(None, None)
+    launch, of_rows = plans.plan_rows(inputs, dlse, call, sinks is not None, is_row_mask)
+    launch.run(query)
+    return inputs, of_rows
+
+
+def broadcasts_over_keys(mask: Tensor) -> bool:
+    """Or there is one key: the gradient of a mask of one column follows from rows alone."""
+    return mask.dim() == 0 or mask.shape[-1] == 1
 
 
 def mask_states(query: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor | None:

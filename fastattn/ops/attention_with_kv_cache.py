@@ -144,12 +144,33 @@ def _prepare(
     checks.heads_and_dims(
         op, query, key_cache, value_cache, "(batch, seqlen, heads, head_dim)", heads_dim=2, names=names
     )
+    _check_caches(op, query, key_cache, value_cache, block_table)
+    _check_new(op, query, key_cache, value_cache, key, value)
+    _check_lengths(op, query, cache_seqlens)
+    rotary = _checked_rotary(op, query, rotary_cos, rotary_sin)
+    differentiable = (query, key_cache, value_cache, key, value)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
+        raise NotImplementedError(f"{op}: it has no gradients; call it under torch.no_grad().")
+
+    heads, head_dim = query.shape[2:]
+    scale, left, right = checks.options(op, head_dim, 0.0, scale, softcap, window, "bottom_right")
+    if alibi_slopes is not None:
+        alibi_slopes = checks.alibi_slopes(op, alibi_slopes, query, (query.shape[0], heads))
+    if sinks is not None:
+        sinks = checks.sinks(op, sinks, query, heads)
+    return KvCacheCall(
+        query, key_cache, value_cache, key, value, cache_seqlens, block_table, rotary, bool(rotary_interleaved),
+        alibi_slopes, sinks, bool(is_causal), scale, left, right, float(softcap),
+    )  # fmt: skip
+
+
+def _check_caches(op: str, query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Any) -> None:
+    batch = query.shape[0]
     if key_cache.shape[:2] != value_cache.shape[:2]:
         raise ValueError(
             f"{op}: key_cache {tuple(key_cache.shape)} and value_cache {tuple(value_cache.shape)} must agree in their "
             "first two dims."
         )
-    batch, _, heads, head_dim = query.shape
     if block_table is None and key_cache.shape[0] != batch:
         raise ValueError(
             f"{op}: query has batch {batch} but key_cache has {key_cache.shape[0]}; they must be equal, "
@@ -162,7 +183,10 @@ def _prepare(
                 f"{op}: block_table must be (batch, blocks_per_sequence) with batch {batch}, "
                 f"got shape {tuple(block_table.shape)}."
             )
-    _check_new(op, query, key_cache, value_cache, key, value)
+
+
+def _check_lengths(op: str, query: Tensor, cache_seqlens: Any) -> None:
+    batch = query.shape[0]
     if isinstance(cache_seqlens, Tensor):
         checks.integers_on_device(op, "cache_seqlens", cache_seqlens, query)
         if cache_seqlens.shape != (batch,):
@@ -171,20 +195,6 @@ def _prepare(
             )
     elif not isinstance(cache_seqlens, (int, torch.SymInt)) or isinstance(cache_seqlens, bool):
         raise TypeError(f"{op}: cache_seqlens must be an int or a Tensor, got {type(cache_seqlens).__name__}.")
-    rotary = _checked_rotary(op, query, rotary_cos, rotary_sin)
-    differentiable = (query, key_cache, value_cache, key, value)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
-        raise NotImplementedError(f"{op}: it has no gradients; call it under torch.no_grad().")
-
-    scale, left, right = checks.options(op, head_dim, 0.0, scale, softcap, window, "bottom_right")
-    if alibi_slopes is not None:
-        alibi_slopes = checks.alibi_slopes(op, alibi_slopes, query, (batch, heads))
-    if sinks is not None:
-        sinks = checks.sinks(op, sinks, query, heads)
-    return KvCacheCall(
-        query, key_cache, value_cache, key, value, cache_seqlens, block_table, rotary, bool(rotary_interleaved),
-        alibi_slopes, sinks, bool(is_causal), scale, left, right, float(softcap),
-    )  # fmt: skip
 
 
 def _check_new(op: str, query: Tensor, key_cache: Tensor, value_cache: Tensor, key: Any, value: Any) -> None:

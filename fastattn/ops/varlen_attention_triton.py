@@ -101,8 +101,8 @@ def _backward(dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, val
         return dq.zero_(), dk.zero_(), dv.zero_(), dsinks
     operands = as_entry(query), as_entry(key), as_entry(value), as_entry(out), as_entry(dout)
     gradients = as_entry(dq), as_entry(dk), as_entry(dv)
-    _, sums = tuning.run_backward(*operands, dlse, lse, gradients, call, None, call.sinks if need_dsinks else None)
-    return dq, dk, dv, dsinks if sums is None else sums.sum((0, 2)).to(call.sinks.dtype)
+    _, of_rows = tuning.run_backward(*operands, dlse, lse, gradients, call, None, call.sinks if need_dsinks else None)
+    return dq, dk, dv, dsinks if of_rows.dsinks is None else of_rows.dsinks.sum((0, 2)).to(call.sinks.dtype)
 
 
 for _name, _implementation in (("", _forward), ("_backward", _backward)):

@@ -8,11 +8,11 @@
 using namespace fastattn;
 
 #define KERNEL(name, threads, smem_bytes)                                                                        \
-  __global__ void name##_kernel(float* data, int count);                                                         \
+  __global__ void __launch_bounds__(threads, 1) name##_kernel(float* data, int count);                           \
   extern "C" const char* misuse_##name(float* data, int count, void* stream) {                                   \
     return launch_kernel(name##_kernel, 1, threads, smem_bytes, static_cast<cudaStream_t>(stream), data, count); \
   }                                                                                                              \
-  __global__ void name##_kernel([[maybe_unused]] float* data, [[maybe_unused]] int count)
+  __global__ void __launch_bounds__(threads, 1) name##_kernel([[maybe_unused]] float* data, [[maybe_unused]] int count)
 
 // ---- meeting points
 
@@ -305,9 +305,24 @@ KERNEL(descriptor_outside_shared, 128, 1024) {
   wgmma_wait_group<0>();
 }
 
+// ---- registers: three warpgroups have 168 a thread
+
+KERNEL(more_registers_than_were_given_back, 384, 0) {
+  if (threadIdx.x < 128) {
+    setmaxnreg_dec<40>();
+  } else {
+    setmaxnreg_inc<240>();
+  }
+}
+
+KERNEL(setmaxnreg_by_one_warp, 384, 0) {
+  if (threadIdx.x < 32) setmaxnreg_dec<40>();
+}
+
 // ---- launches
 
 __global__ void empty_kernel() {}
+template <int kWhich>
 __global__ void static_shared_kernel(int* unused) {
   FASTATTN_SHARED(numbers, int[32]);
   numbers[threadIdx.x % 32] = 0;
@@ -318,8 +333,11 @@ extern "C" const char* misuse_launch(int threads, int blocks_y, int smem_bytes, 
                        static_cast<cudaStream_t>(stream));
 }
 
-// 128 bytes of static shared memory, and so much dynamic.
+// 128 bytes of static shared memory, and so much dynamic: by one kernel if that is even, else by another, since a
+// kernel asks for one size only.
 extern "C" const char* misuse_static_shared(int smem_bytes, void* stream) {
-  return launch_kernel(static_shared_kernel, 1, 32, static_cast<size_t>(smem_bytes), static_cast<cudaStream_t>(stream),
-                       static_cast<int*>(nullptr));
+  return launch_choice<0, 1>(smem_bytes % 2, [&](auto which) {
+    return launch_kernel(static_shared_kernel<which()>, 1, 32, static_cast<size_t>(smem_bytes),
+                         static_cast<cudaStream_t>(stream), static_cast<int*>(nullptr));
+  });
 }
