@@ -86,7 +86,7 @@ class EntryBackward {
   void prepare_shared_rows(int64_t head_index, int64_t block) const {
     if (block >= plan_.query_blocks) return;
     const Head& head = call_.shared.heads[batch_ * p_.heads + head_index];
-    QueryRows(plan_).prepare_rows(head, call_.sink, batch_, head_index, block);
+    QueryRows(plan_).prepare_rows(head, call_.sink, call_.mask, batch_, head_index, block);
   }
 
   // Lists what the task will read, first what it needs first.
@@ -120,7 +120,7 @@ class EntryBackward {
       const int64_t head_index = head_kv * plan_.group + g;
       query.point_at_tensors(arrays.heads[g], batch_, head_index);
       for (int64_t block = 0; block < plan_.query_blocks; ++block) {
-        query.prepare_rows(arrays.heads[g], call_.sink, batch_, head_index, block);
+        query.prepare_rows(arrays.heads[g], call_.sink, call_.mask, batch_, head_index, block);
       }
     }
     for (int64_t block = 0; block < plan_.key_blocks; ++block) {
@@ -230,7 +230,7 @@ class EntryBackward {
     placed.tile.keep_scale = static_cast<T>(call_.dropout.keep_scale);
   }
 
-  // The terms of rows whose probabilities are all at hand, and their part of the sink's gradient.
+  // The terms of rows whose probabilities are all at hand, and what sinks and a mask that broadcasts over keys get.
   void sum_all_keys(T* weight, T* delta, const Placed* placed, int count, const Block& at) const {
     ProbabilityTile<T> tiles[kMostTilesAtHand];
     int seen = 0;
@@ -244,6 +244,7 @@ class EntryBackward {
       const T lse = at.head->lse[at.row0 + r], dlse = at.head->dlse[at.row0 + r];
       const double sink = call_.sink.probability(at.head_index, lse), sum = weight[r] + sink;
       const double scale = sum > 0 ? 1 / sum : 0, row_delta = delta[r] * scale;
+      call_.mask.set_row(batch_, at.head_index, at.row0 + r, weight[r] * scale * dlse + sink * scale * row_delta);
       weight[r] = static_cast<T>(scale);
       delta[r] = static_cast<T>(row_delta);
       dsink += sink * scale * (dlse - row_delta);
@@ -257,14 +258,13 @@ class EntryBackward {
     const MaskGradient<T>& mask = call_.mask;
     const auto add_to_mask = [&](const T* ds) {
       turns.wait_mask();
-      if (mask.kind() == MaskGradientKind::kPerRow) turns.wait_dq();
       if (mask.kind() == MaskGradientKind::kPerKey) turns.wait_dkv(number);
       mask.add_tile(ds, batch_, at.head_index, placed.tile.place);
     };
     if (!placed.hidden) {
       add_gradients(
-          placed.tile, placed.limits, terms, mask.kind() != MaskGradientKind::kNone, add_to_mask,
-          [&] { turns.wait_dkv(number); }, [&] { turns.wait_dq(); });
+          placed.tile, placed.limits, terms, mask.takes_tiles(), add_to_mask, [&] { turns.wait_dkv(number); },
+          [&] { turns.wait_dq(); });
     } else if (mask.kind() == MaskGradientKind::kFull) {
       add_to_mask(nullptr);
     }

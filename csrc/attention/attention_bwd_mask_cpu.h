@@ -1,5 +1,9 @@
 // The gradient of an additive mask: the gradients of the scores, summed over the dimensions in which the mask
 // broadcast.
+// One that broadcasts over keys moves all scores of a row alike, so the row's probabilities stay as they are but for
+// the sink's, and the sum over its keys needs no key:
+//   sum_j ds_j = dlse * sum_j p_j + p_sink * delta
+// which is exact where the sum of ds, whose terms cancel, would be nothing but their roundings.
 #pragma once
 
 #include "attention/attention_bwd_tile_cpu.h"
@@ -12,14 +16,14 @@ namespace FASTATTN_ISA {
 enum class MaskGradientKind { kNone, kFull, kPerKey, kPerRow };
 
 // kFull: the mask has rows and keys; a tile is added to the place of its (batch, head), and where several share it,
-// they take turns in rising order. kPerKey, kPerRow: it broadcasts over rows, over keys (or both); each (batch, head)
-// sums up a vector of its own, and reduce() adds the vectors.
+// they take turns in rising order. kPerKey, kPerRow: it broadcasts over rows, over keys (or both, or has one); each
+// (batch, head) has a vector of its own, and reduce() adds the vectors.
 template <typename T>
 class MaskGradient {
  public:
   FASTATTN_INLINE static MaskGradientKind kind_of(const AttentionBwdParams& p) {
     if (p.dmask == nullptr) return MaskGradientKind::kNone;
-    if (p.stride_dmask_k == 0) return MaskGradientKind::kPerRow;
+    if (p.stride_dmask_k == 0 || p.seqlen_k == 1) return MaskGradientKind::kPerRow;
     return p.stride_dmask_q == 0 ? MaskGradientKind::kPerKey : MaskGradientKind::kFull;
   }
   // How many (batch, head) there are to one place of the mask.
@@ -37,6 +41,9 @@ class MaskGradient {
       : p_(p), kind_(kind_of(p)), partials_(partials), sharers_(sharers(p)) {}
 
   FASTATTN_INLINE MaskGradientKind kind() const { return kind_; }
+  FASTATTN_INLINE bool takes_tiles() const {
+    return kind_ == MaskGradientKind::kFull || kind_ == MaskGradientKind::kPerKey;
+  }
   FASTATTN_INLINE bool takes_turns() const { return kind_ == MaskGradientKind::kFull && sharers_ > 1; }
   // Which of the places that are shared, and whose turn it is there.
   FASTATTN_INLINE int64_t place(int64_t batch, int64_t head) const {
@@ -63,16 +70,19 @@ class MaskGradient {
     const int64_t batch_head = batch * p_.heads + head;
     switch (kind_) {
       case MaskGradientKind::kNone:
+      case MaskGradientKind::kPerRow:
         return;
       case MaskGradientKind::kFull:
         return add_full(ds, batch, head, place);
       case MaskGradientKind::kPerKey:
         if (ds) add_columns(partials_ + batch_head * p_.seqlen_k + place.key0, ds, place);
         return;
-      case MaskGradientKind::kPerRow:
-        if (ds) add_rows(partials_ + batch_head * p_.seqlen_q + place.row0, ds, place);
-        return;
     }
+  }
+
+  // The whole gradient of a row, where the mask broadcasts over keys.
+  FASTATTN_INLINE void set_row(int64_t batch, int64_t head, int64_t row, double gradient) const {
+    if (kind_ == MaskGradientKind::kPerRow) partials_[(batch * p_.heads + head) * p_.seqlen_q + row] = gradient;
   }
 
   // Adds the vectors of all (batch, head) that share a place, in rising order.
@@ -138,16 +148,6 @@ class MaskGradient {
       }
       total.store(column);
       for (int i = 0; i < min_of(V::kLanes, place.keys - key); ++i) sums[key + i] += column[i];
-    }
-  }
-
-  // Columns past the last key are hidden, hence 0.
-  FASTATTN_INLINE static void add_rows(double* sums, const T* ds, const TilePlace& place) {
-    using V = Vec<T>;
-    for (int r = 0; r < place.rows; ++r) {
-      V sum = V::zero();
-      for (int key = 0; key < kTileKeys; key += V::kLanes) sum = sum + V::load(ds + r * kTileKeys + key);
-      sums[r] += sum.reduce_add();
     }
   }
 

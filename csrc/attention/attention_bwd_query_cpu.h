@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "attention/attention_bwd_mask_cpu.h"
 #include "attention/attention_bwd_plan_cpu.h"
 #include "attention/attention_bwd_rows_cpu.h"
 #include "attention/attention_bwd_sink_cpu.h"
@@ -59,8 +60,8 @@ class QueryRows {
     }
   }
 
-  FASTATTN_INLINE void prepare_rows(const Head& head, const SinkGradient<T>& sink, int64_t batch, int64_t head_index,
-                                    int64_t block) const {
+  FASTATTN_INLINE void prepare_rows(const Head& head, const SinkGradient<T>& sink, const MaskGradient<T>& mask,
+                                    int64_t batch, int64_t head_index, int64_t block) const {
     const int64_t row0 = block * kTileQueries;
     const int rows = static_cast<int>(min_of<int64_t>(kTileQueries, p_.seqlen_q - row0));
     const int head_dim = static_cast<int>(p_.head_dim), head_dim_v = static_cast<int>(p_.head_dim_v);
@@ -80,7 +81,7 @@ class QueryRows {
       pack_right(at(head.dout_terms, row0 / 2), plan_.width_v, dout, p_.dout.stride_row, rows, head_dim_v);
     }
     prepare_statistics(head, batch, head_index, row0, rows);
-    if (!plan_.sees_all_keys) prepare_delta(head, sink, batch, head_index, row0, rows);
+    if (!plan_.sees_all_keys) prepare_delta(head, sink, mask, batch, head_index, row0, rows);
   }
 
   // Where no tile overwrites all of dq before others add to it.
@@ -113,9 +114,10 @@ class QueryRows {
     }
   }
 
-  // delta = dout . out, for rows whose p and dp are not all at hand, and the sink's gradient, which follows from it.
-  FASTATTN_INLINE void prepare_delta(const Head& head, const SinkGradient<T>& sink, int64_t batch, int64_t head_index,
-                                     int64_t row0, int rows) const {
+  // delta = dout . out, for rows whose p and dp are not all at hand, and what follows from it: the gradients of sinks
+  // and of a mask that broadcasts over keys.
+  FASTATTN_INLINE void prepare_delta(const Head& head, const SinkGradient<T>& sink, const MaskGradient<T>& mask,
+                                     int64_t batch, int64_t head_index, int64_t row0, int rows) const {
     alignas(64) T dots[kTileQueries];
     row_dots<Operand>(dots, row_of<Element>(p_.out, batch, head_index, row0), p_.out.stride_row,
                       row_of<Element>(p_.dout, batch, head_index, row0), p_.dout.stride_row, rows,
@@ -125,7 +127,9 @@ class QueryRows {
     for (int64_t r = row0; r < row0 + rows; ++r) {
       const T delta = head.lse[r] < __builtin_inf() ? dots[r - row0] : T(0);
       head.delta[r] = delta;
-      dsink += sink.probability(head_index, head.lse[r]) * (static_cast<double>(head.dlse[r]) - delta);
+      const double p_sink = sink.probability(head_index, head.lse[r]), dlse = head.dlse[r];
+      dsink += p_sink * (dlse - delta);
+      mask.set_row(batch, head_index, r, (1 - p_sink) * dlse + p_sink * delta);
     }
     sink.set(batch, head_index, row0 / kTileQueries, dsink);
   }

@@ -17,6 +17,7 @@
 #include "attention/attention_scores_cpu.h"
 #include "attention/attention_tile_cpu.h"
 #include "common/parallel.h"
+#include "common/read_ahead.h"
 #include "common/scratch.h"
 
 namespace fastattn {
@@ -25,8 +26,13 @@ namespace {
 
 // 16 register tiles of 6 rows.
 constexpr int kBlockRows = 96;
+// The rows of a last, smaller register tile, which still keeps the multipliers busy.
+constexpr int kFewRows = 4;
 // Packed keys (and values) of one kv head stay in memory up to this size; beyond it each visit packs its tile again.
 constexpr int64_t kPackedBytes = int64_t{4} << 20;
+// Products, counting an element of keys and values, which is read and packed, as some. One thread does so many in 10 to
+// 15 us; a second one would come 3 us late.
+constexpr float kSerialProducts = 5e5f, kPackCost = 16;
 
 // What one thread keeps between its tasks.
 template <typename T, typename Operand>
@@ -35,6 +41,7 @@ struct Workspace {
   uint8_t* packed;   // a flag a tile slot
   Operand *k, *v, *q, *p;
   T *raw, *out, *row_max, *row_sum;
+  ReadAhead ahead;  // what the next task reads
 
   FASTATTN_INLINE Workspace(ScratchCursor cursor, int64_t slots, int64_t depth, int64_t columns, bool packs_values) {
     take(cursor, slots, depth, columns, packs_values);
@@ -73,6 +80,9 @@ struct Forward {
   int64_t group, tiles, slots, most_slots, columns, tile_bytes, rows_per_task;
   int depth;
   bool packs_values;
+  // Operands and results are more than the threads' L2 caches hold. What is there already costs more to ask for than
+  // it gains.
+  bool outgrows_l2;
 
   explicit Forward(const AttentionParams& params) : p(params) {
     dropout = make_dropout(p.dropout_p, p.rng_state);
@@ -89,6 +99,10 @@ struct Forward {
     most_slots =
         is_packed(p) || is_cached(p) ? max_of<int64_t>(slots, min_of(tiles, kPackedBytes / tile_bytes)) : slots;
     plan_tasks();
+    const int64_t query_elements = p.batch * p.heads * p.seqlen_q * (p.head_dim + p.head_dim_v);
+    const int64_t key_elements = p.batch * p.heads_kv * p.seqlen_k * (p.head_dim + p.head_dim_v);
+    const int64_t bytes = (query_elements + key_elements) * static_cast<int64_t>(sizeof(Element));
+    outgrows_l2 = bytes > max_threads() * (int64_t{1} << 20);
   }
 
   void plan_keys() {
@@ -119,23 +133,64 @@ struct Forward {
   }
 
   void run() {
-    const int threads = max_threads();
+    const bool alone = is_little_work();
+    const int threads = alone ? 1 : max_threads();
     const Scratch scratch(threads, Arrays::bytes(most_slots, depth, columns, packs_values));
     for (int thread = 0; thread < threads; ++thread) *workspace(scratch, thread).kv_head = -1;
     const EntryTasks tasks(p, [&](int64_t batch) { return p.heads * entry(batch).tasks_per_head(); });
-    parallel_tasks(tasks.count(), [&](int64_t number, int thread) {
+    const auto run_numbered = [&](int64_t number, int thread) {
       const EntryTask task = tasks.at(number);
-      entry(task.batch).run_task(workspace(scratch, thread), task);
-    });
+      Arrays arrays = workspace(scratch, thread);
+      // Tasks are handed out in turn: of equal ones, the one after the other threads' is this thread's next.
+      if (number + threads < tasks.count()) {
+        const EntryTask next = tasks.at(number + threads);
+        entry(next.batch).read_ahead(arrays.ahead, task, next);
+      }
+      entry(task.batch).run_task(arrays, task);
+    };
+    if (alone) {
+      for (int64_t number = 0; number < tasks.count(); ++number) run_numbered(number, 0);
+    } else {
+      parallel_tasks(tasks.count(), run_numbered);
+    }
     if (is_packed(p)) finish_gaps<T>(p);
   }
 
-  void run_task(Arrays w, EntryTask task) {
+  // Whether waking other threads and handing them tasks takes longer than they save. In floats: no shape overflows.
+  bool is_little_work() const {
+    if (is_packed(p) || is_cached(p)) return false;
+    const float keys =
+        static_cast<float>(p.batch) * static_cast<float>(p.seqlen_k) * static_cast<float>(p.head_dim + p.head_dim_v);
+    const float products = keys * static_cast<float>(p.heads) * static_cast<float>(p.seqlen_q);
+    return products + kPackCost * keys * static_cast<float>(p.heads_kv) < kSerialProducts;
+  }
+
+  void run_task(Arrays& w, EntryTask task) { run_rows(w, task.batch, head_of_task(task), rows_of_task(task)); }
+
+  int64_t head_of_task(EntryTask task) const { return task.index / tasks_per_head(); }
+  IndexRange rows_of_task(EntryTask task) const {
     const int64_t ranges = tasks_per_head();
     // The last rows see most under a causal mask, so they go first.
     const int64_t range = ranges - 1 - task.index % ranges;
-    run_rows(w, task.batch, task.index / ranges,
-             {range * rows_per_task, min_of(p.seqlen_q, (range + 1) * rows_per_task)});
+    return {range * rows_per_task, min_of(p.seqlen_q, (range + 1) * rows_per_task)};
+  }
+
+  // Lists what task `next` will read, first what it needs first, to be read during task `now`.
+  void read_ahead(ReadAhead& ahead, EntryTask now, EntryTask next) const {
+    if (is_cached(p) || !outgrows_l2) return;
+    const int64_t head = head_of_task(next), head_kv = head / group, bytes = sizeof(Element);
+    const IndexRange rows = rows_of_task(next);
+    const auto add = [&](const AttentionTensor& tensor, int64_t at, IndexRange range, int64_t width) {
+      ahead.add(head_of<const Element>(tensor, next.batch, at) + range.begin * tensor.stride_row,
+                range.end - range.begin, width * bytes, tensor.stride_row * bytes);
+    };
+    add(p.q, head, rows, p.head_dim);
+    if (next.batch != now.batch || head_kv != head_of_task(now) / group) {
+      add(p.k, head_kv, {0, p.seqlen_k}, p.head_dim);
+      add(p.v, head_kv, {0, p.seqlen_k}, p.head_dim_v);
+    }
+    // A quarter of the tiles may be hidden.
+    ahead.spread((rows.end - rows.begin) / kTileRows * tiles * 2 * 3 / 4);
   }
 
   FASTATTN_INLINE Arrays workspace(const Scratch& scratch, int thread) const {
@@ -151,7 +206,7 @@ struct Forward {
     const HeadScores<T> scores = make_head_scores<T>(p, batch, head);
     // Blocks of equal height, so that none is left with a few rows.
     const int64_t blocks = (range.end - range.begin + kBlockRows - 1) / kBlockRows;
-    const int64_t height = ((range.end - range.begin + blocks - 1) / blocks + kTileRows - 1) / kTileRows * kTileRows;
+    const int64_t height = padded_rows((range.end - range.begin + blocks - 1) / blocks);
     for (int64_t row = range.begin; row < range.end; row += height) {
       run_block(w, scores, batch, head, {row, min_of(row + height, range.end)});
     }
@@ -165,8 +220,8 @@ struct Forward {
     } else {
       pack_left(w.q, depth, q, p.q.stride_row, rows, static_cast<int>(p.head_dim));
     }
-    // The last register tile computes rows that do not exist.
-    const int padded = (rows + kTileRows - 1) / kTileRows * kTileRows;
+    // The last register tile may compute rows that do not exist.
+    const int padded = static_cast<int>(padded_rows(rows));
     for (int64_t i = int64_t{rows} * depth; i < int64_t{padded} * depth; ++i) w.q[i] = {};
 
     const CachedRows<Element> k(p, p.k, batch, head / group), v(p, p.v, batch, head / group);
@@ -195,7 +250,7 @@ struct Forward {
       visit_tile(
           block, padded,
           {tile_k, tile * kTileKeys, 0, kTileKeys / V::kLanes, view == TileView::kPartial ? visible : nullptr, first},
-          tile_v);
+          tile_v, w.ahead);
       first = false;
     }
     finish_rows(w, batch, head, range, !first);
@@ -224,28 +279,44 @@ struct Forward {
     return packed_v;
   }
 
+  // Rows are computed kTileRows at a time, the last ones by four where that is enough.
+  static FASTATTN_INLINE int64_t padded_rows(int64_t rows) {
+    const int64_t whole = rows / kTileRows * kTileRows, rest = rows - whole;
+    return whole + (rest == 0 ? 0 : rest <= kFewRows ? kFewRows : kTileRows);
+  }
+
   // All rows against one tile: first every row's probabilities, while the tile's keys are in L1, then its values.
   FASTATTN_INLINE void visit_tile(const RowBlock<T, Operand>& block, int rows, const KeyTile<Operand>& tile,
-                                  const Operand* v) {
+                                  const Operand* v, ReadAhead& ahead) {
     const int keys = static_cast<int>(min_of<int64_t>(kTileKeys, p.seqlen_k - tile.key0));
     IndexRange seen[kBlockRows / kTileRows];
     for (int row = 0; row < rows; row += kTileRows) {
       IndexRange& range = seen[row / kTileRows] = {0, keys};
       if (tile.visible) {
         uint64_t any_row = 0;
-        for (int r = 0; r < kTileRows; ++r) any_row |= tile.visible[row + r];
+        for (int r = 0; r < min_of(kTileRows, rows - row); ++r) any_row |= tile.visible[row + r];
         // On the first tile the statistics still have to be set.
         range = any_row != 0 ? IndexRange{__builtin_ctzll(any_row), 64 - __builtin_clzll(any_row)}
                              : IndexRange{0, tile.first ? 1 : 0};
         if (range.end == 0) continue;
       }
-      score_rows(rows_from(block, row), tile, row, range);
+      ahead.step();
+      if (rows - row >= kTileRows) {
+        score_rows<kTileRows>(rows_from(block, row), tile, row, range);
+      } else {
+        score_rows<kFewRows>(rows_from(block, row), tile, row, range);
+      }
     }
     for (int row = 0; row < rows; row += kTileRows) {
       const IndexRange range = seen[row / kTileRows];
       if (range.end == 0) continue;
-      accumulate_values<kTileRows>(rows_from(block, row), v, columns, static_cast<int>(range.begin),
-                                   static_cast<int>(range.end), tile.first);
+      ahead.step();
+      const int begin = static_cast<int>(range.begin), end = static_cast<int>(range.end);
+      if (rows - row >= kTileRows) {
+        accumulate_values<kTileRows>(rows_from(block, row), v, columns, begin, end, tile.first);
+      } else {
+        accumulate_values<kFewRows>(rows_from(block, row), v, columns, begin, end, tile.first);
+      }
     }
   }
 
@@ -260,10 +331,18 @@ struct Forward {
     return block;
   }
 
+  template <int kRows>
+  static FASTATTN_INLINE void score_rows(const RowBlock<T, Operand>& rows, KeyTile<Operand> tile, int row,
+                                         IndexRange seen) {
+    if (rows.scores->has_terms() || rows.dropout->active()) return score_rows<kRows, false>(rows, tile, row, seen);
+    score_rows<kRows, true>(rows, tile, row, seen);
+  }
+
+  template <int kRows, bool kPlain>
   static FASTATTN_INLINE void score_rows(const RowBlock<T, Operand>& rows, KeyTile<Operand> tile, int row,
                                          IndexRange seen) {
     constexpr int kAllVecs = kTileKeys / V::kLanes;
-    if (tile.visible == nullptr) return score_tile<kTileRows, kAllVecs, false>(rows, tile);
+    if (tile.visible == nullptr) return score_tile<kRows, kAllVecs, false, kPlain>(rows, tile);
     tile.visible += row;
     if constexpr (kAllVecs == kTileVecs) {
       // Vectors of keys that no row of the register tile sees are left out.
@@ -271,22 +350,30 @@ struct Forward {
       tile.vec_end = (static_cast<int>(seen.end) + V::kLanes - 1) / V::kLanes;
       switch (tile.vec_end - tile.vec_begin) {
         case 1:
-          return score_tile<kTileRows, 1, true>(rows, tile);
+          return score_tile<kRows, 1, true, kPlain>(rows, tile);
         case 2:
-          return score_tile<kTileRows, 2, true>(rows, tile);
+          return score_tile<kRows, 2, true, kPlain>(rows, tile);
         case 3:
-          return score_tile<kTileRows, 3, true>(rows, tile);
+          return score_tile<kRows, 3, true, kPlain>(rows, tile);
       }
     }
-    score_tile<kTileRows, kAllVecs, true>(rows, tile);
+    score_tile<kRows, kAllVecs, true, kPlain>(rows, tile);
   }
 
   void finish_rows(Arrays& w, int64_t batch, int64_t head, IndexRange range, bool visited) {
-    for (int64_t row = range.begin; row < range.end; ++row) {
-      const int64_t r = row - range.begin;
-      RowStatistics statistics;
-      if (visited) statistics = {w.row_max[r], V::load(w.row_sum + r * V::kLanes).reduce_add()};
-      finish_row<T, Element>(p, batch, head, row, statistics, dropout.keep_scale, w.out + r * columns);
+    for (int64_t row = range.begin; row < range.end; row += V::kLanes) {
+      const int64_t first = row - range.begin;
+      const int count = static_cast<int>(min_of<int64_t>(V::kLanes, range.end - row));
+      if (visited &&
+          finish_usual_rows<T, Element>(p, batch, head, row, count, w.row_max + first, w.row_sum + first * V::kLanes,
+                                        dropout.keep_scale, w.out + first * columns, columns)) {
+        continue;
+      }
+      for (int64_t r = first; r < first + count; ++r) {
+        RowStatistics statistics;
+        if (visited) statistics = {w.row_max[r], V::load(w.row_sum + r * V::kLanes).reduce_add()};
+        finish_row<T, Element>(p, batch, head, range.begin + r, statistics, dropout.keep_scale, w.out + r * columns);
+      }
     }
   }
 };

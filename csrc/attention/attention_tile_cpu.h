@@ -93,15 +93,17 @@ FASTATTN_INLINE void keep_lanes(Vec<T> (&x)[kVecs], uint64_t bits, T hidden) {
 
 // Rows [0, kRows) of the block against kVecs vectors of keys: p = e^(score - row_max) after dropout.
 // On AVX-512 kVecs vectors stay in registers from the product to the exponential.
-template <int kRows, int kVecs, bool kHide, typename T, typename Operand>
+// kPlain: there is neither a mask that is added, nor another term of the scores, nor dropout. The code for them, even
+// where it is not taken, keeps scores and constants of the exponential out of registers.
+template <int kRows, int kVecs, bool kHide, bool kPlain, typename T, typename Operand>
 __attribute__((noinline)) void score_tile(const RowBlock<T, Operand>& rows, const KeyTile<Operand>& tile) {
   using V = Vec<T>;
   constexpr int kLanes = V::kLanes;
   constexpr int kProductVecs = kVecs < kTileVecs ? kVecs : kTileVecs;
   const int lane0 = tile.vec_begin * kLanes;
-  const MaskRows<T> mask = rows.scores->mask_rows(rows.row0, tile.key0);
+  const MaskRows<T> mask = kPlain ? MaskRows<T>{} : rows.scores->mask_rows(rows.row0, tile.key0);
   mask.prefetch(kRows);
-  const bool has_terms = mask.data == nullptr && rows.scores->has_terms();
+  const bool has_terms = !kPlain && mask.data == nullptr && rows.scores->has_terms();
   const bool stays_in_registers = kVecs == kProductVecs && !has_terms;
   V acc[kRows][kProductVecs];
   for (int vec = 0; vec < kVecs; vec += kProductVecs) {
@@ -134,12 +136,12 @@ __attribute__((noinline)) void score_tile(const RowBlock<T, Operand>& rows, cons
     } else {
       unroll<kVecs>(FASTATTN_LAMBDA(v) { x[v] = V::load(rows.raw + r * kTileKeys + lane0 + v * kLanes); });
     }
-    if (mask.data) {
+    if (!kPlain && mask.data) {
       unroll<kVecs>(FASTATTN_LAMBDA(v) { x[v] = x[v] + V::load(mask.row(r) + lane0 + v * kLanes); });
     }
     if constexpr (kHide) keep_lanes(x, tile.visible[r] >> lane0, -std::numeric_limits<T>::infinity());
     softmax_step(x, rows, r, tile.first);
-    if (rows.dropout->active()) {
+    if (!kPlain && rows.dropout->active()) {
       const uint64_t kept =
           rows.dropout->kept_columns(rows.batch_head, static_cast<uint32_t>(rows.row0 + r), tile.key0);
       keep_lanes(x, kept >> lane0, T(0));

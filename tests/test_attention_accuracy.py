@@ -1,0 +1,106 @@
+"""The accuracy rule itself for attention's gradients of masks and sinks: at the size and in the dtype of each tensor.
+
+`attention_cases.check` allows roundings besides, which gradients of operands need; float32 sums over rows and keys do
+not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import pytest
+import torch
+from accuracy import allowed_error, max_error
+from attention_cases import KERNEL_BACKENDS, Case, dtype_id, run
+from devices import device_for
+
+import fastattn
+from fastattn._triton import is_interpreted
+
+# Interpreted, at small shapes.
+BACKENDS = [
+    *dict.fromkeys([*KERNEL_BACKENDS, *(["triton"] if fastattn.available_backends()["triton"] is None else [])])
+]
+HALF = [torch.bfloat16, torch.float16]
+
+
+def check_strictly(case: Case, dtype: torch.dtype, backend: str, names: Iterable[str], slack: float = 1.0) -> None:
+    if backend == "triton" and is_interpreted():
+        small = {"seqlen_q": min(case.seqlen_q, 37), "seqlen_k": min(case.seqlen_k, 70)}
+        case = dataclasses.replace(case, batch=1, **small, head_dim=min(case.head_dim, 32))
+    inputs, device = case.inputs(dtype), device_for(backend)
+    try:
+        actual = run(case, inputs, backend)
+    except NotImplementedError as refusal:
+        pytest.skip(str(refusal))
+    eager = run(case, inputs, "eager", device=device)
+    reference = run(case, inputs, "eager", wide=True, device=device)
+    for name in names:
+        assert actual[name].dtype == eager[name].dtype
+        error, allowed = max_error(actual[name], reference[name]), allowed_error(eager[name], reference[name])
+        assert error <= slack * allowed, f"{name}: max error {error:.3e} exceeds {slack} x {allowed:.3e}"
+
+
+def _mask(*shape: str):
+    return {"attn_mask": lambda case: torch.randn([getattr(case, name) if name != "1" else 1 for name in shape])}
+
+
+# Adding a number to all scores of a row changes nothing but its lse: the gradient is that of the lse, and the sum over
+# the row's keys of gradients that cancel has as many roundings as terms.
+OVER_KEYS = {
+    "per_query": Case(tensors=_mask("batch", "heads", "seqlen_q", "1")),
+    "per_query_of_all": Case(tensors=_mask("seqlen_q", "1"), options={"dropout_p": 0.3, "softcap": 3.0}),
+    "per_head": Case(tensors=_mask("heads", "1", "1"), heads_kv=2, options={"is_causal": True}),
+    "scalar": Case(tensors=_mask("1"), options={"window": (20, 30)}),
+    "one_key": Case(tensors=_mask("batch", "heads", "seqlen_q", "seqlen_k"), seqlen_k=1),
+    "one_key_of_all": Case(tensors=_mask("1", "seqlen_k"), seqlen_k=1, options={"scale": 1.0}),
+    # More than the CPU kernel holds the probabilities of.
+    "many_keys": Case(tensors=_mask("heads", "seqlen_q", "1"), seqlen_k=300),
+    "many_keys_scalar": Case(tensors=_mask("1"), seqlen_k=300, options={"is_causal": True}),
+    # The first 32 queries see nothing.
+    "empty_rows": Case(
+        tensors=_mask("seqlen_q", "1"),
+        seqlen_q=97,
+        seqlen_k=65,
+        options={"is_causal": True, "alignment": "bottom_right"},
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=dtype_id)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OVER_KEYS)
+def test_gradient_of_a_mask_that_broadcasts_over_keys(name, backend, dtype):
+    check_strictly(OVER_KEYS[name], dtype, backend, ["dattn_mask"])
+
+
+def _sinks(**more):
+    return {"sinks": lambda case: torch.randn(case.heads), **more}
+
+
+# float32 gradients of a 16-bit call, in which a kernel has out and its own rounded probabilities in 16 bits.
+SUMS = {
+    "sinks": Case(tensors=_sinks()),
+    "sinks_causal": Case(tensors=_sinks(), head_dim=128, options={"is_causal": True}),
+    "sinks_softcap_dropout": Case(tensors=_sinks(), heads_kv=2, options={"softcap": 3.0, "dropout_p": 0.3}),
+    "sinks_wide": Case(tensors=_sinks(), heads=2, head_dim=200, options={"window": (20, 10)}),
+    "mask": Case(tensors=_mask("batch", "heads", "seqlen_q", "seqlen_k")),
+    "mask_shared": Case(tensors=_mask("seqlen_q", "seqlen_k"), head_dim=96, options={"softcap": 3.0}),
+    "mask_per_key": Case(tensors=_mask("batch", "1", "1", "seqlen_k"), heads_kv=1, options={"is_causal": True}),
+    "mask_dropout": Case(tensors=_mask("heads", "seqlen_q", "seqlen_k"), options={"dropout_p": 0.3}),
+    "mask_sinks": Case(tensors=_sinks(**_mask("heads", "seqlen_q", "seqlen_k")), heads=2, head_dim=256),
+    "row_mask_sinks": Case(tensors=_sinks(**_mask("heads", "seqlen_q", "1"))),
+}
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", SUMS)
+def test_float32_gradients_of_16_bit_calls(name, backend, dtype):
+    """Made from `out` as it is in memory, the larger half of them is wrong by 100 to 10,000 times what the rule allows.
+
+    A few miss the rule itself by luck: sums over a whole tensor are one number, and eager's may be right by chance.
+    """
+    wanted = {"dsinks", "dattn_mask"} & {f"d{tensor}" for tensor in SUMS[name].tensors}
+    check_strictly(SUMS[name], dtype, backend, wanted, slack=4.0)
