@@ -12,6 +12,7 @@
 #include "attention/attention_bindings.h"
 #include "common/device_launch.h"
 #include "common/isa.h"
+#include "encoder_layer/encoder_layer_bindings.h"
 #include "int8_matmul/int8_linear_bindings.h"
 #include "layer_norm/layer_norm_bindings.h"
 #include "linear/linear_bindings.h"
@@ -102,6 +103,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   fastattn::bind_emulator(m);
   fastattn::bind_attention(m);
   fastattn::bind_int8_linear(m);
+  fastattn::bind_encoder_layer(m);
   fastattn::bind_layer_norm(m);
   fastattn::bind_linear(m);
 }

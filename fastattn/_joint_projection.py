@@ -13,7 +13,7 @@ _Key = list[tuple[int, int]]
 
 # Bytes of float32 results. The kernel streams outputs of 1 MiB past the caches, where attention would soon look for
 # them, and rows that far apart are read more slowly: from there on this costs more than two calls.
-_MAX_BYTES = 1 << 20
+MAX_JOINT_BYTES = 1 << 20
 
 
 class JointProjection:
@@ -33,13 +33,21 @@ class JointProjection:
     def __call__(self, layers: Sequence[Int8Linear], input: Tensor) -> Sequence[Tensor]:
         """What each layer makes of ``input``; each result is a view of the joint one where there is one."""
         rows = [layer.out_features for layer in layers]
-        small = not torch.compiler.is_compiling() and input.numel() * sum(rows) * 4 < layers[0].in_features * _MAX_BYTES
-        key = _key(layers) if small else None
-        if key is None:
+        small = (
+            not torch.compiler.is_compiling()
+            and input.numel() * sum(rows) * 4 < layers[0].in_features * MAX_JOINT_BYTES
+        )
+        joint = self.joint(layers) if small else None
+        if joint is None:
             return [layer(input) for layer in layers]
-        if self._layer is None or key != self._key:
+        return joint(input).split(rows, dim=-1)
+
+    def joint(self, layers: Sequence[Int8Linear]) -> Int8Linear | None:
+        """The joint layer; None if the layers are to be called one by one."""
+        key = _key(layers)
+        if key is not None and (self._layer is None or key != self._key):
             self._layer, self._key = _join(layers), key
-        return self._layer(input).split(rows, dim=-1)
+        return None if key is None else self._layer
 
 
 def _key(layers: Sequence[Int8Linear]) -> _Key | None:

@@ -7,8 +7,9 @@ training flag, dtype, device and every reference to it stay, the root's too. (``
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastattn._joint_projection import JointProjection
+from fastattn.int8_encoder import Int8EncoderLayer, Int8MultiHeadAttention, OneCall, applied_before
 from fastattn.modules import Int8Linear, LayerNorm, Linear, RMSNorm
 from fastattn.modules_foreign import ForeignNorm, conv1d_as_linear, is_conv1d, looks_like_norm, norm_swap
 from fastattn.multi_head_attention import MultiHeadAttention
@@ -85,6 +87,7 @@ def accelerate(
         if linear and type(module) is Linear:
             gather_weight(module.weight)
     _fuse_activations(model)
+    _compute_in_one_call(model)
     model.__dict__[_LEFT] = left
     if verbose is not False:
         report = accelerate_report(model)
@@ -144,7 +147,11 @@ def accelerate_report(model: nn.Module) -> AccelerateReport:
     """What is swapped in ``model`` at present, and which modules the last ``accelerate(model)`` left, with its reasons.
 
     Listed as left are attention, norms and, with ``int8``, linear layers; not modules that no option asked for.
+
+    Raises: TypeError if ``model`` is not a ``torch.nn.Module``.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate_report: model must be a torch.nn.Module, got {type(model).__name__}.")
     swapped = {}
     for name, module in model.named_modules():
         before = module.__dict__.get(_UNDO)
@@ -154,29 +161,6 @@ def accelerate_report(model: nn.Module) -> AccelerateReport:
     modules = dict(model.named_modules())
     left = {name: (type(modules[name]).__name__, reason) for name, reason in reasons.items() if name in modules}
     return AccelerateReport(swapped, left)
-
-
-class Int8MultiHeadAttention(MultiHeadAttention):
-    """What ``accelerate(model, int8=True)`` makes of attention: its four projections are ``Int8Linear``."""
-
-    q_proj: Int8Linear
-    k_proj: Int8Linear
-    v_proj: Int8Linear
-    _joint_projection: JointProjection
-
-    def _in_projection(self, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
-        if query is key and key is value:
-            return self._joint_projection((self.q_proj, self.k_proj, self.v_proj), query)
-        return self.q_proj(query), self.k_proj(key), self.v_proj(value)
-
-    # nn.TransformerEncoder asks these two whether they require grad.
-    @property
-    def in_proj_weight(self) -> Tensor:  # type: ignore[override]
-        return self.q_proj.weight
-
-    @property
-    def in_proj_bias(self) -> Tensor | None:  # type: ignore[override]
-        return self.q_proj.bias
 
 
 # --- Changing a module into another, and what it was before -----------------------------------------------------------
@@ -276,6 +260,10 @@ def _reason_for_another_class(module: nn.Module, attention: bool, layer_norm: bo
     config: Any = getattr(module, "config", None)
     implementation = getattr(config, "_attn_implementation", None)
     if attention and implementation not in (None, "fastattn") and type(module).__name__.endswith("Attention"):
+        # A model that calls the attention of its configuration's choice finds it in this table of transformers.
+        homes = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
+        if not any(hasattr(home, "ALL_ATTENTION_FUNCTIONS") for home in homes):
+            return "transformers does not let the attention of this model be exchanged"
         return "call fastattn.integrations.transformers.register() and model.set_attn_implementation('fastattn')"
     return None
 
@@ -380,13 +368,17 @@ def _fuse_activations(model: nn.Module) -> None:
         name = next((name for function, name in _FUSED_ACTIVATIONS if activation is function), None)
         # One that stands elsewhere too may be wanted without.
         if name and type(linear) is Int8Linear and linear.activation is None and names[id(linear)] == 1:
-            _become(module, type(module), {"activation": _applied_before})
+            _become(module, type(module), {"activation": applied_before})
             _become(linear, Int8Linear, {"activation": name})
 
 
-def _applied_before(x: Tensor) -> Tensor:
-    """Stands for the activation of a layer whose first linear layer applies it."""
-    return x
+def _compute_in_one_call(model: nn.Module) -> None:
+    """Has INT8 encoder layers compute themselves in one call where they may, which they find out again at each."""
+    for module in model.modules():
+        if type(module) is not nn.TransformerEncoderLayer or type(module.self_attn) is not Int8MultiHeadAttention:
+            continue
+        if module.activation is applied_before and "forward" not in module.__dict__:
+            _become(module, Int8EncoderLayer, {"_one_call": OneCall()})
 
 
 # --- torch's own inference op, which computes a whole encoder layer without calling its modules -----------------------

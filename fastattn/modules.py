@@ -12,7 +12,7 @@ from torch.fx import Proxy
 from fastattn import dispatch
 from fastattn._extension import extension
 from fastattn._nested import is_packed, nested_like, packed_tokens
-from fastattn._tracing import as_fx_node, unseen_by_jit
+from fastattn._tracing import as_fx_node, refuse_scripting, unseen_by_jit
 from fastattn.ops import int8_matmul as int8_ops
 from fastattn.ops import int8_matmul_compiled
 from fastattn.ops.layer_norm import layer_norm, rms_norm
@@ -47,6 +47,7 @@ class Int8Linear(nn.Module):
     weight: Tensor
     weight_scale: Tensor
     bias: nn.Parameter | None
+    __prepare_scriptable__ = refuse_scripting
 
     # Torch does not count the changes of tensors made in inference mode, and the cached packed weight relies on it.
     @torch.inference_mode(False)
@@ -124,10 +125,7 @@ class Int8Linear(nn.Module):
             # What was packed last; the op checks that it was made of this weight. An exported program has no cache.
             packed = None if torch.compiler.is_exporting() else self._packed
         else:
-            key = _packing_key(self.weight)
-            if key is None or key != self._packed_key:
-                self._pack()
-            packed = self._packed
+            packed = self.packed_weight()
         call = int8_ops._prepare_linear(
             input, self.weight, self.weight_scale, self.bias, activation=self.activation, packed=packed
         )
@@ -136,6 +134,13 @@ class Int8Linear(nn.Module):
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return shape if self.activation is None else f"{shape}, activation={self.activation!r}"
+
+    def packed_weight(self) -> Tensor | None:
+        """The packed form of the weight as it is now; None if it has none."""
+        key = _packing_key(self.weight)
+        if key is None or key != self._packed_key:
+            self._pack()
+        return self._packed
 
     # --- The packed weight: made whenever the weight is replaced, so that compiled code, which cannot, finds it ---
 
@@ -156,8 +161,17 @@ class Int8Linear(nn.Module):
         self._pack()
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        weight = state_dict.get(f"{prefix}weight")
+        if isinstance(weight, Tensor) and weight.dtype != torch.int8:
+            # Copied as it is, a float weight would be cut to whole numbers, most of them 0.
+            error_messages: list[str] = args[-1]
+            error_messages.append(
+                f"Int8Linear: {prefix}weight is {weight.dtype} but must be torch.int8. Load it into the nn.Linear and "
+                "quantise that: Int8Linear.from_linear(linear), or accelerate(model, int8=True)."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._pack()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -178,6 +192,7 @@ class Linear(nn.Linear):
     """
 
     backend = "auto"
+    __prepare_scriptable__ = refuse_scripting
 
     def forward(self, input: Tensor, activation: str = "none") -> Tensor:
         if isinstance(input, Proxy):
@@ -187,6 +202,8 @@ class Linear(nn.Linear):
 
 class LayerNorm(nn.LayerNorm):
     """``torch.nn.LayerNorm`` on fastattn's kernels: same arguments, parameters and ``state_dict``."""
+
+    __prepare_scriptable__ = refuse_scripting
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
@@ -198,6 +215,8 @@ class LayerNorm(nn.LayerNorm):
 
 class RMSNorm(nn.RMSNorm):
     """``torch.nn.RMSNorm`` on fastattn's kernels: same arguments, parameters and ``state_dict``."""
+
+    __prepare_scriptable__ = refuse_scripting
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):

@@ -15,7 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter
 
 from fastattn._nested import nested_like, packed_tokens, pad_tokens, token_positions
-from fastattn._tracing import as_fx_node
+from fastattn._tracing import as_fx_node, refuse_scripting
 from fastattn.dispatch import check_name
 from fastattn.ops.attention import attention, attention_and_weights
 from fastattn.ops.attention_checks import autocast_is_on, window_sides
@@ -46,6 +46,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
         window: (left, right), how many keys each query sees to each side of its own position; -1 = unlimited.
         backend: as in ``fastattn.attention``.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,

@@ -35,14 +35,19 @@ def fused_encoder(encoder: nn.TransformerEncoder, x: Tensor, visible: Tensor | N
         def attend(attention: fastattn.MultiHeadAttention, x: Tensor) -> Tensor:
             return attention(x, x, x, key_padding_mask=ignored, need_weights=False)[0]
 
-        return _run(encoder, x, attend)
+        return _run(encoder, x, attend, visible is None)
     packing = Packing.of(visible)
     packed = _run(encoder, packing.pack(x), packing.attend)
     return packing.unpack(packed)
 
 
-def _run(encoder: nn.TransformerEncoder, x: Tensor, attend: Attend) -> Tensor:
+def _run(encoder: nn.TransformerEncoder, x: Tensor, attend: Attend, unmasked: bool = False) -> Tensor:
     for layer in encoder.layers:
+        in_one_call = getattr(layer, "in_one_call", None) if unmasked else None  # INT8 layers have it
+        out = None if in_one_call is None else in_one_call(x)
+        if out is not None:
+            x = out
+            continue
         x = _add_norm(layer.norm1, attend(layer.self_attn, x), x, layer.dropout1)
         hidden = F.dropout(layer.activation(layer.linear1(x)), layer.dropout.p, layer.training)
         x = _add_norm(layer.norm2, layer.linear2(hidden), x, layer.dropout2)

@@ -74,6 +74,15 @@ def test_state_dict_moves_the_weights():
         Int8Linear(70, 44).load_state_dict(source.state_dict())
 
 
+def test_float_weights_are_not_cut_to_int8():
+    model = nn.Sequential(make())
+    before = model[0].weight.clone()
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"0\.weight is torch\.float32 but must be torch\.int8"):
+            model.load_state_dict(nn.Sequential(nn.Linear(70, 45)).state_dict(), strict=strict)
+    assert torch.equal(model[0].weight, before)
+
+
 @pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.half)])
 def test_conversion_leaves_weight_and_scale(convert):
     module = make()

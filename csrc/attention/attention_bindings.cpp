@@ -35,19 +35,6 @@ bool shapes_agree(const Tensor& query, const Tensor& key, const Tensor& value, b
          (heads == heads_kv || (enable_gqa && heads_kv > 0 && heads % heads_kv == 0));
 }
 
-// attention without masks other than the causal one, without its lse.
-Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal, double scale) {
-  using Outputs = std::tuple<Tensor, Tensor>;
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fastattn::attention", "")
-                             .typed<Outputs(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                                            const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, double,
-                                            bool, double, c10::SymInt, c10::SymInt, bool, double)>();
-  return std::get<0>(op.call(query, key, value, std::nullopt, std::nullopt, std::nullopt, std::nullopt,
-                             /*dropout_p=*/0.0, is_causal, scale, /*window_left=*/-1, /*window_right=*/-1,
-                             /*bottom_right=*/false, /*softcap=*/0.0));
-}
-
 bool is_scale(const py::handle& scale) { return scale.is_none() || PyFloat_CheckExact(scale.ptr()); }
 
 double scale_of(const py::handle& scale, const Tensor& query) {
@@ -69,7 +56,7 @@ py::object attention_if_plain(const py::handle& query, const py::handle& key, co
     return py::none();
   }
   const double factor = scale_of(scale, q);
-  return to_python(without_gil([&] { return attend(q, k, v, is_causal.ptr() == Py_True, factor); }));
+  return to_python(without_gil([&] { return attend_without_mask(q, k, v, is_causal.ptr() == Py_True, factor); }));
 }
 
 // --- One token behind a cache ----------------------------------------------------------------------------------------
@@ -126,11 +113,23 @@ py::object one_token_if_plain(const py::handle& query, const py::handle& key_cac
   const double factor = scale_of(scale, q);
   return to_python(without_gil([&] {
     const Tensor all_keys = extended(keys, k, length + 1), all_values = extended(values, v, length + 1);
-    return attend(q.transpose(1, 2), all_keys, all_values, /*is_causal=*/false, factor).transpose(1, 2);
+    return attend_without_mask(q.transpose(1, 2), all_keys, all_values, /*is_causal=*/false, factor).transpose(1, 2);
   }));
 }
 
 }  // namespace
+
+Tensor attend_without_mask(const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal, double scale) {
+  using Outputs = std::tuple<Tensor, Tensor>;
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastattn::attention", "")
+                             .typed<Outputs(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                            const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, double,
+                                            bool, double, c10::SymInt, c10::SymInt, bool, double)>();
+  return std::get<0>(op.call(query, key, value, std::nullopt, std::nullopt, std::nullopt, std::nullopt,
+                             /*dropout_p=*/0.0, is_causal, scale, /*window_left=*/-1, /*window_right=*/-1,
+                             /*bottom_right=*/false, /*softcap=*/0.0));
+}
 
 void bind_attention(py::module_& m) {
   m.def("attention_if_plain", &attention_if_plain,
