@@ -124,6 +124,7 @@ class Run:
     def __init__(self, folder: Path, wanted: list[Stage], limit_s: float | None) -> None:
         self.folder, self.wanted, self.reason = folder, wanted, None
         self.end = time.monotonic() + limit_s if limit_s is not None else None
+        self.archived = ""  # the summary when the archive was made
 
     def go(self, rehearse: bool) -> None:
         log, values = self.folder / "log.txt", environment(rehearse)
@@ -145,7 +146,9 @@ class Run:
 
     def write(self) -> str:
         text = gpu_summary.write(self.folder, self.wanted, self.reason)
-        shutil.make_archive(str(self.folder), "gztar", self.folder)
+        if text != self.archived:
+            shutil.make_archive(str(self.folder), "gztar", self.folder)
+            self.archived = text
         return text
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import torch
 
 import fastattn
@@ -31,4 +33,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # As other commands do, end without a word when a reader such as `head` has enough.
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

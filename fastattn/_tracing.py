@@ -1,4 +1,4 @@
-"""What torch.fx and torch.jit see of fastattn's modules while they trace."""
+"""What torch.fx and torch.jit see of fastattn's modules."""
 
 from __future__ import annotations
 
@@ -24,6 +24,14 @@ def as_fx_node(module: nn.Module, *arguments: Any) -> Proxy:
             "torch.nn.Sequential(module), or use torch.export or torch.compile."
         )
     return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
+
+
+def refuse_scripting(module: nn.Module) -> nn.Module:
+    """The ``__prepare_scriptable__`` of fastattn's modules, which torch.jit.script asks what to compile instead."""
+    raise NotImplementedError(
+        f"torch.jit.script: fastattn's {type(module).__name__} chooses its kernel in Python that TorchScript does not "
+        "have. Use torch.export, torch.compile or torch.jit.trace, or script what fastattn.restore(model) returns."
+    )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from fastattn._tracing import as_fx_node
+from fastattn._tracing import as_fx_node, refuse_scripting
 from fastattn.ops.layer_norm import layer_norm, rms_norm
 
 
@@ -37,6 +37,7 @@ class ForeignNorm(nn.Module):
     weight: nn.Parameter
     formula: Formula
     norm_eps: float
+    __prepare_scriptable__ = refuse_scripting
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if isinstance(hidden_states, Proxy):
@@ -110,6 +111,12 @@ def _try_out(module: nn.Module, eps: float) -> Formula | str:
         twin._parameters = {n: None if p is None else nn.Parameter(p.to(dtype)) for n, p in parameters.items()}
         return forward(twin, x)
 
+    def dtype_of_result(x: Tensor, dtype: torch.dtype) -> torch.dtype | None:
+        try:
+            return run(x, dtype).dtype
+        except RuntimeError:  # as F.layer_norm raises for mixed dtypes, of which nothing is to be preserved then
+            return None
+
     parameters = {
         name: None if parameter is None else torch.rand(width, generator=generator, **numbers)
         for name, parameter in module._parameters.items()
@@ -119,16 +126,17 @@ def _try_out(module: nn.Module, eps: float) -> Formula | str:
     try:
         with torch.device("cpu"):
             result = run(x, torch.float32)
-            wide, narrow = run(x, torch.bfloat16).dtype, run(x.bfloat16(), torch.float32).dtype
+            wide, narrow = dtype_of_result(x, torch.bfloat16), dtype_of_result(x.bfloat16(), torch.float32)
     except Exception as error:
         return f"trying it out raised {type(error).__name__}: {error}"
     if not (isinstance(result, Tensor) and result.shape == x.shape):
         return "it returns something else than a tensor like its input"
-    whose = {
-        (torch.float32, torch.bfloat16): "input",
-        (torch.bfloat16, torch.float32): "weight",
-        (torch.float32, torch.float32): "promoted",
-    }.get((wide, narrow))
+    results = {
+        "input": (torch.float32, torch.bfloat16),
+        "weight": (torch.bfloat16, torch.float32),
+        "promoted": (torch.float32, torch.float32),
+    }
+    whose = next((name for name, (a, b) in results.items() if wide in (None, a) and narrow in (None, b)), None)
     if whose is None:
         return "the dtype of its result is that of neither its input nor its weight"
     weight, bias = parameters["weight"], parameters.get("bias")

@@ -131,7 +131,9 @@ def texts_of(options: argparse.Namespace, purpose: str) -> list[str]:
     """The texts of the command line, or without any the lines of standard input; ValueError if there are none."""
     try:
         texts = [text for text in options.text or map(str.strip, sys.stdin) if text.strip()]
-    except UnicodeDecodeError as error:
+        for text in texts:
+            text.encode()  # in the C locale standard input decodes what is not UTF-8 to lone surrogates
+    except UnicodeError as error:
         raise ValueError(f"standard input is not UTF-8 text: {error}.") from error
     if not texts:
         raise ValueError(f"there is nothing to {purpose}.")

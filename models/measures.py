@@ -25,20 +25,28 @@ Measure = Callable[[nn.Module], dict[str, float]]
 
 @torch.no_grad()
 def mean_loss(
-    model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor], batches: Iterable[Batch], most: int = 50
+    model: nn.Module,
+    loss: Callable[[nn.Module, Batch], Tensor],
+    batches: Iterable[Batch],
+    tokens: Callable[[Batch], int],
+    most: int = 50,
 ) -> float:
-    """The mean over the first ``most`` batches."""
+    """The mean over the tokens of the first ``most`` batches; ``loss`` is the mean over one batch's ``tokens``."""
     device = next(model.parameters()).device
-    values = [
-        loss(model, {name: tensor.to(device) for name, tensor in batch.items()}).item()
-        for batch in itertools.islice(batches, most)
-    ]
-    return sum(values) / len(values)
+    total, count = 0.0, 0
+    for batch in itertools.islice(batches, most):
+        weight = tokens(batch)
+        total += weight * loss(model, {name: tensor.to(device) for name, tensor in batch.items()}).item()
+        count += weight
+    return total / count
 
 
 def language_measure(validation: data.TokenStream) -> Measure:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return causal_lm_loss(model, batch["input_ids"])
+
     def measure(model: nn.Module) -> dict[str, float]:
-        value = mean_loss(model, lambda model, batch: causal_lm_loss(model, batch["input_ids"]), validation.in_order())
+        value = mean_loss(model, loss, validation.in_order(), lambda batch: batch["input_ids"][:, 1:].numel())
         return {"validation_loss": value, "perplexity": math.exp(min(value, 100.0))}
 
     return measure
@@ -48,7 +56,10 @@ def pretraining_measure(validation: data.Examples, corrupt: Callable[[Batch, tor
     def measure(model: nn.Module) -> dict[str, float]:
         generator = torch.Generator().manual_seed(0)
         batches = (corrupt(batch, generator) for batch in validation.in_order())
-        return {"validation_loss": mean_loss(model, pretraining_loss, batches)}
+        # Each objective asks about a number of its own, all in proportion to the tokens read.
+        return {
+            "validation_loss": mean_loss(model, pretraining_loss, batches, lambda batch: batch["input_ids"].numel())
+        }
 
     return measure
 
@@ -59,13 +70,16 @@ def translation_measure(validation: data.Examples, tokenizer: Tokenizer, most: i
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         return translation_loss(model, batch["source"], batch["target"], data.PAD, 0.0)
 
+    def tokens(batch: Batch) -> int:
+        return int((batch["target"][:, 1:] != data.PAD).sum())
+
     def measure(model: nn.Module) -> dict[str, float]:
         whole: Transformer = getattr(model, "module", model)  # type: ignore[assignment]
         sources, targets = (validation.fields[name][:most] for name in ("source", "target"))
         ids = data.pad(sources).to(whole.positions.device)
         found = [tokenizer.decode(tokens) for tokens in whole.translate(ids, whole.config.max_positions)]
         score = bleu(found, [tokenizer.decode(tokens) for tokens in targets])
-        return {"validation_loss": mean_loss(model, loss, validation.in_order()), "bleu": score}
+        return {"validation_loss": mean_loss(model, loss, validation.in_order(), tokens), "bleu": score}
 
     return measure
 

@@ -124,6 +124,23 @@ class NormWithMethods(AnotherNorm):
         return x
 
 
+class NormOfOneDtype(AnotherNorm):
+    """As F.layer_norm, it raises where the dtypes of input and weight differ, on some devices or on all."""
+
+    def forward(self, x):
+        if x.dtype != self.weight.dtype:
+            raise RuntimeError("expected scalar type")
+        return torch.nn.functional.layer_norm(x, (8,), self.weight, None, self.eps)
+
+
+def test_a_norm_that_takes_one_dtype_is_swapped():
+    norm, x = NormOfOneDtype(), torch.randn(3, 8)
+    expected = norm(x)
+    assert isinstance(fastattn.accelerate(norm), ForeignNorm) and norm.formula.centred
+    torch.testing.assert_close(norm(x), expected)
+    assert norm.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     "kind, reason",
     [
@@ -223,6 +240,17 @@ def test_report_names_what_was_swapped_and_what_was_left_and_why():
 
     fastattn.restore(model)
     assert not fastattn.accelerate_report(model).swapped and not fastattn.accelerate_report(model).left
+
+
+def test_report_does_not_promise_an_exchange_that_transformers_refuses():
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    model = fastattn.accelerate(DebertaV2Model(DebertaV2Config(vocab_size=20, **sizes)), verbose=False)
+    (reason,) = {reason for _, reason in fastattn.accelerate_report(model).left.values()}
+    assert reason == "transformers does not let the attention of this model be exchanged"
+    with pytest.raises(TypeError, match=r"accelerate_report: model must be a torch\.nn\.Module, got int"):
+        fastattn.accelerate_report(3)
 
 
 def test_what_was_swapped_is_printed(capsys):

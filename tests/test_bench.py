@@ -6,6 +6,7 @@ import copy
 import csv
 import json
 import math
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import cycle
@@ -178,12 +179,17 @@ def test_a_refusal_is_told_and_is_no_failure():
 
 def test_the_peer_that_is_fastest_comes_first():
     def build() -> Subject:
-        x = torch.zeros(1 << 16)
-        return Subject(x.exp, {"twice": lambda: x.exp().exp(), "once": x.exp}, lambda: Verdict(0.0, 1.0))
+        x = torch.zeros(64)
+
+        def late() -> torch.Tensor:
+            time.sleep(0.01)  # longer than other processes may hold up the other peer in most of its samples
+            return x.exp()
+
+        return Subject(x.exp, {"late": late, "prompt": x.exp}, lambda: Verdict(0.0, 1.0))
 
     with timing.threads(2):
         row = run_case(replace(toy_case(), build=build), "eager", EFFORT)
-    assert [peer.name for peer in row.peers] == ["once", "twice"]
+    assert [peer.name for peer in row.peers] == ["prompt", "late"]
     assert row.peers[0].one_thread is not None and row.peers[1].one_thread is None
 
 

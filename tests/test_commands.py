@@ -361,8 +361,10 @@ def test_standard_input_is_read_line_by_line(trained, tmp_path, capsys, monkeypa
     classify.classify(classify.parse([str(trained["classifier"])]))
     assert [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()] == ["good thing", "bad thing"]
     lines.write_bytes(b"B\xe4r\n")
-    monkeypatch.setattr("sys.stdin", lines.open(encoding="utf-8"))
-    assert "standard input is not UTF-8 text" in complaint("classify", [str(trained["classifier"])], capsys)
+    # The second is what Python makes standard input in the C locale.
+    for errors in ("strict", "surrogateescape"):
+        monkeypatch.setattr("sys.stdin", lines.open(encoding="utf-8", errors=errors))
+        assert "standard input is not UTF-8 text" in complaint("classify", [str(trained["classifier"])], capsys)
 
 
 def test_texts_that_are_cut_are_named(trained, capsys):

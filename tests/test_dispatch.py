@@ -109,6 +109,15 @@ print(fastattn.available_backends()["triton"])
     assert run.stdout.startswith(str(reason)), run.stdout
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGPIPE")
+def test_python_m_fastattn_ends_without_a_word_when_its_reader_has_enough():
+    process = subprocess.Popen([sys.executable, "-m", "fastattn"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert "BrokenPipe" not in process.stderr.read().decode()
+    process.stderr.close()
+    process.wait()
+
+
 def test_a_backend_asked_for_by_name_says_why_it_refuses():
     assert select("double", 2, "cpu").backend == "cpu"
     with pytest.raises(

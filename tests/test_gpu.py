@@ -100,7 +100,13 @@ def test_a_run_with_a_limit_leaves_what_does_not_fit(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "why_no_gpu", lambda: None)
     stages = [python("build", "print('built')"), python("tests", "import time; time.sleep(60)"), python("bench", "")]
     (tmp_path / "run").mkdir()
-    gpu.Run(tmp_path / "run", stages, limit_s=6).go(rehearse=False)
+    archives, make_archive = [], gpu.shutil.make_archive
+    monkeypatch.setattr(gpu.shutil, "make_archive", lambda *arguments: archives.append(make_archive(*arguments)))
+    run = gpu.Run(tmp_path / "run", stages, limit_s=6)
+    run.go(rehearse=False)
+    assert len(archives) == 2, "one after each stage that ran"
+    assert run.write() == run.write() == (tmp_path / "run" / "summary.txt").read_text()[:-1]
+    assert len(archives) == 3, "one more names the stage that did not run"
     assert [stage.outcome.split(" after")[0] for stage in stages] == ["ok", "stopped", "not run: no time left"]
     assert stages[1].seconds < 30  # of the 60 that it would take; ending it takes its time on a busy machine
     written = json.loads((tmp_path / "run" / "summary.json").read_text())["stages"]

@@ -1,4 +1,4 @@
-"""Models with fastattn's modules under torch.fx.symbolic_trace and torch.jit.trace."""
+"""Models with fastattn's modules under torch.fx.symbolic_trace, torch.jit.trace and torch.jit.script."""
 
 from __future__ import annotations
 
@@ -74,3 +74,12 @@ def test_jit_traces_a_layer_that_packs_its_weight_in_the_call(change):
         x, other = torch.randn(3, DIM), torch.randn(7, DIM)
         traced = torch.jit.trace(copy.copy(layer), (x,))
         assert torch.equal(traced(other), layer(other))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", MODELS)
+def test_scripting_is_refused_with_what_to_do_instead(name):
+    model = fastattn.accelerate(MODELS[name](), linear=True, verbose=False)
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.script: fastattn's \w+ .*torch\.jit\.trace"):
+        torch.jit.script(model)
+    torch.jit.script(fastattn.restore(nn.Sequential(model))[0])

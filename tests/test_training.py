@@ -11,7 +11,7 @@ import torch
 from devices import device_for
 
 import fastattn
-from models import data
+from models import data, measures
 from models.bert import BertConfig, BertEncoder
 from models.bert_heads import (
     IGNORED,
@@ -26,7 +26,6 @@ from models.checkpoints import load_weights, save_checkpoint
 from models.distillation import distillation_loss
 from models.gpt import Gpt, GptConfig, causal_lm_loss
 from models.layers import set_backend
-from models.measures import bleu
 from models.training import Processes, TrainingConfig, choose_parameters, train
 from models.transformer import Transformer, TransformerConfig, translation_loss
 
@@ -274,8 +273,6 @@ def test_each_objective_is_learned(objective):
         vocab_size=tokenizer.get_vocab_size(), hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=96, max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    from models import measures
-
     examples = measures.pretraining_data(tokenizer, paragraphs, 32, 16)
     fixed = measures.corrupted(
         examples(torch.Generator().manual_seed(1)), torch.Generator().manual_seed(2), objectives=[objective],
@@ -285,6 +282,15 @@ def test_each_objective_is_learned(objective):
     loop = TrainingConfig(steps=140, learning_rate=3e-3, warmup_steps=5, weight_decay=0.0)
     rows = train(model, pretraining_loss, lambda generator: fixed, loop)
     assert rows[-1]["loss"] < 0.4 * rows[0]["loss"]
+
+
+def test_held_out_loss_is_a_mean_over_tokens():
+    model = torch.nn.Linear(1, 1)
+    batches = [{"values": torch.tensor(values)} for values in ([1.0, 2.0, 3.0], [6.0], [100.0])]
+    measured = measures.mean_loss(
+        model, lambda _, b: b["values"].mean(), batches, lambda b: b["values"].numel(), most=2
+    )
+    assert measured == pytest.approx(12.0 / 4)
 
 
 def test_distillation_follows_the_teacher():
@@ -302,14 +308,16 @@ def test_distillation_follows_the_teacher():
 def test_bleu_is_the_papers():
     """Its section 2.1: clipped counts; its brevity penalty; 100 for the reference itself."""
     reference = "The cat is on the mat, and it sleeps."
-    assert bleu([reference], [reference]) == pytest.approx(100.0)
+    assert measures.bleu([reference], [reference]) == pytest.approx(100.0)
     # 2 of 7, clipped; no bigram.
-    assert bleu(["the the the the the the the"], ["the cat is on the mat"], longest=1) == pytest.approx(100 * 2 / 7)
-    assert bleu(["the the the"], ["the cat is"]) == 0.0
-    half = bleu(["a b c d"], ["a b c d e f g h"])
+    assert measures.bleu(["the the the the the the the"], ["the cat is on the mat"], longest=1) == pytest.approx(
+        100 * 2 / 7
+    )
+    assert measures.bleu(["the the the"], ["the cat is"]) == 0.0
+    half = measures.bleu(["a b c d"], ["a b c d e f g h"])
     assert half == pytest.approx(100 * math.exp(1 - 8 / 4))
     # Precisions 3/4, 2/3, 1/2, of the corpus, not the mean of sentences.
-    assert bleu(["a b c x"], ["a b c d"], longest=3) == pytest.approx(100 * (3 / 4 * 2 / 3 * 1 / 2) ** (1 / 3))
+    assert measures.bleu(["a b c x"], ["a b c d"], longest=3) == pytest.approx(100 * (3 / 4 * 2 / 3 * 1 / 2) ** (1 / 3))
 
 
 def test_classification_scores():
