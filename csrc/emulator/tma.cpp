@@ -1,6 +1,7 @@
 // Bulk copies of the tensor memory accelerator (PTX ISA, "cp.async.bulk", "cp.async.bulk.tensor",
 // "cp.reduce.async.bulk"). They run in the asynchronous proxy: a load writes both views of shared memory, a store reads
-// the view that ordinary stores reach only through fence.proxy.async.
+// the view that ordinary stores reach only through fence.proxy.async. What a load writes over must have reached it,
+// too: nothing else orders it behind an ordinary store, which might come later (PTX ISA, "Causality order").
 #include <cstring>
 
 #include "emulator/instructions.h"
@@ -107,6 +108,14 @@ static void load_tile(Block& block, const Tile& tile) {
   });
 }
 
+static void check_fenced(const Block& block, uint32_t offset, size_t bytes, const Site& site, const char* access) {
+  for (size_t i = 0; i < bytes; ++i) {
+    if (block.shared[offset + i] == block.async_view[offset + i]) continue;
+    fail(site, "%s shared offset %zu, which ordinary stores changed without fence.proxy.async", access,
+         offset + i - kStaticSharedBytes);
+  }
+}
+
 // Starts a load that will complete `bytes` of `barrier`.
 static void start_load(uint32_t shared, uint32_t bytes, uint32_t barrier, const Site& site,
                        std::function<void()> copy) {
@@ -117,6 +126,7 @@ static void start_load(uint32_t shared, uint32_t bytes, uint32_t barrier, const 
          site_text(mbarrier.initialised_at).c_str());
   }
   take_proxy_fence(current_thread());
+  check_fenced(block, shared - kSharedBase, bytes, site, "writes over");
   tsan_write(block.shared + (shared - kSharedBase), bytes);
   tsan_release(&mbarrier);
   const auto complete = [copy = std::move(copy), &block, barrier, bytes, site] {
@@ -195,21 +205,13 @@ struct StoreSource {
   std::vector<uint8_t> bytes;
 };
 
-static void check_fenced(const Block& block, uint32_t offset, size_t bytes, const Site& site) {
-  for (size_t i = 0; i < bytes; ++i) {
-    if (block.shared[offset + i] == block.async_view[offset + i]) continue;
-    fail(site, "reads shared offset %zu, which ordinary stores changed without fence.proxy.async",
-         offset + i - kStaticSharedBytes);
-  }
-}
-
 static void start_store(uint32_t shared, uint32_t bytes, const Site& site, std::function<void(const uint8_t*)> write) {
   Thread& self = current_thread();
   Block& block = *self.block;
   take_proxy_fence(self);
   const uint32_t offset = shared - kSharedBase;
   tsan_read(block.shared + offset, bytes);
-  check_fenced(block, offset, bytes, site);
+  check_fenced(block, offset, bytes, site, "reads");
   auto source = std::make_shared<StoreSource>();
   source->offset = offset;
   source->bytes.assign(block.async_view + offset, block.async_view + offset + bytes);

@@ -166,6 +166,19 @@ KERNEL(load_nobody_waits_for, 32, 0) {
   }
 }
 
+KERNEL(load_over_stores_without_fence_proxy, 32, 0) {
+  FASTATTN_SHARED(values, uint4[4]);
+  FASTATTN_SHARED(barrier, uint64_t[1]);
+  init_barrier(&barrier[0], 1);
+  if (threadIdx.x < 16) reinterpret_cast<float*>(values)[threadIdx.x] = 1.0f;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect_tx(&barrier[0], 64);
+    bulk_load(values, data, 64, &barrier[0]);
+  }
+  mbarrier_wait(&barrier[0], 0);
+}
+
 KERNEL(store_without_fence_proxy, 32, 0) {
   FASTATTN_SHARED(values, uint4[8]);
   reinterpret_cast<float*>(values)[threadIdx.x] = 1.0f;
