@@ -52,6 +52,12 @@ TORCH_LIBRARY(fastattn, m) {
       "Tensor? cache_seqlens, SymInt cache_seqlen, Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, "
       "bool rotary_interleaved, Tensor? alibi_slopes, Tensor? sinks, bool is_causal, float scale, SymInt window_left, "
       "SymInt window_right, float softcap) -> (Tensor out, Tensor lse)");
+  // Which of the CUDA kernels that call would run, for explain(); empty where there is one family of them.
+  m.def(
+      "attention_with_kv_cache_kernels(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? key, Tensor? value, "
+      "Tensor? cache_seqlens, int cache_seqlen, Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, "
+      "bool rotary_interleaved, Tensor? alibi_slopes, Tensor? sinks, bool is_causal, float scale, int window_left, "
+      "int window_right, float softcap) -> str");
   // exp(score - lse) after dropout: (batch, heads, seqlen_q, seqlen_k), or its mean over heads (batch, seqlen_q,
   // seqlen_k).
   m.def(

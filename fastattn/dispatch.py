@@ -27,6 +27,7 @@ class Kernel:
     backend: str
     refuses: Callable[[Any], str | None]  # None = runs it, else the reason, without the backend's name
     run: Callable[..., Any]
+    kernels: Callable[[Any], str] | None = None  # which of its kernels run a call that it takes, if there is a choice
 
 
 # Filled by the modules in fastattn/ops, each of which ends with `register(op, ...)`: backends in order of preference.
@@ -68,12 +69,15 @@ def _refuses(kernel: Kernel, call: Any) -> str | None:
 # --- The CUDA kernels, on a device and in the emulator ---------------------------------------------------------------
 
 
-def cuda_kernels(refuses: Callable[[Any, str], str | None], run: Callable[..., Any]) -> tuple[Kernel, Kernel]:
+def cuda_kernels(
+    refuses: Callable[[Any, str], str | None], run: Callable[..., Any], kernels: Callable[[Any], str] | None = None
+) -> tuple[Kernel, Kernel]:
     """The rows "cuda" and "emulated" of an op: the same kernels on a device, and in the emulator on CPU tensors.
 
     Args:
         refuses: ``refuses(call, device_type)`` with device_type "cuda" or "cpu". It starts with `refuses_device`.
-        run: as in `Kernel`; it calls ``torch.ops.fastattn.*``, whose implementation chooses by the tensors' device.
+        run, kernels: as in `Kernel`; they call ``torch.ops.fastattn.*``, whose implementation chooses by the tensors'
+            device.
     """
 
     def refuses_emulated(call: Any) -> str | None:
@@ -81,13 +85,19 @@ def cuda_kernels(refuses: Callable[[Any, str], str | None], run: Callable[..., A
             return "torch.compile cannot trace the switch of the emulator"
         return refuses(call, "cpu")
 
-    def run_emulated(*args: Any, **kwargs: Any) -> Any:
-        extension = _extension.extension
-        assert extension is not None  # _emulated_unavailable has asked
-        with extension.Emulation():
-            return run(*args, **kwargs)
+    def emulated(function: Callable[..., Any]) -> Callable[..., Any]:
+        def emulating(*args: Any, **kwargs: Any) -> Any:
+            extension = _extension.extension
+            assert extension is not None  # _emulated_unavailable has asked
+            with extension.Emulation():
+                return function(*args, **kwargs)
 
-    return Kernel("cuda", lambda call: refuses(call, "cuda"), run), Kernel("emulated", refuses_emulated, run_emulated)
+        return emulating
+
+    return (
+        Kernel("cuda", lambda call: refuses(call, "cuda"), run, kernels),
+        Kernel("emulated", refuses_emulated, emulated(run), None if kernels is None else emulated(kernels)),
+    )
 
 
 def refuses_device(name: str, tensor: torch.Tensor, device_type: str) -> str | None:
@@ -260,6 +270,8 @@ def select(op: str, call: Any, backend: str = "auto") -> Kernel:
 def explain(op: str | Callable[..., Any], *args: Any, backend: str = "auto", **kwargs: Any) -> str:
     """Says which backend would run a call, and why each other one would not. Runs nothing and draws no random number.
 
+    Of `attention_with_kv_cache` on Hopper it also names the kernels: its own, or those of 8.0 and why.
+
     ::
 
         >>> print(fastattn.explain(fastattn.attention, q, k, v, is_causal=True))
@@ -296,7 +308,11 @@ def explain(op: str | Callable[..., Any], *args: Any, backend: str = "auto", **k
         verdict = f"this call raises NotImplementedError: {wanted} was asked for and cannot run it."
 
     def line(each: str, reason: str | None) -> str:
+        if reason is not None:
+            return f"  {each:<9} no: {reason}"
         by_name = ", but only when asked for by name" if _only_by_name(each) else ""
-        return f"  {each:<9} " + (f"would run{by_name}" if reason is None else f"no: {reason}")
+        kernels = next(k.kernels for k in TABLE[name] if k.backend == each)
+        which = kernels(call) if kernels is not None else ""
+        return f"  {each:<9} would run{f' {which}' if which else ''}{by_name}"
 
     return "\n".join([f"{name}: {verdict}", *(line(each, reason) for each, reason in refusals.items())])

@@ -61,6 +61,17 @@ def test_options(options, block_size):
         problem.check(BACKEND, torch.tensor(lengths, dtype=torch.int32), **OPTIONS[options]())
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_long_prompts(block_size, head_dim):
+    """Rows of queries that fill a card without dividing keys, which Hopper's own kernel waits for; see
+    test_kv_cache_hopper.py."""
+    configure(MODES[BLOCK_SIZES.index(block_size) % len(MODES)], compute_capability=90, multiprocessors=1)
+    lengths, new = (186, 0, 131), 70 if EMULATED else 1200
+    problem = Problem(DTYPE, lengths, new, new, block_size, head_dim=head_dim, capacity=1536)
+    problem.check(BACKEND, torch.tensor(lengths, dtype=torch.int32))
+
+
 @pytest.mark.parametrize("block_size", [None, 16])
 @pytest.mark.parametrize(("heads_kv", "head_dim"), [(4, 64), (1, 128), (2, 80), (1, 256), (4, 20), (1, 3)])
 def test_heads(heads_kv, head_dim, block_size):

@@ -11,6 +11,7 @@
 #include <optional>
 #include <tuple>
 
+#include "attention/attention_fwd_choice.h"
 #include "attention/attention_glue.h"
 #include "attention/kv_cache.h"
 #include "common/check.h"
@@ -277,23 +278,44 @@ void fill_value_and_sinks(AttentionParams& p, Operands& operands, const Tensor& 
 
 // --- Forward and backward, of a dense batch or of packed sequences --------------------------------------------------
 
-std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                             const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
-                                             const OptionalTensor& sinks, const OptionalTensor& rng_state,
-                                             const Scoring& scoring) {
+namespace {
+
+struct Forward {
+  AttentionParams p;
+  Operands operands;
+  Tensor out, lse;
+};
+
+// Checked, allocated, filled in.
+Forward prepare_forward(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+                        const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                        const OptionalTensor& rng_state, const Scoring& scoring) {
   if (scoring.cache != nullptr) {
     check_qkv(query, key, value, key.size(0));
   } else {
     check_qkv(query, key, value);
   }
-  AttentionParams p;
-  Operands operands = fill_scores(p, query, key, attn_mask, alibi_slopes, rng_state, scoring);
-  fill_value_and_sinks(p, operands, query, value, sinks);
+  Forward forward;
+  AttentionParams& p = forward.p;
+  forward.operands = fill_scores(p, query, key, attn_mask, alibi_slopes, rng_state, scoring);
+  fill_value_and_sinks(p, forward.operands, query, value, sinks);
 
-  const Tensor out = empty_rows(query, p.head_dim_v);
-  const Tensor lse = at::empty(query.sizes().slice(0, 3), query.options().dtype(statistics_dtype(query)));
-  p.out = operand(out);
-  p.lse = lse.data_ptr();
+  forward.out = empty_rows(query, p.head_dim_v);
+  forward.lse = at::empty(query.sizes().slice(0, 3), query.options().dtype(statistics_dtype(query)));
+  p.out = operand(forward.out);
+  p.lse = forward.lse.data_ptr();
+  return forward;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                             const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
+                                             const OptionalTensor& sinks, const OptionalTensor& rng_state,
+                                             const Scoring& scoring) {
+  const Forward forward = prepare_forward(query, key, value, attn_mask, alibi_slopes, sinks, rng_state, scoring);
+  const AttentionParams& p = forward.p;
+  const Tensor &out = forward.out, &lse = forward.lse;
   if (lse.numel() == 0) return {out, lse};
   if (p.batch == 0 || p.seqlen_q == 0) {
     // No row is in a sequence.
@@ -305,6 +327,19 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& 
     FASTATTN_BF16_CPU_DISPATCH(attention_fwd_cpu, p);
   }
   return {out, lse};
+}
+
+std::string attention_forward_kernels(const Tensor& query, const Tensor& key, const Tensor& value,
+                                      const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                                      const Scoring& scoring) {
+  const Forward forward = prepare_forward(query, key, value, std::nullopt, alibi_slopes, sinks, std::nullopt, scoring);
+  if (!runs_cuda_kernels(query) || forward.lse.numel() == 0) return "";
+  const c10::OptionalDeviceGuard guard(query.device());
+  const DeviceLaunch launch = make_launch(query);
+  if (launch.compute_capability != 90) return "";
+  const char* refusal = attention_fwd_sm90_refusal(forward.p, launch);
+  if (refusal == nullptr) return "Hopper's own kernel";
+  return std::string("the kernels of compute capability 8.0: ") + refusal;
 }
 
 namespace {

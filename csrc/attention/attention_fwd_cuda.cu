@@ -1,5 +1,6 @@
 // Launches the attention forward: chooses a tile, packs heads, splits the keys, and finds the empty tiles of the mask.
 #include "attention/attention_combine.cuh"
+#include "attention/attention_fwd_choice.h"
 #include "attention/attention_fwd_launch.cuh"
 #include "attention/attention_fwd_sm90_launch.cuh"
 #include "attention/attention_mask_tiles_launch.cuh"
@@ -138,31 +139,41 @@ int heads_packed_sm90(const AttentionParams& p) {
   return 1;
 }
 
+// A tile of kFwdSm90Tiles, or why there is none.
+struct Sm90Choice {
+  int tile = -1;
+  const char* refusal = nullptr;
+};
+
 // The Hopper kernel takes what its tensor maps can describe, of packed sequences all of them at once, and what fills
 // the card without split keys.
-int choose_sm90_tile(const AttentionParams& p, const DeviceLaunch& launch, int64_t group) {
+Sm90Choice choose_sm90_tile(const AttentionParams& p, const DeviceLaunch& launch, int64_t group) {
   const int64_t rows = p.seqlen_q * group;
-  if (launch.compute_capability != 90 || rows <= 64 || is_cached(p)) return -1;
-  const int64_t batch = is_packed(p) ? 1 : p.batch;
+  if (launch.compute_capability != 90) return {-1, "the card is none of compute capability 9.0"};
+  if (rows <= 64) return {-1, "a head, or the heads that share keys, have no more than 64 rows of queries"};
+  const int64_t batch = is_packed(p) ? 1 : p.batch, batch_k = is_cached(p) ? p.cache.entries : batch;
   const int64_t rows_q = is_packed(p) ? p.packed_q.total : p.seqlen_q;
-  const int64_t rows_k = is_packed(p) ? p.packed_k.total : p.seqlen_k;
+  const int64_t rows_k = is_cached(p) ? p.cache.block_size : is_packed(p) ? p.packed_k.total : p.seqlen_k;
   constexpr int64_t kMostRows = INT32_MAX - 256;  // positions of boxes that reach past the end are 32-bit numbers
   if (rows_q > kMostRows || rows_k > kMostRows || !tma_can_address(p.q, batch, p.heads, rows_q, p.head_dim) ||
-      !tma_can_address(p.k, batch, p.heads_kv, rows_k, p.head_dim) ||
-      !tma_can_address(p.v, batch, p.heads_kv, rows_k, p.head_dim_v) ||
+      !tma_can_address(p.k, batch_k, p.heads_kv, rows_k, p.head_dim) ||
+      !tma_can_address(p.v, batch_k, p.heads_kv, rows_k, p.head_dim_v) ||
       !tma_can_address(p.out, batch, p.heads, rows_q, p.head_dim_v)) {
-    return -1;
+    return {-1, "TMA cannot address an operand: rows must be 16-byte aligned, and nothing expanded or empty"};
   }
   const int64_t head_dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
+  const Sequences sequences = is_cached(p) ? Sequences::kCached : is_packed(p) ? Sequences::kPacked : Sequences::kDense;
   for (int i = 0; i < kFwdSm90TileCount; ++i) {
     const FwdSm90Tile& tile = kFwdSm90Tiles[i];
-    if (!tile.serves(head_dim, score_kind(p), rows) || (is_packed(p) && !tile.packed())) continue;
+    if (!tile.serves(head_dim, score_kind(p), rows) || !tile.has(sequences)) continue;
+    const int block_k = tile.block_k_of(sequences);
+    if (is_cached(p) && cached_box_rows(p.cache, block_k) == 0) return {-1, "block_size is not a multiple of 8"};
     const int64_t blocks = p.batch * (p.heads / group) * ceil_div(rows, tile.block_q());
-    const int block_k = is_packed(p) ? tile.packed_block_k() : tile.block_k;
     const int64_t key_tiles = visible_key_tiles(p, min_of(p.seqlen_q, tile.block_q()), block_k);
-    return choose_splits(blocks, key_tiles, launch.multiprocessors) == 1 ? i : -1;
+    if (choose_splits(blocks, key_tiles, launch.multiprocessors) == 1) return {i};
+    return {-1, "rows of queries are too few to fill the card, so blocks share the keys of a row"};
   }
-  return -1;
+  return {-1, "no tile of it fits head_dim"};
 }
 
 FwdPlan plan_fwd(const AttentionParams& p, const DeviceLaunch& launch) {
@@ -172,7 +183,7 @@ FwdPlan plan_fwd(const AttentionParams& p, const DeviceLaunch& launch) {
   plan.cached = is_cached(p);
   plan.kind = score_kind(p);
   const int packed = heads_packed_sm90(p);
-  plan.sm90_tile = choose_sm90_tile(p, launch, packed);
+  plan.sm90_tile = choose_sm90_tile(p, launch, packed).tile;
   if (plan.sm90_tile >= 0) {
     const FwdSm90Tile& tile = kFwdSm90Tiles[plan.sm90_tile];
     plan.group = packed;
@@ -237,6 +248,10 @@ const char* launch_fwd_hopper(const FwdPlan& plan, const AttentionFwdArgs& args,
 
 size_t attention_fwd_cuda_workspace_bytes(const AttentionParams& p, const DeviceLaunch& launch) {
   return static_cast<size_t>(plan_fwd(p, launch).workspace_bytes());
+}
+
+const char* attention_fwd_sm90_refusal(const AttentionParams& p, const DeviceLaunch& launch) {
+  return choose_sm90_tile(p, launch, heads_packed_sm90(p)).refusal;
 }
 
 const char* attention_fwd_cuda(const AttentionParams& p, const DeviceLaunch& launch) {

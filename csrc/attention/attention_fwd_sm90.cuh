@@ -11,6 +11,7 @@
 // Order:   what a block does; the warps that copy; the warpgroups that multiply, whose loop (attend) is the timeline;
 //          the way out; the kernel. attention_fwd_traits_sm90.cuh has tiles and shared memory and is to be read first.
 // Packed:  sequences one behind the other have row tiles of their own; attention_packed_sm90.cuh.
+// Cached:  lengths and where keys lie are found on the device, too; attention_cached_sm90.cuh.
 // Numbers: fp16/bf16 inputs, fp32 scores, softmax and accumulation; probabilities are rounded for the product with v.
 // Source:  Shah et al., "FlashAttention-3", arXiv:2407.08608, algorithms 1 and 2.
 #pragma once
@@ -21,11 +22,16 @@ namespace fastattn {
 
 // ---- what a block does
 
+template <typename Traits>
+using FwdEntry = std::conditional_t<Traits::kCached, CachedPlace, EntryPlace<Traits::kPacked>>;
+template <typename Traits>
+using FwdWalk = std::conditional_t<Traits::kCached, CachedWalk, EntryWalk<Traits>>;
+
 // One row tile of one head, or of the heads packed into its rows, and the key tiles that it visits.
 template <typename Traits>
 struct FwdTileWork {
-  std::conditional_t<Traits::kPacked, const FwdWork&, FwdWork> at;
-  EntryPlace<Traits::kPacked> entry;
+  std::conditional_t<Traits::kOwnLengths, const FwdWork&, FwdWork> at;
+  FwdEntry<Traits> entry;
   int first_row, head_kv;
   KeyTiles keys;
 };
@@ -36,7 +42,7 @@ FASTATTN_DEVICE int row_tile_of_round(int round) {
 }
 
 template <typename Traits>
-FASTATTN_DEVICE FwdTileWork<Traits> fwd_tile_work(const AttentionFwdArgs& args, const EntryWalk<Traits>& walk,
+FASTATTN_DEVICE FwdTileWork<Traits> fwd_tile_work(const AttentionFwdArgs& args, const FwdWalk<Traits>& walk,
                                                   int place) {
   FwdTileWork<Traits> work{walk.work(args, place), walk.entry()};
   work.first_row = work.at.row_tile * Traits::kBlockQ;
@@ -66,20 +72,14 @@ struct FwdProducer {
 
   FASTATTN_DEVICE void load_k(const Work& work, int tile) {
     const int stage = k_at.stage();
-    if (copies) {
-      mbarrier_wait(&smem.k_empty[stage], k_at.parity() ^ 1);
-      load_keys(work, tile, smem.k[stage], maps.k, &smem.k_full[stage]);
-    }
+    load_keys(work, tile, smem.k[stage], maps.k, &smem.k_full[stage], {&smem.k_empty[stage], k_at.parity() ^ 1});
     ++k_at.count;
   }
   FASTATTN_DEVICE void load_v(const Work& work, int tile) {
     const int stage = v_at.stage();
     const bool cleared = work.entry.ends_in(tile * Traits::kBlockK, Traits::kBlockK);
     uint64_t* const full = cleared ? &smem.v_arrived[stage] : &smem.v_full[stage];
-    if (copies) {
-      mbarrier_wait(&smem.v_empty[stage], v_at.parity() ^ 1);
-      load_keys(work, tile, smem.v[stage], maps.v, full);
-    }
+    load_keys(work, tile, smem.v[stage], maps.v, full, {&smem.v_empty[stage], v_at.parity() ^ 1});
     ++v_at.count;
   }
   FASTATTN_DEVICE void load_q(const Work& work) {
@@ -102,10 +102,19 @@ struct FwdProducer {
   }
 
  private:
-  FASTATTN_DEVICE void load_keys(const Work& work, int tile, uint8_t* place, const TensorMap& map, uint64_t* full) {
-    mbarrier_arrive_expect_tx(full, TileK::kBytes);
-    load_tile_sm90<TileK>(place, &map, full, work.entry.key_row(tile * Traits::kBlockK), work.head_kv,
-                          work.entry.of_map(work.at.batch));
+  // A tile of k or v to `place`, once that is empty.
+  FASTATTN_DEVICE void load_keys(const Work& work, int tile, uint8_t* place, const TensorMap& map, uint64_t* full,
+                                 MBarrierPhase empty) {
+    const int first = tile * Traits::kBlockK;
+    if constexpr (Traits::kCached) {
+      const CachedKeys keys{args.cache, work.at.batch, work.head_kv, first, work.entry.own->seqlen_k};
+      load_cached_tile_sm90<TileK>(place, map, maps.key_box_rows, full, empty, keys);
+    } else if (copies) {
+      mbarrier_wait(empty.barrier_smem, empty.parity);
+      mbarrier_arrive_expect_tx(full, TileK::kBytes);
+      load_tile_sm90<TileK>(place, &map, full, work.entry.key_row(first), work.head_kv,
+                            work.entry.of_map(work.at.batch));
+    }
   }
 };
 
@@ -113,7 +122,7 @@ template <typename Traits>
 FASTATTN_DEVICE void produce_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const AttentionFwdArgs& args,
                                        const AttentionFwdMaps& maps, int row_tiles) {
   FwdProducer<Traits> producer{smem, args, maps};
-  EntryWalk<Traits> walk(smem.entries);
+  FwdWalk<Traits> walk(smem.entries);
   for (int round = 0; walk.reaches(args, row_tile_of_round(round), row_tiles); ++round) {
     const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, walk, row_tile_of_round(round));
     MaskTileReader<!Traits::kHasMask> visible(args.mask_tiles, work.at.batch, work.at.tile_head, work.at.row_tile,
@@ -138,7 +147,7 @@ FASTATTN_DEVICE void produce_fwd_masks(AttentionFwdSm90Smem<Traits>& smem, const
                                        const MaskStages& mask, int row_tiles) {
   if (mask.count == 0) return;
   MaskRingPosition at;
-  EntryWalk<Traits> walk(smem.entries);
+  FwdWalk<Traits> walk(smem.entries);
   for (int round = 0; walk.reaches(args, row_tile_of_round(round), row_tiles); ++round) {
     const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, walk, row_tile_of_round(round));
     MaskTileReader<false> visible(args.mask_tiles, work.at.batch, work.at.tile_head, work.at.row_tile, work.keys.end);
@@ -156,14 +165,14 @@ FASTATTN_DEVICE void produce_fwd_masks(AttentionFwdSm90Smem<Traits>& smem, const
   }
 }
 
-// The rows of v behind a sequence's last key are the next one's, or nobody's. Their probabilities are 0, but 0 * NaN is
+// The rows of v behind a sequence's last key are the next one's, or anything. Their probabilities are 0, but 0 * NaN is
 // NaN: they become zeros on their way, by a warp of its own, so that neither the copies nor the products wait for it.
 template <typename Traits>
 FASTATTN_DEVICE void clear_value_tails(AttentionFwdSm90Smem<Traits>& smem, const AttentionFwdArgs& args,
                                        int row_tiles) {
   RingPosition<Traits::kStages> v_at;
   uint32_t parities = 0;  // a bit a stage
-  EntryWalk<Traits> walk(smem.entries);
+  FwdWalk<Traits> walk(smem.entries);
   for (int round = 0; walk.reaches(args, row_tile_of_round(round), row_tiles); ++round) {
     const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, walk, row_tile_of_round(round));
     if (work.keys.end == work.keys.begin) continue;
@@ -406,11 +415,11 @@ FASTATTN_DEVICE void consume_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const
   RingPosition<1> q_at;
   MaskRingPosition mask_at;
   if (group == Traits::kGroups - 1) give_products_turn<Traits>(0);
-  EntryWalk<Traits> walk(smem.entries);
+  FwdWalk<Traits> walk(smem.entries);
   for (int round = 0; walk.reaches(args, row_tile_of_round(round), row_tiles); ++round, ++q_at.count) {
     const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, walk, row_tile_of_round(round));
     // Of three warpgroups' registers none is left to keep what is made of the lane.
-    constexpr bool kMakesAnew = Traits::kPacked && Traits::kGroups == 3;
+    constexpr bool kMakesAnew = Traits::kOwnLengths && Traits::kGroups == 3;
     const int first_row = work.first_row + 64 * group + 16 * (warp % 4) + (kMakesAnew ? opaque(lane) : lane) / 4;
     const QueryRows lane_rows = Traits::query_rows(args, first_row, work.at.tile_head);
     FwdRows<Traits> rows{args, work, smem, maps.mask, mask_at, group, lane_rows, {}, dropout};
@@ -456,7 +465,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       mbarrier_init(&smem.v_full[stage], 1);
       mbarrier_init(&smem.k_empty[stage], kWarps);
       mbarrier_init(&smem.v_empty[stage], kWarps);
-      if (Traits::kPacked) mbarrier_init(&smem.v_arrived[stage], 1);
+      if (Traits::kOwnLengths) mbarrier_init(&smem.v_arrived[stage], 1);
     }
     fence_mbarrier_init();
   }
@@ -468,7 +477,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       produce_fwd_tiles(smem, args, maps, row_tiles);
     } else if (Traits::kHasMask && warp == 1) {
       produce_fwd_masks(smem, args, maps.mask, row_tiles);
-    } else if constexpr (Traits::kPacked) {
+    } else if constexpr (Traits::kOwnLengths) {
       if (warp == 1) clear_value_tails(smem, args, row_tiles);
     }
   } else {

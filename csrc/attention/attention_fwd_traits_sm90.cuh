@@ -2,6 +2,7 @@
 // the tensor maps that fill and empty it. The table of tiles is in attention_fwd_sm90_launch.cuh.
 #pragma once
 
+#include "attention/attention_cached_sm90.cuh"
 #include "attention/attention_fwd_sm80.cuh"
 #include "attention/attention_mask_stage_sm90.cuh"
 #include "attention/attention_packed_sm90.cuh"
@@ -14,12 +15,16 @@ constexpr bool fwd_sm90_packs_heads(int head_dim, ScoreKind kind) {
   return kind == ScoreKind::kPlain || (head_dim < 256 && !(kind == ScoreKind::kEverything && head_dim == 128));
 }
 
-template <typename Element_, int kHeadDim_, int kGroups_, int kBlockK_, ScoreKind kKind_, bool kPacked_>
+// What a batch entry is: part of tensors of one length, one of packed sequences, or a sequence in a key/value cache.
+enum class Sequences { kDense, kPacked, kCached };
+
+template <typename Element_, int kHeadDim_, int kGroups_, int kBlockK_, ScoreKind kKind_, Sequences kSequences_>
 struct AttentionFwdSm90Traits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_, kBlockK = kBlockK_, kStages = 2;
   static constexpr ScoreKind kKind = kKind_;
-  static constexpr bool kPacked = kPacked_;  // sequences, which have no mask
+  static constexpr bool kPacked = kSequences_ == Sequences::kPacked, kCached = kSequences_ == Sequences::kCached;
+  static constexpr bool kOwnLengths = kPacked || kCached;  // of each batch entry, which then has no mask
   static constexpr int kThreads = 128 * (1 + kGroups), kBlockQ = 64 * kGroups;
   // Rows from `first` on of a head or of packed heads.
   FASTATTN_DEVICE static QueryRows query_rows(const AttentionFwdArgs& args, int first, int tile_head) {
@@ -33,7 +38,7 @@ struct AttentionFwdSm90Traits {
   static constexpr int kSpareBytes = 224 * 1024 - kMinSmemBytes, kOutBytes = kGroups * TileQ::kBytes;
   // Tiles of the mask come first, of which fp32 takes most. With a tile of its own, out need not have left when the
   // next q arrives.
-  static constexpr bool kHasMask = kKind != ScoreKind::kPlain && !kPacked, kOutFits = kOutBytes <= kSpareBytes;
+  static constexpr bool kHasMask = kKind != ScoreKind::kPlain && !kOwnLengths, kOutFits = kOutBytes <= kSpareBytes;
   static constexpr int kMostMaskBytes = kMaxMaskStages * kGroups * mask_stage_bytes(kBlockK, 4);
   static constexpr int kOptionalBytes =
       !kHasMask ? kOutFits * kOutBytes
@@ -63,7 +68,7 @@ struct AttentionFwdSm90Smem {
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
   uint64_t mask_full[kMaxMaskStages][kGroups], mask_empty[kMaxMaskStages][kGroups];
   uint64_t v_arrived[kStages];  // with rows behind a sequence's last key; it is full when they are cleared
-  PackedEntry entries[Traits::kPacked ? Traits::kThreads / 32 : 1];
+  PackedEntry entries[Traits::kOwnLengths ? Traits::kThreads / 32 : 1];
 
   FASTATTN_DEVICE uint8_t* out(int group, bool has_tile) {
     return has_tile ? optional + Traits::kOptionalBytes - Traits::kOutBytes + group * kQBytes : q[group];
@@ -78,6 +83,7 @@ struct AttentionFwdMaps {
   TensorMap q, k, v, out;  // boxes of 64 packed rows, of kBlockK rows twice, and of a warp's 16 packed rows
   MaskStages mask;
   bool out_fits = false;  // next to the mask's stages
+  int key_box_rows = 0;   // of k and v, where they are cached
 
   template <typename Traits>
   FASTATTN_DEVICE bool out_has_tile() const {

@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "attention/attention_packing.h"
@@ -27,5 +28,11 @@ std::tuple<at::Tensor, at::Tensor> attention_forward(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const std::optional<at::Tensor>& attn_mask,
     const std::optional<at::Tensor>& alibi_slopes, const std::optional<at::Tensor>& sinks,
     const std::optional<at::Tensor>& rng_state, const Scoring& scoring);
+
+// Which kernels attention_forward would start, as a sentence's end. Empty where nothing is to be said: where none would
+// run, and on cards with one family of them.
+std::string attention_forward_kernels(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                      const std::optional<at::Tensor>& alibi_slopes,
+                                      const std::optional<at::Tensor>& sinks, const Scoring& scoring);
 
 }  // namespace fastattn

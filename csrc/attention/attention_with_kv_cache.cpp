@@ -209,6 +209,29 @@ Step check_call(const Tensor& query, const Tensor& key_cache, const Tensor& valu
   return step;
 }
 
+// What queries attend to, in the layout of attention_forward.
+struct Attended {
+  Tensor keys, values;
+  Scoring scoring;
+};
+
+// All that the caches of `batch` sequences hold after the append. `cache` has to live as long as the result.
+Attended attended(const Tensor& key_cache, const Tensor& value_cache, const KvCache& cache, bool host_knows_keys,
+                  Scoring scoring, int64_t batch) {
+  Tensor keys = key_cache, values = value_cache;
+  if (cache.capacity == 0) {
+    keys = keys.new_empty({batch, 0, keys.size(2), keys.size(3)});
+    values = values.new_empty({batch, 0, values.size(2), values.size(3)});
+  } else if (host_knows_keys) {
+    // Which lets it choose among all kernels.
+    keys = keys.narrow(1, 0, cache.length + cache.appended);
+    values = values.narrow(1, 0, cache.length + cache.appended);
+  } else {
+    scoring.cache = &cache;
+  }
+  return {keys.transpose(1, 2), values.transpose(1, 2), scoring};
+}
+
 Outputs attention_with_kv_cache(const Tensor& query, Tensor key_cache, Tensor value_cache, const OptionalTensor& key,
                                 const OptionalTensor& value, const OptionalTensor& cache_seqlens, int64_t cache_seqlen,
                                 const OptionalTensor& block_table, const OptionalTensor& rotary_cos,
@@ -236,26 +259,46 @@ Outputs attention_with_kv_cache(const Tensor& query, Tensor key_cache, Tensor va
   const KvCache cache = make_cache(key_cache, cache_seqlens, length, block_table, step);
   const Tensor rotated =
       append_and_rotate(query, key_cache, value_cache, key, value, rotary_cos, rotary_sin, rotary_interleaved, cache);
-  Scoring scoring{0.0, is_causal, scale, window_left, window_right, /*bottom_right=*/true, softcap};
-  Tensor keys = key_cache, values = value_cache;
-  if (step.capacity == 0) {
-    keys = keys.new_empty({query.size(0), 0, keys.size(2), keys.size(3)});
-    values = values.new_empty({query.size(0), 0, values.size(2), values.size(3)});
-  } else if (!cache_seqlens.has_value() && !block_table.has_value()) {
-    // What the host knows of the keys lets it choose among all kernels.
-    keys = keys.narrow(1, 0, length + step.appended);
-    values = values.narrow(1, 0, length + step.appended);
-  } else {
-    scoring.cache = &cache;
-  }
-  const auto [out, lse] = attention_forward(rotated.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2),
-                                            std::nullopt, alibi_slopes, sinks, std::nullopt, scoring);
+  const bool host_knows_keys = !cache_seqlens.has_value() && !block_table.has_value();
+  const Scoring scoring{0.0, is_causal, scale, window_left, window_right, /*bottom_right=*/true, softcap};
+  const Attended to = attended(key_cache, value_cache, cache, host_knows_keys, scoring, query.size(0));
+  const auto [out, lse] = attention_forward(rotated.transpose(1, 2), to.keys, to.values, std::nullopt, alibi_slopes,
+                                            sinks, std::nullopt, to.scoring);
   return {out.transpose(1, 2), lse};
+}
+
+// Which kernels the call would run; it writes nothing.
+std::string attention_with_kv_cache_kernels(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                                            const OptionalTensor& key, const OptionalTensor& value,
+                                            const OptionalTensor& cache_seqlens, int64_t cache_seqlen,
+                                            const OptionalTensor& block_table, const OptionalTensor& rotary_cos,
+                                            const OptionalTensor& rotary_sin, bool, const OptionalTensor& alibi_slopes,
+                                            const OptionalTensor& sinks, bool is_causal, double scale,
+                                            int64_t window_left, int64_t window_right, double softcap) {
+  const Step step =
+      check_call(query, key_cache, value_cache, key, value, cache_seqlens, block_table, rotary_cos, rotary_sin);
+  const int64_t length = cache_seqlens.has_value() ? 0 : cache_seqlen;
+  if (query.size(0) > 0) check_length(length, step);
+  // In place of what the call would copy or rotate, memory of the same layout.
+  const auto as_read = [](const Tensor& x) { return has_contiguous_rows(x) ? x : at::empty(x.sizes(), x.options()); };
+  const Tensor rotated = rotary_cos.has_value() ? at::empty(query.sizes(), query.options()) : query;
+  const KvCache cache = make_cache(key_cache, cache_seqlens, length, block_table, step);
+  const bool host_knows_keys = !cache_seqlens.has_value() && !block_table.has_value();
+  const Scoring scoring{0.0, is_causal, scale, window_left, window_right, /*bottom_right=*/true, softcap};
+  const Attended to =
+      attended(as_read(key_cache), as_read(value_cache), cache, host_knows_keys, scoring, query.size(0));
+  return attention_forward_kernels(rotated.transpose(1, 2), to.keys, to.values, alibi_slopes, sinks, to.scoring);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastattn, CPU, m) { m.impl("attention_with_kv_cache", &attention_with_kv_cache); }
-TORCH_LIBRARY_IMPL(fastattn, CUDA, m) { m.impl("attention_with_kv_cache", &attention_with_kv_cache); }
+TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
+  m.impl("attention_with_kv_cache", &attention_with_kv_cache);
+  m.impl("attention_with_kv_cache_kernels", &attention_with_kv_cache_kernels);
+}
+TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
+  m.impl("attention_with_kv_cache", &attention_with_kv_cache);
+  m.impl("attention_with_kv_cache_kernels", &attention_with_kv_cache_kernels);
+}
 
 }  // namespace fastattn

@@ -97,6 +97,12 @@ def run_with_kv_cache(call: KvCacheCall) -> tuple[Tensor, Tensor]:
     return torch.ops.fastattn.attention_with_kv_cache(*kv_cache_arguments(call))
 
 
+@torch.no_grad()
+def kernels_with_kv_cache(call: KvCacheCall) -> str:
+    """Which family of CUDA kernels `run_with_kv_cache` would start; empty where the card has one."""
+    return torch.ops.fastattn.attention_with_kv_cache_kernels(*kv_cache_arguments(call))
+
+
 def run_weights(call: AttentionCall, lse: Tensor, average_heads: bool) -> Tensor:
     call = _with_float32_slopes(call)
     return torch.ops.fastattn.attention_weights(

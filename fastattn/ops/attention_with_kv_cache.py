@@ -366,7 +366,7 @@ def _run_cpu(call: KvCacheCall) -> tuple[Tensor, Tensor]:
 
 
 # The kernels append and rotate in one pass and read keys and values where they are; eager prepares them.
-_CUDA, _EMULATED = cuda_kernels(compiled.refuses_cuda, compiled.run_with_kv_cache)
+_CUDA, _EMULATED = cuda_kernels(compiled.refuses_cuda, compiled.run_with_kv_cache, compiled.kernels_with_kv_cache)
 dispatch.register(
     "attention_with_kv_cache",
     _CUDA,
