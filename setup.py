@@ -95,7 +95,10 @@ def host_compiler() -> str:
     found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     compiler = os.environ.get("CXX") or (found and shlex.quote(found))
     if compiler is None:
-        raise BuildFailure("no C++ compiler was found on PATH (looked for c++, g++, clang++; set CXX to name one)")
+        raise BuildFailure(
+            "no C++ compiler was found on PATH (looked for c++, g++, clang++); install one, or name it in CXX, then "
+            "install fastattn again"
+        )
     return compiler
 
 
@@ -200,6 +203,11 @@ def cuda_architectures(torch) -> list[str]:
     if torch.cuda.is_available():
         devices = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
         return [architecture(f"{major}.{minor}") for major, minor in sorted(set(devices))]
+    print(
+        "fastattn: no GPU is visible, so the CUDA kernels are compiled for all of "
+        f"{', '.join(DEFAULT_ARCHITECTURES)}; TORCH_CUDA_ARCH_LIST names fewer, as in TORCH_CUDA_ARCH_LIST=9.0",
+        file=sys.stderr,
+    )
     return DEFAULT_ARCHITECTURES
 
 
@@ -337,6 +345,7 @@ class NinjaBuild(build_ext):
             # Of the sources as they are now: what changes while they are compiled makes the result stale.
             stamp = runpy.run_path(str(ROOT / "fastattn" / "_interface.py"))["interface_stamp"](CSRC)
             report = {"built": True, "reason": None, "cuda": self.build(output), "interface": stamp}
+            report["torch"] = find_torch().__version__
         except BuildFailure as failure:
             output.unlink(missing_ok=True)
             report = {"built": False, "reason": str(failure), "cuda": None}

@@ -1,5 +1,8 @@
 """Hand-written attention, layer norm and INT8 matmul kernels for PyTorch Transformers."""
 
+import warnings as _warnings
+
+from fastattn._extension import missing_reason as _missing_reason
 from fastattn.accelerate import accelerate, accelerate_report, restore
 from fastattn.dispatch import available_backends, explain, use_backend
 from fastattn.modules import Int8Linear, LayerNorm, RMSNorm
@@ -16,6 +19,10 @@ from fastattn.ops.varlen_attention import varlen_attention
 from fastattn import distributed, integrations
 
 __version__ = "0.1.0"
+
+if _missing_reason is not None:
+    # Once, at import: whoever installed without kernels should not have to find out by a profile.
+    _warnings.warn(f"fastattn runs on PyTorch alone (backend 'eager'): {_missing_reason}.", stacklevel=2)
 
 __all__ = [
     "Int8Linear",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch  # noqa: F401  (loads the libraries, OpenMP among them, that the extension links to)
+# Also loads the libraries, OpenMP among them, that the extension links to.
+import torch
 
 from fastattn._interface import interface_stamp
 
@@ -29,6 +29,17 @@ def _is_stale() -> bool:
     return report.get("interface") != interface_stamp(csrc)
 
 
+def _other_torch() -> str | None:
+    """What is wrong with an extension that was built for another minor version of torch: it may not load, or crash."""
+    built = _build_report().get("torch")
+    if built is None or built.split(".")[:2] == torch.__version__.split(".")[:2]:
+        return None
+    return (
+        f"the compiled extension was built for torch {built}, and this is torch {torch.__version__}; install fastattn "
+        "again, or build it again with `make build`"
+    )
+
+
 def _load() -> tuple[ModuleType | None, str | None]:
     # Before anything is loaded: its ops would stay registered.
     if _is_stale():
@@ -36,6 +47,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
             "the compiled extension was built before csrc changed; build it again with `make build`, or "
             "`python setup.py build_ext --inplace`"
         )
+    if (reason := _other_torch()) is not None:
+        return None, reason
     try:
         module = importlib.import_module("fastattn._C")
     except ImportError as error:
@@ -61,6 +74,3 @@ extension, missing_reason = _load()
 without_cuda_reason = _without_cuda()
 # What the CUDA kernels were compiled for, as in ("80", "90a", "80+PTX").
 cuda_architectures = tuple(extension.build_info()["cuda_architectures"].split()) if extension is not None else ()
-if missing_reason is not None:
-    # Once, at import: whoever installed without kernels should not have to find out by a profile.
-    warnings.warn(f"fastattn runs on PyTorch alone (backend 'eager'): {missing_reason}.", stacklevel=2)

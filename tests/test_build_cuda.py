@@ -92,6 +92,17 @@ def test_architectures_of_the_machine(build, monkeypatch):
         build.cuda_architectures(torch_with("13.0"))
 
 
+def test_a_machine_without_a_gpu_is_told_what_is_compiled_and_how_to_narrow_it(build, monkeypatch, capsys):
+    build.cuda_architectures(torch_with("13.0"))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "no GPU is visible" in said and "80, 90a, 80+PTX" in said
+    assert "TORCH_CUDA_ARCH_LIST=9.0" in said
+    build.cuda_architectures(torch_with("13.0", ((8, 9),)))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    build.cuda_architectures(torch_with("13.0"))
+    assert capsys.readouterr().err == ""
+
+
 def test_code_for_hopper_alone_is_compiled_for_it_alone(build):
     architectures = ["80", "80+PTX"]
     assert build.gencode_flags(Path("a_cuda.cu"), architectures) == [
