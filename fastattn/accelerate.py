@@ -65,9 +65,17 @@ def accelerate(
         filter_fn: ``filter_fn(module, name)`` is asked about each module that fits; True = swap.
         verbose: what is printed: a line that counts what is swapped and left; True = the whole report, False = nothing.
     Returns: ``model``.
+
+    Raises: TypeError, before it changes anything, for an argument of another type.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}.")
+    switches = {"attention": attention, "layer_norm": layer_norm, "int8": int8, "linear": linear}
+    for switch, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"accelerate: {switch} must be True or False, got {value!r}.")
+    if verbose is not None and not isinstance(verbose, bool):
+        raise TypeError(f"accelerate: verbose must be True, False or None, got {verbose!r}.")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"accelerate: filter_fn must be called as f(module, name), got {type(filter_fn).__name__}.")
     left: dict[str, str] = {}

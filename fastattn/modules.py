@@ -68,6 +68,11 @@ class Int8Linear(nn.Module):
                 raise (ValueError if isinstance(size, Integral) else TypeError)(
                     f"Int8Linear: {name} must be an int >= 0, got {size!r}."
                 )
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(
+                f"Int8Linear: dtype must be a floating-point torch.dtype, got {dtype!r}. It is that of the bias; the "
+                "weight is always int8."
+            )
         int8_ops._activation_name("Int8Linear", activation)  # raises if there is no such activation
         dispatch.check_name("Int8Linear", backend)
         self.in_features = in_features
@@ -87,10 +92,14 @@ class Int8Linear(nn.Module):
     def from_linear(cls, linear: nn.Linear, activation: str | None = None, *, backend: str = "auto") -> Int8Linear:
         """Quantises the weight of ``linear`` by row. Keeps its bias (the same parameter), device and training flag.
 
-        Raises: TypeError if ``linear`` is not an ``nn.Linear``.
+        Raises: TypeError if ``linear`` is not an ``nn.Linear``; ValueError if it is a lazy one that has not run yet.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"Int8Linear.from_linear: linear must be an nn.Linear, got {type(linear).__name__}.")
+        if nn.parameter.is_lazy(linear.weight):
+            raise ValueError(
+                "Int8Linear.from_linear: linear is lazy and its weight has no shape yet; call it on an input first."
+            )
         weight = linear.weight
         module = cls(linear.in_features, linear.out_features, False, activation, device=weight.device, backend=backend)
         module.weight, module.weight_scale = int8_ops.quantize_int8(weight)

@@ -70,6 +70,17 @@ CASES = {
     "rms_norm: input must be a tensor": lambda: fastattn.RMSNorm(8)(3),
     "MultiHeadAttention: num_heads must be an int": lambda: fastattn.MultiHeadAttention(8, 2.0),
     "Int8Linear: in_features must be an int": lambda: fastattn.Int8Linear(8.5, 8),
+    "Int8Linear: dtype must be a floating-point torch.dtype, got torch.int8": lambda: fastattn.Int8Linear(
+        8, 8, dtype=torch.int8
+    ),
+    "Int8Linear: dtype must be a floating-point torch.dtype, got 'float32'": lambda: fastattn.Int8Linear(
+        8, 8, bias=False, dtype="float32"
+    ),
+    "accelerate: int8 must be True or False, got 'yes'": lambda: fastattn.accelerate(torch.nn.LayerNorm(8), int8="yes"),
+    "accelerate: attention must be True or False, got 0": lambda: fastattn.accelerate(
+        torch.nn.LayerNorm(8), attention=0
+    ),
+    "accelerate: verbose must be": lambda: fastattn.accelerate(torch.nn.LayerNorm(8), verbose="no"),
     "attention: .*missing .*'query'": lambda: fastattn.explain("attention"),
     "attention: .*unexpected .*'windows'": lambda: fastattn.explain("attention", X, X, X, windows=(1, 1)),
     "accelerate: filter_fn": lambda: fastattn.accelerate(torch.nn.LayerNorm(8), filter_fn=3),
@@ -90,6 +101,10 @@ def test_wrong_types_raise_type_error(message):
         ("int8_matmul: activation", lambda: fastattn.int8_matmul(INT8, INT8, SCALE, SCALE, activation=["relu"])),
         ("Int8Linear: out_features", lambda: fastattn.Int8Linear(8, -1)),
         ("attention: backend must be", lambda: fastattn.attention(X, X, X, backend="gpu")),
+        (
+            "Int8Linear.from_linear: linear is lazy .*; call it on an input first",
+            lambda: fastattn.Int8Linear.from_linear(torch.nn.LazyLinear(5)),
+        ),
         ("Int8Linear: backend must be", lambda: fastattn.Int8Linear(8, 8, backend="gpu")),
         ("MultiHeadAttention: backend must be", lambda: fastattn.MultiHeadAttention(8, 2, backend="gpu")),
         ("use_backend: backend must be", lambda: fastattn.use_backend("gpu")),
