@@ -43,7 +43,7 @@ cuda: $(VENV)/.installed  ## compiles every kernel for every GPU generation, wit
 triton: $(VENV)/.installed  ## compiles the Triton kernels for sm_80, sm_90 and sm_100, without a GPU (ARGS="--filter int8")
 	TRITON_INTERPRET=0 $(BIN)/python -m tests.triton_aot $(ARGS)
 
-gpu:  ## on a machine with torch, nvcc and a GPU: builds, tests and benchmarks with $(PYTHON) as it is, no network (ARGS=--rehearse without one; ARGS="--only tests")
+gpu:  ## on a machine with torch, nvcc and a GPU: builds, tests and benchmarks with PYTHON=python3 as it is, no network (ARGS=--rehearse without one; ARGS="--only tests")
 	$(PYTHON) -m bench.gpu $(ARGS)
 
 lint: $(VENV)/.installed  ## ruff, clang-format and mypy, changing nothing

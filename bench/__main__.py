@@ -128,13 +128,15 @@ def _outcome(row: Row) -> str:
     return f"{microseconds(row.times.median_us)} µs{ratio}"
 
 
-def write_report(run: report.Run, folder: Path) -> None:
-    """results.json, results.csv, index.html and speedup.png in ``folder``."""
+def write_report(run: report.Run, folder: Path) -> list[str]:
+    """results.json, results.csv, index.html and, where there is something to plot, speedup.png in ``folder``: returns
+    the names of those that it wrote."""
     folder.mkdir(parents=True, exist_ok=True)
     report.write_json(run, folder / "results.json")
     report.write_csv(run, folder / "results.csv")
     (folder / "index.html").write_text(page.render(run))
-    plot.write_png(run, folder / "speedup.png")
+    plotted = plot.write_png(run, folder / "speedup.png")
+    return ["results.json", "results.csv", "index.html", *(["speedup.png"] if plotted else [])]
 
 
 @app.command()
@@ -186,20 +188,31 @@ def main(
     known = {(row.op, row.shape, row.dtype, row.backend) for row in earlier}
     cases = [case for case in cases if (case.op, case.shape, case.dtype, name) not in known]
 
+    kept: list[report.Run] = []
+
     def keep(run: report.Run) -> None:
+        kept[:] = [replace(run, rows=[*earlier, *run.rows])]
         if not save:
-            report.write_json(replace(run, rows=[*earlier, *run.rows]), results)
+            report.write_json(kept[0], results)
 
     torch.set_num_threads(threads or torch.get_num_threads())
     memory.settle_heap()
     effort, aim_s = (QUICK, QUICK_RUN_S) if quick else (Effort(), FULL_RUN_S)
     gpu = Gpu() if device is Device.cuda else None
-    run = run_cases(cases, name, effort, aim_s, console, gpu, keep)
+    try:
+        run = run_cases(cases, name, effort, aim_s, console, gpu, keep)
+    except KeyboardInterrupt:
+        # Not the fault of the row at hand; on a GPU it may be: bench.gpu interrupts a row that hangs.
+        if kept and not save and gpu is None:
+            report.write_json(replace(kept[0], rows=kept[0].rows[:-1]), results)
+        goes_on = f"; the same command with --resume goes on from {results}" if kept and not save else ""
+        console.print(f"\ninterrupted{goes_on}", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
     run = replace(run, rows=[*earlier, *run.rows])
     print_report(run, console)
     folder = HERE / "results" / run.machine.slug if save else out
-    write_report(run, folder)
-    console.print(f"[dim]results.json, results.csv, index.html and speedup.png are in[/] {folder}", highlight=False)
+    *names, last = write_report(run, folder)
+    console.print(f"[dim]{', '.join(names)} and {last} are in[/] {folder}", highlight=False)
     if gpu is not None and gpu.is_lost():
         raise typer.Exit(3)
     raise typer.Exit(2 if run.rows and run.refused == run.rows else 1 if run.failed else 0)

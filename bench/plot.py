@@ -11,11 +11,16 @@ INK, SOFT, FAINT, BLUE = "#1c2024", "#60646c", "#e6e8eb", "#0b62d6"
 
 
 def write_png(run: Run, path: Path) -> bool:
-    """Writes the plot to ``path``; without a row that has a headline and a peer there is none, and False comes back."""
+    """Writes the plot to ``path``; False if there is none, without a row that has a headline and a peer, or
+    without matplotlib."""
     rows = [row for row in run.rows if row.headline and row.strongest]
     if not rows:
         return False
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        # The other files have everything that the plot shows; what was measured is not to be lost for it.
+        return False
 
     # Inches: labels left of the bars, the ratio and the peer right of them, a title above, a line of facts below.
     height = 1.15 + 0.3 * len(rows)

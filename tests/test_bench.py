@@ -6,6 +6,7 @@ import copy
 import csv
 import json
 import math
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -300,6 +301,16 @@ def test_report_folder_is_complete(tmp_path):
     assert (tmp_path / "new" / "speedup.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_report_without_matplotlib_has_the_rest(tmp_path, monkeypatch):
+    """Minutes of measuring are not lost for a picture."""
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    names = cli.write_report(make_run(*RUN_ROWS), tmp_path)
+    assert sorted(names) == sorted(path.name for path in tmp_path.iterdir()) == [
+        "index.html", "results.csv", "results.json",
+    ]  # fmt: skip
+
+
 def test_device_folder_tells_processors_apart():
     machine = make_run().machine
     xeon = replace(machine, cpu="Intel(R) Xeon(R) Processor @ 2.50GHz", family="6")
@@ -326,7 +337,7 @@ def invoke(monkeypatch, cases: list[Case], *arguments: str):
 
 def test_command_line_goes_on_after_the_row_that_ended_it(small_runs, monkeypatch, tmp_path):
     def end():
-        raise KeyboardInterrupt
+        raise SystemExit(130)
 
     cases = [
         toy_case(),
@@ -340,6 +351,26 @@ def test_command_line_goes_on_after_the_row_that_ended_it(small_runs, monkeypatc
     assert invoke(monkeypatch, cases, "--resume", "--out", str(tmp_path)).exit_code == 1
     resumed = report.read_json(tmp_path / "results.json").rows
     assert resumed[:2] == rows and [(row.op, row.status) for row in resumed[2:]] == [("last", OK)]
+
+
+def test_an_interrupted_run_keeps_its_rows_and_says_how_to_go_on(small_runs, monkeypatch, tmp_path):
+    pressed = []
+
+    def press():
+        if not pressed:
+            pressed.append(True)
+            raise KeyboardInterrupt
+        return toy_case().build()
+
+    cases = [toy_case(), replace(toy_case(), op="next", build=press)]
+    interrupted = invoke(monkeypatch, cases, "--out", str(tmp_path))
+    assert interrupted.exit_code == 130
+    said = f"interrupted; the same command with --resume goes on from {tmp_path / 'results.json'}"
+    assert said in interrupted.output
+    assert [(row.op, row.status) for row in report.read_json(tmp_path / "results.json").rows] == [("toy", OK)]
+    assert invoke(monkeypatch, cases, "--resume", "--out", str(tmp_path)).exit_code == 0
+    rows = report.read_json(tmp_path / "results.json").rows
+    assert [(row.op, row.status) for row in rows] == [("toy", OK), ("next", OK)]
 
 
 def test_command_line_reports_and_exits_with_0(small_runs, monkeypatch, tmp_path):
