@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 import torch
 
 from models import data, tasks
-from models.commands import Parser, add_kernels, encode_whole, folder_argument, prepare, run, texts_of, utf8
+from models.commands import Parser, add_kernels, batches_of, encode_whole, folder_argument, prepare, run, utf8
 from models.layers import at_least_float32
 
 
@@ -24,13 +25,14 @@ def classify(options: argparse.Namespace) -> None:
     model, tokenizer = tasks.load(options.folder, "classifier")
     model = prepare(model, options)
     description = tasks.describe(options.folder)
-    texts = texts_of(options, "classify")
     pad_id = model.bert.config.pad_token_id
-    ids = data.pad(encode_whole(tokenizer, texts, description["context"]), pad_id)
-    probabilities = at_least_float32(model(ids.to(next(model.parameters()).device))).softmax(-1)
-    for text, row in zip(texts, probabilities, strict=True):
-        best = int(row.argmax())
-        print(f"{description['classes'][best]} {row[best]:.2f}\t{text}")
+    for texts in batches_of(options, "classify"):
+        ids = data.pad(encode_whole(tokenizer, texts, description["context"]), pad_id)
+        probabilities = at_least_float32(model(ids.to(next(model.parameters()).device))).softmax(-1)
+        for text, row in zip(texts, probabilities, strict=True):
+            best = int(row.argmax())
+            print(f"{description['classes'][best]} {row[best]:.2f}\t{text}")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

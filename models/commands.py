@@ -7,7 +7,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -16,6 +17,9 @@ from torch import nn
 
 from models.data import DataError, encode
 from models.layers import BACKENDS, set_backend
+
+# Enough for the kernels to be at their speed; beam search keeps several hypotheses of each.
+_TEXTS_AT_ONCE = 32
 
 
 class Parser(argparse.ArgumentParser):
@@ -127,17 +131,22 @@ def folder_argument(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("folder", type=Path, help=text)
 
 
-def texts_of(options: argparse.Namespace, purpose: str) -> list[str]:
-    """The texts of the command line, or without any the lines of standard input; ValueError if there are none."""
+def batches_of(options: argparse.Namespace, purpose: str) -> Iterator[list[str]]:
+    """The texts of the command line, or without any the lines of standard input, some at a time and as they come:
+    memory does not grow with their number, and a terminal is answered line by line. ValueError if there are none."""
+    size = 1 if not options.text and sys.stdin.isatty() else _TEXTS_AT_ONCE
+    texts = (text for text in options.text or map(str.strip, sys.stdin) if text.strip())
+    found = False
     try:
-        texts = [text for text in options.text or map(str.strip, sys.stdin) if text.strip()]
-        for text in texts:
-            text.encode()  # in the C locale standard input decodes what is not UTF-8 to lone surrogates
+        while batch := list(islice(texts, size)):
+            for text in batch:
+                text.encode()  # in the C locale standard input decodes what is not UTF-8 to lone surrogates
+            found = True
+            yield batch
     except UnicodeError as error:
         raise ValueError(f"standard input is not UTF-8 text: {error}.") from error
-    if not texts:
+    if not found:
         raise ValueError(f"there is nothing to {purpose}.")
-    return texts
 
 
 def encode_whole(tokenizer: Tokenizer, texts: list[str], limit: int) -> list[list[int]]:

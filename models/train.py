@@ -144,13 +144,14 @@ def interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def plot_losses(rows: list[dict[str, float]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+def plot_losses(rows: list[dict[str, float]], path: Path) -> bool:
+    """False where there is no matplotlib: log.csv has the numbers."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return False
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
     axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=0.8, label="training")
     validation = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
     if validation:
@@ -159,7 +160,7 @@ def plot_losses(rows: list[dict[str, float]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    return True
 
 
 def train(options: argparse.Namespace) -> None:
@@ -202,8 +203,8 @@ def train(options: argparse.Namespace) -> None:
     if rows and rows[-1]["step"] < config.steps:
         raise KeyboardInterrupt(f"; the same command with --resume goes on from step {rows[-1]['step']:.0f}")
     if processes.rank == 0:
-        plot_losses(rows, options.out / "loss.png")
-        console.print(f"saved in {options.out}")
+        plotted = plot_losses(rows, options.out / "loss.png")
+        console.print(f"saved in {options.out}" + ("" if plotted else " without loss.png: matplotlib is not installed"))
     if processes.world > 1:
         torch.distributed.destroy_process_group()
 

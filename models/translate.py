@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from models import data, tasks
-from models.commands import Parser, add_kernels, encode_whole, folder_argument, prepare, run, texts_of, utf8, whole
+from models.commands import Parser, add_kernels, batches_of, encode_whole, folder_argument, prepare, run, utf8, whole
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -23,11 +24,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def translate(options: argparse.Namespace) -> None:
     model, tokenizer = tasks.load(options.folder, "translation")
     model = prepare(model, options)
-    texts = texts_of(options, "translate")
     limit = model.config.max_positions
-    ids = data.pad(encode_whole(tokenizer, texts, limit)).to(model.positions.device)
-    for tokens in model.translate(ids, min(options.tokens or limit, limit), beams=options.beams):
-        print(tokenizer.decode(tokens).strip())
+    for texts in batches_of(options, "translate"):
+        ids = data.pad(encode_whole(tokenizer, texts, limit)).to(model.positions.device)
+        for tokens in model.translate(ids, min(options.tokens or limit, limit), beams=options.beams):
+            print(tokenizer.decode(tokens).strip())
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -367,6 +367,42 @@ def test_standard_input_is_read_line_by_line(trained, tmp_path, capsys, monkeypa
         assert "standard input is not UTF-8 text" in complaint("classify", [str(trained["classifier"])], capsys)
 
 
+@pytest.mark.parametrize("command", ["classifier", "translation"])
+def test_standard_input_is_answered_before_it_ends(trained, command):
+    """Some lines at a time, in order: neither memory nor the wait for the first answer grows with the number of lines.
+    Answers come while the writer still has the pipe open."""
+    name = {"classifier": "classify", "translation": "translate"}[command]
+    more = ["--tokens", "3", "--beams", "1"] if command == "translation" else []
+    process = subprocess.Popen([sys.executable, "-m", f"models.{name}", str(trained[command]), *more], cwd=ROOT,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    lines = [f"{'good' if i % 3 else 'bad'} thing {i}" for i in range(70)]
+    process.stdin.write("".join(f"{line}\n" for line in lines))
+    process.stdin.flush()
+    answers = [process.stdout.readline() for _ in range(64)]
+    process.stdin.close()
+    answers += process.stdout.read().splitlines(keepends=True)
+    assert process.wait() == 0 and len(answers) == len(lines)
+    if command == "classifier":
+        assert [answer.rstrip("\n").split("\t")[1] for answer in answers] == lines
+
+
+def test_a_terminal_is_answered_line_by_line(trained, capsys, monkeypatch):
+    printed_before = []
+
+    class Terminal:
+        def isatty(self) -> bool:
+            return True
+
+        def __iter__(self):
+            for line in ("good thing\n", "bad thing\n"):
+                printed_before.append(len(capsys.readouterr().out.splitlines()))
+                yield line
+
+    monkeypatch.setattr("sys.stdin", Terminal())
+    classify.classify(classify.parse([str(trained["classifier"])]))
+    assert printed_before == [0, 1]
+
+
 def test_texts_that_are_cut_are_named(trained, capsys):
     classify.classify(classify.parse([str(trained["classifier"]), "good " * 100, "short"]))
     outcome = capsys.readouterr()
@@ -396,6 +432,41 @@ def test_every_command_has_help(name, capsys):
             module.parse(arguments)
         assert exit.value.code == 0
         assert "--backend" in capsys.readouterr().out or (name == "train" and arguments == ["--help"])
+
+
+def run_without(packages: tuple[str, ...], command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """``python -m …`` where ``packages`` are not installed, as Python sees it."""
+    hide = f"import sys; sys.modules.update(dict.fromkeys({packages!r}))\n"
+    (folder / "sitecustomize.py").write_text(hide)
+    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=200,
+                          env={**os.environ, "PYTHONPATH": str(folder)})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "command, packages",
+    [
+        (["models.train", "--help"], ("rich", "safetensors", "tokenizers")),
+        (["models.generate", "runs/gpt", "x"], ("tokenizers",)),
+        (["models.translate", "runs/de", "x"], ("safetensors", "tokenizers")),
+        (["models.classify", "runs/mood", "x"], ("tokenizers",)),
+        (["models.evaluate", "runs/mood"], ("rich",)),
+        (["bench"], ("rich", "typer")),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_a_missing_package_is_one_line(command, packages, tmp_path):
+    outcome = run_without(packages, command, tmp_path)
+    expected = f"error: this command needs what is not installed here: pip install {' '.join(packages)}\n"
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (2, "", expected)
+
+
+def test_training_needs_no_matplotlib(tmp_path):
+    folder = tmp_path / "hidden"
+    folder.mkdir()
+    outcome = run_without(("matplotlib",), ["models.train", *tiny_arguments("gpt", tmp_path)], folder)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "without loss.png: matplotlib is not installed" in " ".join(outcome.stdout.split())
+    assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "loss.png").exists()
 
 
 def test_two_processes_train_as_one(tmp_path):

@@ -1,0 +1,22 @@
+"""The packages that a command needs besides torch."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+
+def command_of(package: str) -> str | None:
+    """The module of ``package`` that ``python -m`` is about to run, while it imports the packages that hold it: Python
+    tells that moment by ``sys.argv[0]``. None at any other import."""
+    if sys.argv[:1] != ["-m"]:
+        return None
+    return next((word for word in sys.orig_argv if word == package or word.startswith(f"{package}.")), None)
+
+
+def end_without(*packages: str) -> None:
+    """Ends the process with one line and exit status 2 unless ``packages`` are installed."""
+    missing = " ".join(package for package in packages if find_spec(package) is None)
+    if missing:
+        print(f"error: this command needs what is not installed here: pip install {missing}", file=sys.stderr)
+        raise SystemExit(2)
