@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from fastattn._extension import extension, missing_reason
 
 needs_extension = pytest.mark.skipif(extension is None, reason=str(missing_reason))
 needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo")
+ROOT = Path(__file__).resolve().parent.parent
 DIM = 32
 
 
@@ -292,6 +297,46 @@ def train_in_parallel(rank: int) -> None:
     for name, parameter in sharded.named_parameters():
         assert parameter.to_local().numel() < parameter.numel()
         torch.testing.assert_close(parameter.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-5)
+
+
+FORKED = """
+import multiprocessing, torch, fastattn
+from torch.utils.data import DataLoader, Dataset
+
+torch.set_num_threads(2)
+x, linear = torch.randn(4, 4, 128, 32), fastattn.Int8Linear.from_linear(torch.nn.Linear(512, 512))
+batch = torch.ones(64, 512)
+
+class Items(Dataset):
+    def __len__(self): return 4
+    def __getitem__(self, i):
+        results = fastattn.attention(x, x, x), fastattn.layer_norm(x, (32,)), linear(batch).detach()
+        return torch.cat([result.flatten()[::100] for result in results])
+
+expected = Items()[0]  # now there is a pool of threads, which no child has
+
+def child(queue):
+    torch.set_num_threads(1)
+    queue.put(Items()[0].tolist())
+
+loaded = list(DataLoader(Items(), num_workers=2, batch_size=2, multiprocessing_context="fork"))
+assert torch.equal(torch.cat(loaded), expected.expand(4, -1))
+fork = multiprocessing.get_context("fork")
+queue = fork.Queue()
+process = fork.Process(target=child, args=(queue,))
+process.start()
+assert queue.get(timeout=60) == expected.tolist()
+print("same")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_forked_processes_compute_the_same():
+    """As DataLoader's workers do, a child takes one thread: with more PyTorch's own ops hang there, and so do ours."""
+    command = [sys.executable, "-W", "ignore", "-c", FORKED]
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=200,
+                             env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert outcome.stdout == "same\n", outcome.stderr
 
 
 @needs_gloo
