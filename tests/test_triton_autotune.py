@@ -73,7 +73,7 @@ def test_the_fastest_is_chosen_once_for_each_key(stopwatch):
 
 def test_the_disk_is_asked_once(stopwatch, monkeypatch):
     choose()
-    monkeypatch.setattr(triton_autotune, "_store", None)
+    monkeypatch.setattr(triton_autotune, "_name_on_disk", None)
     choose()
 
 
@@ -94,6 +94,25 @@ def test_a_damaged_result_is_measured_again(stopwatch, monkeypatch, tmp_path, te
     monkeypatch.setattr(triton_autotune, "_known", {})
     stopwatch.times.clear()
     stopwatch.winner = 1
+    assert choose() == 1 and len(stopwatch.times) == 3
+
+
+@pytest.mark.parametrize("broken", ["no directory", "read-only"])
+def test_a_disk_that_takes_nothing_is_a_warning(stopwatch, monkeypatch, tmp_path, broken):
+    """As where HOME is read-only: the launch goes on, and the process keeps what it found."""
+    from triton.runtime.cache import FileCacheManager
+
+    def refuse(*arguments, **options):
+        raise PermissionError("read-only file system")
+
+    if broken == "read-only":
+        monkeypatch.setattr(FileCacheManager, "put", refuse)
+    else:
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    stopwatch.winner = 1
+    with pytest.warns(UserWarning, match="results are not kept on disk, and hold for this process alone"):
+        assert choose() == 1
     assert choose() == 1 and len(stopwatch.times) == 3
 
 

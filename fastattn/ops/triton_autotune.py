@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,14 +76,14 @@ def fastest(
         return choices[0]
     identity = (kernel.__name__, on.device, key, tuple(choices))
     if identity not in _known:
-        store = _store(kernel, identity)
-        index = _read(store, len(choices))
+        name = _name_on_disk(kernel, identity)
+        index = _read(name, len(choices))
         if index is None:
             if on.is_cuda and torch.cuda.is_current_stream_capturing():
                 return default
             times = [_milliseconds(prepare(choice), on) for choice in choices]
             index = times.index(min(times))
-            store.put(json.dumps({"fastest": index, "milliseconds": times}), _FILE, binary=False)
+            _write(name, json.dumps({"fastest": index, "milliseconds": times}))
         _known[identity] = index
     return choices[_known[identity]]
 
@@ -109,23 +110,35 @@ def _milliseconds(launch: Callable[[], object], on: Tensor) -> float:
 # --- On disk ---------------------------------------------------------------------------------------------------------
 
 
-def _store(kernel: Any, identity: tuple[Hashable, ...]) -> Any:
-    """Where Triton keeps compiled kernels, as good for as long."""
+def _name_on_disk(kernel: Any, identity: tuple[Hashable, ...]) -> str:
+    """Of a result, where Triton keeps compiled kernels: as good for as long."""
     import triton
-    from triton.runtime.cache import get_cache_manager
 
     _, device, key, choices = identity
     assert isinstance(device, torch.device)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     source = getattr(kernel, "cache_key", "")  # interpreted kernels have none
     text = repr((triton.__version__, gpu, kernel.__name__, source, key, choices))
-    return get_cache_manager(hashlib.sha256(text.encode()).hexdigest())
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read(store: Any, choices: int) -> int | None:
-    path = store.get_file(_FILE)
+def _read(name: str, choices: int) -> int | None:
+    from triton.runtime.cache import get_cache_manager
+
     try:
+        path = get_cache_manager(name).get_file(_FILE)
         index = None if path is None else json.loads(Path(path).read_text())["fastest"]
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return index if isinstance(index, int) and 0 <= index < choices else None
+
+
+def _write(name: str, text: str) -> None:
+    """Warns where the disk takes nothing, as in a container whose cache is read-only: the result holds all the same."""
+    from triton.runtime.cache import get_cache_manager
+
+    try:
+        get_cache_manager(name).put(text, _FILE, binary=False)
+    except OSError as error:
+        message = f"set_autotune: results are not kept on disk, and hold for this process alone ({error})."
+        warnings.warn(message, stacklevel=2)
