@@ -52,7 +52,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         module = importlib.import_module("fastattn._C")
     except ImportError as error:
-        return None, f"the compiled extension is missing: {_build_report().get('reason') or error}"
+        # A checkout that nothing was built in has no report.
+        unbuilt = "it was not built here; run `make build`, or `python setup.py build_ext --inplace`"
+        why = error if _build_report().get("built") else _build_report().get("reason") or unbuilt
+        return None, f"the compiled extension is missing: {why}"
     return module, None
 
 

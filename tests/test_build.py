@@ -149,6 +149,12 @@ print(fastattn.explain("attention", q, q, q))
     assert "eager" in printed
 
 
+def test_a_fresh_checkout_says_what_to_do(tmp_path):
+    copy_package(tmp_path)
+    said = run_python("import fastattn", tmp_path, "stderr")
+    assert "the compiled extension is missing: it was not built here; run `make build`, or `python setup.py" in said
+
+
 @pytest.mark.parametrize("compiler", ["/bin/false", "/nonexistent/c++"])
 def test_failing_compiler_leaves_a_package_that_says_so(tmp_path, compiler):
     copy_sources(tmp_path)
