@@ -86,8 +86,8 @@ def test_shared_heads_and_masks_match_eager(name, cpu_isa):
 def test_features_hold_the_rule_without_its_allowance():
     """The rule itself, at the size of each tensor, where all keys of a row are at hand; `check` allows more.
 
-    None to three of 340 results miss it, by build and threads, sums over a whole tensor; delta from dout . out makes 39
-    miss it.
+    None of 257 results missed it, in any build of the kernels; three are room for another processor's roundings, and
+    delta from dout . out made 39 miss it.
     """
     missed = []
     for feature, case in FEATURES.items():
@@ -96,7 +96,7 @@ def test_features_hold_the_rule_without_its_allowance():
         for name, reference in run(case, inputs, "eager", wide=True).items():
             if max_error(actual[name], reference) > allowed_error(eager[name], reference):
                 missed.append(f"{feature} {name}")
-    assert len(missed) <= 8, missed
+    assert len(missed) <= 3, missed
 
 
 # --- Shapes ----------------------------------------------------------------------------------------------------------
