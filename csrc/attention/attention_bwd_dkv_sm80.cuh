@@ -69,10 +69,8 @@ struct BwdDkvBlock {
 // The tiles in shared memory and the copies that fill them: each function starts one group.
 template <typename Traits>
 struct BwdDkvCopies {
-  using Element = typename Traits::Element;
   using TileK = typename Traits::TileK;
   using TileQ = typename Traits::TileQ;
-  static constexpr int kThreads = Traits::kThreads;
 
   const uint32_t smem_base;
   const BwdDkvBlock<Traits>& block;
@@ -84,33 +82,20 @@ struct BwdDkvCopies {
   FASTATTN_DEVICE TileQ dout_tile(int stage) const { return TileQ{q_tile(stage).address + TileQ::kBytes}; }
 
   FASTATTN_DEVICE void load_keys() const {
-    load(k_tile, block.own.k, block.args.k, block.head_kv, block.first_key, block.keys, block.args.head_dim);
-    load(v_tile, block.own.v, block.args.v, block.head_kv, block.first_key, block.keys, block.args.head_dim_v);
+    const AttentionBwdArgs &args = block.args, &own = block.own;
+    const int key = block.first_key, rows = block.keys;
+    load_head_rows<Traits>(k_tile, own.k, args.k, block.entry, block.head_kv, key, rows, args.head_dim);
+    load_head_rows<Traits>(v_tile, own.v, args.v, block.entry, block.head_kv, key, rows, args.head_dim_v);
     cp_async_commit_group();
   }
   FASTATTN_DEVICE void load_queries(int stage, int head, int query_tile) const {
     const AttentionBwdArgs &args = block.args, &own = block.own;
     const int query = query_tile * Traits::kBlockQ, rows = own.scores.seqlen_q - query;
-    load(q_tile(stage), own.q, args.q, head, query, rows, args.head_dim);
-    load(dout_tile(stage), own.dout, args.dout, head, query, rows, args.head_dim_v);
-    // lse, then delta: 16 bytes a thread.
-    constexpr int kVectors = Traits::kBlockQ / 4;
-    const int i = static_cast<int>(threadIdx.x);
-    if (i < 2 * kVectors) {
-      const float* source = (i < kVectors ? own.lse_log2 : own.delta) +
-                            statistics_offset<Traits::kPacked>(args, block.batch, head) + query + i % kVectors * 4;
-      cp_async<16>(smem_base + Traits::kStatisticsAt + stage * Traits::kStatisticsBytes + 16 * i, source);
-    }
+    load_head_rows<Traits>(q_tile(stage), own.q, args.q, block.entry, head, query, rows, args.head_dim);
+    load_head_rows<Traits>(dout_tile(stage), own.dout, args.dout, block.entry, head, query, rows, args.head_dim_v);
+    const uint32_t statistics_smem = smem_base + Traits::kStatisticsAt + stage * Traits::kStatisticsBytes;
+    load_statistics<Traits>(statistics_smem, args, own, block.batch, head, query);
     cp_async_commit_group();
-  }
-
- private:
-  // `every` has the strides of `own`, in constant memory.
-  template <typename Tile>
-  FASTATTN_DEVICE void load(Tile tile, const AttentionTensor& own, const AttentionTensor& every, int head, int row,
-                            int rows, int cols) const {
-    load_tile<kThreads>(tile, head_gmem<const Element>(own, block.entry, head) + row * every.stride_row,
-                        every.stride_row, rows, cols);
   }
 };
 

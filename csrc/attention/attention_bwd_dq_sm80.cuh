@@ -70,10 +70,8 @@ struct BwdDqBlock {
 // The tiles in shared memory and the copies that fill them: each function starts one group.
 template <typename Traits>
 struct BwdDqCopies {
-  using Element = typename Traits::Element;
   using TileQ = typename Traits::TileQ;
   using TileK = typename Traits::TileK;
-  static constexpr int kThreads = Traits::kThreads;
 
   const uint32_t smem_base;
   const BwdDqBlock<Traits>& block;
@@ -81,16 +79,10 @@ struct BwdDqCopies {
 
   FASTATTN_DEVICE void load_queries() const {
     const AttentionBwdArgs &args = block.args, &own = block.own;
-    load(q_tile, own.q, args.q, block.head, block.first_query, block.queries, args.head_dim);
-    load(dout_tile, own.dout, args.dout, block.head, block.first_query, block.queries, args.head_dim_v);
-    // lse, then delta: 16 bytes a thread.
-    constexpr int kVectors = Traits::kBlockQ / 4;
-    const int i = static_cast<int>(threadIdx.x);
-    if (i < 2 * kVectors) {
-      const float* source = (i < kVectors ? own.lse_log2 : own.delta) +
-                            statistics_offset<Traits::kPacked>(args, block.batch, block.head) + block.first_query;
-      cp_async<16>(smem_base + Traits::kStatisticsAt + 16 * i, source + i % kVectors * 4);
-    }
+    const int query = block.first_query, rows = block.queries;
+    load_head_rows<Traits>(q_tile, own.q, args.q, block.entry, block.head, query, rows, args.head_dim);
+    load_head_rows<Traits>(dout_tile, own.dout, args.dout, block.entry, block.head, query, rows, args.head_dim_v);
+    load_statistics<Traits>(smem_base + Traits::kStatisticsAt, args, own, block.batch, block.head, query);
     cp_async_commit_group();
   }
   FASTATTN_DEVICE void load_keys(uint32_t stage_offset, int key_tile) const {
@@ -98,18 +90,9 @@ struct BwdDqCopies {
     const int key = key_tile * Traits::kBlockK, rows = own.scores.seqlen_k - key;
     const TileK k_tile{smem_base + Traits::kStagesAt + stage_offset};
     const TileK v_tile{k_tile.address + TileK::kBytes};
-    load(k_tile, own.k, args.k, block.head_kv, key, rows, args.head_dim);
-    load(v_tile, own.v, args.v, block.head_kv, key, rows, args.head_dim_v);
+    load_head_rows<Traits>(k_tile, own.k, args.k, block.entry, block.head_kv, key, rows, args.head_dim);
+    load_head_rows<Traits>(v_tile, own.v, args.v, block.entry, block.head_kv, key, rows, args.head_dim_v);
     cp_async_commit_group();
-  }
-
- private:
-  // `every` has the strides of `own`, in constant memory.
-  template <typename Tile>
-  FASTATTN_DEVICE void load(Tile tile, const AttentionTensor& own, const AttentionTensor& every, int head, int row,
-                            int rows, int cols) const {
-    load_tile<kThreads>(tile, head_gmem<const Element>(own, block.entry, head) + row * every.stride_row,
-                        every.stride_row, rows, cols);
   }
 };
 

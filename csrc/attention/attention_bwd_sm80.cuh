@@ -84,6 +84,30 @@ FASTATTN_DEVICE Element* head_gmem(const AttentionTensor& tensor, int batch, int
   return static_cast<Element*>(tensor.data) + batch * tensor.stride_batch + head * tensor.stride_head;
 }
 
+// Starts copies of rows [row, row + rows) of (entry, head) to a tile. `every` has the strides of `own`, in constant
+// memory. Traits: Element, kThreads.
+template <typename Traits, typename Tile>
+FASTATTN_DEVICE void load_head_rows(Tile tile, const AttentionTensor& own, const AttentionTensor& every, int entry,
+                                    int head, int row, int rows, int cols) {
+  load_tile<Traits::kThreads>(tile,
+                              head_gmem<const typename Traits::Element>(own, entry, head) + row * every.stride_row,
+                              every.stride_row, rows, cols);
+}
+
+// Starts copies of lse, then delta, of the tile of queries from `query` on: 16 bytes a thread. Traits: kBlockQ,
+// kPacked.
+template <typename Traits>
+FASTATTN_DEVICE void load_statistics(uint32_t statistics_smem, const AttentionBwdArgs& args,
+                                     const AttentionBwdArgs& own, int batch, int head, int query) {
+  constexpr int kVectors = Traits::kBlockQ / 4;
+  const int i = static_cast<int>(threadIdx.x);
+  if (i < 2 * kVectors) {
+    const float* source = (i < kVectors ? own.lse_log2 : own.delta) +
+                          statistics_offset<Traits::kPacked>(args, batch, head) + query + i % kVectors * 4;
+    cp_async<16>(statistics_smem + 16 * i, source);
+  }
+}
+
 // One row tile, 16 rows: dot products s = q k^T and dp = dO v^T become, in s, the gradient of the scores before the
 // softcap (dX), or of what was added to them (dS, the gradient of a mask). lse is +inf for rows that do not exist. If
 // it `sums`, adds this lane's share of the rows of dS to row_sums.
