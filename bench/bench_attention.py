@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 
@@ -355,3 +356,10 @@ def decode_with_cache(block_size: int | None, heads: int, heads_kv: int, seqlen_
 
 def _text(shape: Shape) -> str:
     return "×".join(map(str, shape))
+
+
+if __name__ == "__main__":
+    # `python -m bench.bench_attention …` is `python -m bench attention …`.
+    from bench.__main__ import app
+
+    app([GROUP, *sys.argv[1:]], prog_name=f"python -m bench {GROUP}")

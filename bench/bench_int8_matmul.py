@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 
@@ -101,3 +102,10 @@ def dynamically_quantised(model: nn.Module, engine: str) -> nn.Module:
         return wrapped[0]
     finally:
         torch.backends.quantized.engine = before
+
+
+if __name__ == "__main__":
+    # `python -m bench.bench_int8_matmul …` is `python -m bench int8_matmul …`.
+    from bench.__main__ import app
+
+    app([GROUP, *sys.argv[1:]], prog_name=f"python -m bench {GROUP}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -158,3 +159,10 @@ def build_op_alone(rows: int, columns: int) -> Subject:
     names = ("dx", "dweight", "dbias")
     check = as_accurate_as_eager(ours, lambda: definition(torch.float32), lambda: definition(torch.float64), names)
     return Subject(ours, {"native_layer_norm_backward": theirs}, check)
+
+
+if __name__ == "__main__":
+    # `python -m bench.bench_layer_norm …` is `python -m bench layer_norm …`.
+    from bench.__main__ import app
+
+    app([GROUP, *sys.argv[1:]], prog_name=f"python -m bench {GROUP}")

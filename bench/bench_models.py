@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 
@@ -286,3 +287,10 @@ def quantised_forms(model: SentenceEncoder, given: tuple[Tensor, ...]) -> dict[s
             layers.append([dynamically_quantised(module, engine) for module in modules])
         forms[f"torch int8 {engine}"] = partial(sdpa_form, model, *given, layers=layers)
     return forms
+
+
+if __name__ == "__main__":
+    # `python -m bench.bench_models …` is `python -m bench models …`.
+    from bench.__main__ import app
+
+    app([GROUP, *sys.argv[1:]], prog_name=f"python -m bench {GROUP}")

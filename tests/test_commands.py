@@ -460,6 +460,14 @@ def test_a_missing_package_is_one_line(command, packages, tmp_path):
     assert (outcome.returncode, outcome.stdout, outcome.stderr) == (2, "", expected)
 
 
+@pytest.mark.parametrize("group", ["attention", "layer_norm", "int8_matmul", "models"])
+def test_a_bench_file_is_a_command_too(group):
+    """It imported its cases, and ended without a word."""
+    command = [sys.executable, "-m", f"bench.bench_{group}", "--backend", "eager", "--match", "no such row"]
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert (outcome.returncode, outcome.stdout) == (2, "no case fits these options\n"), outcome.stderr
+
+
 def test_training_needs_no_matplotlib(tmp_path):
     folder = tmp_path / "hidden"
     folder.mkdir()
