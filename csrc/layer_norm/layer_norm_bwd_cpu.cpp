@@ -2,8 +2,10 @@
 //   d   = x - mean (rms: x)           dweight = sum over rows of dout * rstd * d,    dbias = sum over rows of dout
 //   dx  = rstd * (dout * weight - mean(dout * weight) - rstd^2 * d * mean(dout * weight * d))       (rms: no second
 //   term)
-// Work:    a thread takes neighbouring blocks of rows; of long rows two at once, so that weight, dweight and dbias are
-//          read and written once for both. Whoever finishes the second of two blocks adds up the pair.
+// Work:    a thread takes neighbouring blocks of rows. The second pass of a row, full of stores, shares a loop with the
+//          first pass of the next, which waits for memory and for its sums. Long rows come two at once instead, so that
+//          weight, dweight and dbias are read and written once for both. Whoever finishes the second of two blocks adds
+//          up the pair.
 // Memory:  x and dout are read from memory once and, in the second pass, from the cache; dx is written once, past the
 //          caches if it would not stay there. Rows that are taken one by one are read without a jump, as prefetchers
 //          want them: x was saved long ago and has left the second-level cache, whatever the size of a tensor.
@@ -68,78 +70,123 @@ FASTATTN_INLINE Sweep choose_sweep(const LayerNormBwdParams& p) {
   return {streams || p.cols <= kSingleCols, streams};
 }
 
-// dx of rows [row, row + kRows), whose share of dweight and dbias is added to the block's sums.
-template <typename Traits, int kRows, bool kStreams>
-FASTATTN_INLINE void backward_rows(const LayerNormBwdParams& p, int64_t row, typename Traits::T* dweight,
-                                   typename Traits::T* dbias) {
-  using Element = typename Traits::Element;
-  using OutElement = typename Traits::OutElement;
+// What a row's first pass leaves to its second: the sums of dy = dout * weight and of dy * d.
+template <typename T>
+struct RowSums {
+  Vec<T> dy, dy_d;
+};
+
+template <typename Traits>
+struct FirstPass {
+  using T = typename Traits::T;
+
+  FASTATTN_INLINE void begin(const LayerNormBwdParams& p, int64_t row) {
+    x = row_of<const typename Traits::Element>(p.x, row);
+    dout = row_of<const typename Traits::OutElement>(p.dout, row);
+    mean = Traits::kRms ? Vec<T>::zero() : Vec<T>::set1(static_cast<const T*>(p.mean)[row]);
+    sums = {Vec<T>::zero(), Vec<T>::zero()};
+  }
+
+  // Returns dout, the row's share of dbias.
+  template <typename Width>
+  FASTATTN_INLINE Vec<T> visit(int64_t j, Width width, Vec<T> weights) {
+    const Vec<T> dout_value = load<T>(dout + j, width);
+    // Past the end weights, and so dy, are 0: whatever the deviation is there does not count.
+    const Vec<T> dy = dout_value * weights;
+    if constexpr (!Traits::kRms) sums.dy = sums.dy + dy;
+    const Vec<T> value = load<T>(x + j, width);
+    sums.dy_d = fma(dy, Traits::kRms ? value : value - mean, sums.dy_d);
+    return dout_value;
+  }
+
+  const typename Traits::Element* x;
+  const typename Traits::OutElement* dout;
+  Vec<T> mean;
+  RowSums<T> sums;
+};
+
+// dx = (dout * rstd) * weight - dy_term - d_scale * d
+template <typename Traits>
+struct SecondPass {
+  using T = typename Traits::T;
+
+  FASTATTN_INLINE void begin(const LayerNormBwdParams& p, int64_t row, const RowSums<T>& sums) {
+    x = row_of<const typename Traits::Element>(p.x, row);
+    dout = row_of<const typename Traits::OutElement>(p.dout, row);
+    dnew_residual = row_of<const typename Traits::Element>(p.dnew_residual, row);
+    dx = row_of<typename Traits::Element>(p.dx, row);
+    mean = Traits::kRms ? Vec<T>::zero() : Vec<T>::set1(static_cast<const T*>(p.mean)[row]);
+    const T row_rstd = row_rstd_of<Traits>(p, row), inverse_n = T(1) / static_cast<T>(p.cols);
+    rstd = Vec<T>::set1(row_rstd);
+    dy_term = Vec<T>::set1(sums.dy.reduce_add() * inverse_n * row_rstd);
+    d_scale = Vec<T>::set1(sums.dy_d.reduce_add() * inverse_n * row_rstd * row_rstd * row_rstd);
+  }
+
+  // Writes dx; returns dweights plus the row's share.
+  template <bool kStreams, typename Width>
+  FASTATTN_INLINE Vec<T> visit(int64_t j, Width width, Vec<T> weights, Vec<T> dweights) {
+    const Vec<T> value = load<T>(x + j, width);
+    const Vec<T> d = Traits::kRms ? value : value - mean;
+    const Vec<T> dout_rstd = load<T>(dout + j, width) * rstd;
+    Vec<T> gradient = fnma(d, d_scale, dout_rstd * weights - dy_term);
+    if constexpr (Traits::kAddsGradient) gradient = gradient + load<T>(dnew_residual + j, width);
+    if constexpr (kStreams) {
+      stream(gradient, dx + j);
+    } else {
+      store(gradient, dx + j, width);
+    }
+    return Traits::kParamGrads ? fma(dout_rstd, d, dweights) : dweights;
+  }
+
+  const typename Traits::Element *x, *dnew_residual;
+  const typename Traits::OutElement* dout;
+  typename Traits::Element* dx;
+  Vec<T> mean, rstd, dy_term, d_scale;
+};
+
+// Where rows' shares of dweight or dbias are added up.
+template <typename T>
+struct RunningSum {
+  template <typename Width>
+  FASTATTN_INLINE void add(int64_t j, Width width, Vec<T> shares) const {
+    store(select(goes_on, load<T>(data + j, width), Vec<T>::zero()) + shares, data + j, width);
+  }
+
+  T* data = nullptr;
+  typename Vec<T>::Mask goes_on{};  // no lane: a new sum, and what the memory holds is nothing
+};
+
+// The first pass over rows [row, row + kRows), if kStarts, and the second over the kRows rows before, if kFinishes, in
+// one loop; `sums` comes from one call to the next. The shares of the former join dbias, of the latter dweight: the
+// first pass waits for x and dout, the second is kept busy by its stores.
+template <typename Traits, int kRows, bool kStarts, bool kFinishes, bool kStreams>
+void pass_rows(const LayerNormBwdParams& p, int64_t row, RowSums<typename Traits::T> (&sums)[kRows],
+               const RunningSum<typename Traits::T>& dweight, const RunningSum<typename Traits::T>& dbias) {
   using T = typename Traits::T;
   const T* weight = static_cast<const T*>(p.weight);
-  const Element *x[kRows], *dnew_residual[kRows];
-  const OutElement* dout[kRows];
-  Element* dx[kRows];
-  Vec<T> mean[kRows], rstd[kRows], sum_dy[kRows], sum_dy_d[kRows];
+  FirstPass<Traits> first[kRows];
+  SecondPass<Traits> second[kRows];
   unroll<kRows>(FASTATTN_LAMBDA(r) {
-    x[r] = row_of<const Element>(p.x, row + r);
-    dout[r] = row_of<const OutElement>(p.dout, row + r);
-    dx[r] = row_of<Element>(p.dx, row + r);
-    dnew_residual[r] = row_of<const Element>(p.dnew_residual, row + r);
-    mean[r] = Traits::kRms ? Vec<T>::zero() : Vec<T>::set1(static_cast<const T*>(p.mean)[row + r]);
-    rstd[r] = Vec<T>::set1(row_rstd_of<Traits>(p, row + r));
-    sum_dy[r] = sum_dy_d[r] = Vec<T>::zero();
+    if constexpr (kStarts) first[r].begin(p, row + r);
+    if constexpr (kFinishes) second[r].begin(p, row - kRows + r, sums[r]);
   });
-  const auto deviation = [&](auto r, int64_t j, auto width) __attribute__((always_inline)) {
-    const Vec<T> value = load<T>(x[r] + j, width);
-    return Traits::kRms ? value : value - mean[r];
-  };
-
-  // dbias joins this pass, which waits for x and dout, and dweight the next, which is kept busy by its stores.
   for_each_vector<T>(p.cols, [&](int64_t j, auto width) __attribute__((always_inline)) {
     const Vec<T> weights = load<T>(weight + j, width);
     // The rows at hand are added up by themselves first: short chains of additions lose less to rounding.
-    Vec<T> dbiases = Vec<T>::zero();
+    Vec<T> dweights = Vec<T>::zero(), dbiases = Vec<T>::zero();
     unroll<kRows>(FASTATTN_LAMBDA(r) {
-      const Vec<T> dout_value = load<T>(dout[r] + j, width);
-      if constexpr (Traits::kParamGrads) dbiases = dbiases + dout_value;
-      // Past the end weights, and so dy, are 0: whatever the deviation is there does not count.
-      const Vec<T> dy = dout_value * weights;
-      if constexpr (!Traits::kRms) sum_dy[r] = sum_dy[r] + dy;
-      sum_dy_d[r] = fma(dy, deviation(r, j, width), sum_dy_d[r]);
+      if constexpr (kStarts) dbiases = dbiases + first[r].visit(j, width, weights);
+      if constexpr (kFinishes) dweights = second[r].template visit<kStreams>(j, width, weights, dweights);
     });
-    if constexpr (Traits::kParamGrads) store(load<T>(dbias + j, width) + dbiases, dbias + j, width);
+    if constexpr (kStarts && Traits::kParamGrads) dbias.add(j, width, dbiases);
+    if constexpr (kFinishes && Traits::kParamGrads) dweight.add(j, width, dweights);
   });
-
-  // dx = (dout * rstd) * weight - dy_term - d_scale * d
-  Vec<T> dy_term[kRows], d_scale[kRows];
-  const T inverse_n = T(1) / static_cast<T>(p.cols);
-  unroll<kRows>(FASTATTN_LAMBDA(r) {
-    const T row_rstd = row_rstd_of<Traits>(p, row + r);
-    dy_term[r] = Vec<T>::set1(sum_dy[r].reduce_add() * inverse_n * row_rstd);
-    d_scale[r] = Vec<T>::set1(sum_dy_d[r].reduce_add() * inverse_n * row_rstd * row_rstd * row_rstd);
-  });
-  for_each_vector<T>(p.cols, [&](int64_t j, auto width) __attribute__((always_inline)) {
-    const Vec<T> weights = load<T>(weight + j, width);
-    Vec<T> dweights = Vec<T>::zero();
-    unroll<kRows>(FASTATTN_LAMBDA(r) {
-      const Vec<T> d = deviation(r, j, width);
-      const Vec<T> dout_rstd = load<T>(dout[r] + j, width) * rstd[r];
-      if constexpr (Traits::kParamGrads) dweights = fma(dout_rstd, d, dweights);
-      Vec<T> gradient = fnma(d, d_scale[r], dout_rstd * weights - dy_term[r]);
-      if constexpr (Traits::kAddsGradient) gradient = gradient + load<T>(dnew_residual[r] + j, width);
-      if constexpr (kStreams) {
-        stream(gradient, dx[r] + j);
-      } else {
-        store(gradient, dx[r] + j, width);
-      }
-    });
-    if constexpr (Traits::kParamGrads) store(load<T>(dweight + j, width) + dweights, dweight + j, width);
-  });
+  if constexpr (kStarts) unroll<kRows>(FASTATTN_LAMBDA(r) { sums[r] = first[r].sums; });
 }
 
 // Gradient of add_*'s input: that of new_residual, through dropout, in input's dtype.
 template <typename Traits>
-FASTATTN_INLINE void input_gradient_row(const LayerNormBwdParams& p, int64_t row) {
+void input_gradient_row(const LayerNormBwdParams& p, int64_t row) {
   using T = typename Traits::T;
   const auto* dx = row_of<const typename Traits::Element>(p.dx, row);
   auto* dinput = row_of<typename Traits::OutElement>(p.dinput, row);
@@ -156,10 +203,10 @@ FASTATTN_INLINE void input_gradient_row(const LayerNormBwdParams& p, int64_t row
   }
 }
 
-// total += term, for dweight and dbias.
+// total += term
 template <typename T>
-FASTATTN_INLINE void add_sums(T* total, const T* term, int64_t cols) {
-  for_each_vector<T>(2 * cols, [&](int64_t j, auto width) __attribute__((always_inline)) {
+void add_sums(T* total, const T* term, int64_t n) {
+  for_each_vector<T>(n, [&](int64_t j, auto width) __attribute__((always_inline)) {
     store(load<T>(total + j, width) + load<T>(term + j, width), total + j, width);
   });
 }
@@ -175,37 +222,90 @@ FASTATTN_INLINE T* block_sums(const LayerNormBwdParams& p, int64_t block) {
   return static_cast<T*>(p.partial) + 2 * block * p.cols;
 }
 
+// dweight or dbias of a block while its rows join one by one, in rising order: chunk after chunk is added to the total.
+template <typename T>
+struct ChunkedSum {
+  // What row `i` of the block, or the group from it on, is added to. `close` comes after the last of these rows.
+  FASTATTN_INLINE RunningSum<T> open(int64_t i) const {
+    return {i < kChunk ? total : chunk, Vec<T>::first_lanes(i % kChunk == 0 ? 0 : Vec<T>::kLanes)};
+  }
+  FASTATTN_INLINE void close(int64_t i, bool is_last) const {
+    if (i >= kChunk && (is_last || (i + 1) % kChunk == 0)) add_sums(total, chunk, cols);
+  }
+
+  T *total = nullptr, *chunk = nullptr;
+  int64_t cols = 0;
+};
+
+// Rows [begin, begin + rows) of a block, whose sums they join.
+template <typename Traits>
+struct Block {
+  using T = typename Traits::T;
+
+  FASTATTN_INLINE Block(const LayerNormBwdParams& params, int64_t block)
+      : p(params), begin(block * p.rows_per_block), rows(min_of(p.rows_per_block, p.rows - begin)) {
+    if constexpr (!Traits::kParamGrads) return;
+    T *total = block_sums<T>(p, block), *chunk = block_sums<T>(p, count_blocks(p) + block);
+    dweight = {total, chunk, p.cols};
+    dbias = {total + p.cols, chunk + p.cols, p.cols};
+  }
+
+  // Starts the kRows rows from the block's row i on, finishes those before.
+  template <int kRows, bool kStarts, bool kFinishes, bool kStreams>
+  void pass(int64_t i, RowSums<T> (&sums)[kRows]) const {
+    RunningSum<T> dweight_at, dbias_at;
+    if constexpr (kStarts && Traits::kParamGrads) dbias_at = dbias.open(i);
+    if constexpr (kFinishes && Traits::kParamGrads) dweight_at = dweight.open(i - kRows);
+    pass_rows<Traits, kRows, kStarts, kFinishes, kStreams>(p, begin + i, sums, dweight_at, dbias_at);
+    if constexpr (kStarts && Traits::kParamGrads) dbias.close(i + kRows - 1, i + kRows == rows);
+    if constexpr (!kFinishes) return;
+    if constexpr (Traits::kParamGrads) dweight.close(i - 1, i == rows);
+    if (p.dinput.data == nullptr) return;
+    for (int64_t done = i - kRows; done < i; ++done) input_gradient_row<Traits>(p, begin + done);
+  }
+
+  // Row by row, the second pass of each in one loop with the first pass of the next.
+  template <bool kStreams>
+  FASTATTN_INLINE void take_singles() const {
+    RowSums<T> sums[1];
+    pass<1, true, false, false>(0, sums);
+    for (int64_t i = 1; i < rows; ++i) pass<1, true, true, kStreams>(i, sums);
+    pass<1, false, true, kStreams>(rows, sums);
+  }
+
+  // In groups, whose two passes read weight, dweight and dbias once; the rows that are left one by one.
+  FASTATTN_INLINE void take_groups() const {
+    int64_t i = 0;
+    for (; i + kGroup <= rows; i += kGroup) {
+      RowSums<T> sums[kGroup];
+      pass<kGroup, true, false, false>(i, sums);
+      pass<kGroup, false, true, false>(i + kGroup, sums);
+    }
+    for (; i < rows; ++i) {
+      RowSums<T> sums[1];
+      pass<1, true, false, false>(i, sums);
+      pass<1, false, true, false>(i + 1, sums);
+    }
+  }
+
+  const LayerNormBwdParams& p;
+  int64_t begin, rows;
+  ChunkedSum<T> dweight, dbias;
+};
+
 template <typename Traits>
 void backward_block(const LayerNormBwdParams& p, int64_t block) {
   using Element = typename Traits::Element;
-  using T = typename Traits::T;
   const Sweep sweep = choose_sweep<Element>(p);
-  const int64_t begin = block * p.rows_per_block, end = min_of(begin + p.rows_per_block, p.rows);
-  T* total = Traits::kParamGrads ? block_sums<T>(p, block) : nullptr;
-  T* dweight = nullptr;
-  for (int64_t row = begin, count = 0; row < end; row += count) {
-    if (Traits::kParamGrads && (row - begin) % kChunk == 0) {
-      dweight = row == begin ? total : block_sums<T>(p, count_blocks(p) + block);
-      std::memset(dweight, 0, 2 * sizeof(T) * p.cols);
-    }
-    T* dbias = Traits::kParamGrads ? dweight + p.cols : nullptr;
-    count = sweep.single || row + kGroup > end ? 1 : kGroup;
-    if (count == kGroup) {
-      backward_rows<Traits, kGroup, false>(p, row, dweight, dbias);
-    } else if (std::is_same_v<Element, float> && sweep.streams) {
-      backward_rows<Traits, 1, std::is_same_v<Element, float>>(p, row, dweight, dbias);
-    } else {
-      backward_rows<Traits, 1, false>(p, row, dweight, dbias);
-    }
-    if (p.dinput.data != nullptr) {
-      for (int64_t done = row; done < row + count; ++done) input_gradient_row<Traits>(p, done);
-    }
-    if constexpr (Traits::kParamGrads) {
-      const bool ends = row + count == end || (row + count - begin) % kChunk == 0;
-      if (ends && dweight != total) add_sums(total, dweight, p.cols);
-    }
+  const Block<Traits> rows(p, block);
+  if (!sweep.single) {
+    rows.take_groups();
+  } else if (std::is_same_v<Element, float> && sweep.streams) {
+    rows.template take_singles<std::is_same_v<Element, float>>();
+    fence_streams();
+  } else {
+    rows.template take_singles<false>();
   }
-  if (sweep.streams) fence_streams();
 }
 
 using BlockFn = void (*)(const LayerNormBwdParams&, int64_t);
@@ -230,7 +330,7 @@ FASTATTN_INLINE bool join_block(const LayerNormBwdParams& p, int64_t block, int3
     const int64_t left = block / (2 * size) * (2 * size), right = left + size;
     if (right < blocks) {
       if (__atomic_fetch_add(arrived + right, 1, __ATOMIC_ACQ_REL) == 0) return false;
-      add_sums(block_sums<T>(p, left), block_sums<T>(p, right), p.cols);
+      add_sums(block_sums<T>(p, left), block_sums<T>(p, right), 2 * p.cols);
     }
     block = left;
   }
