@@ -5,6 +5,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/autograd_node.h"
 #include "common/device_launch.h"
 
 namespace fastattn {
@@ -69,6 +70,15 @@ struct ParamNeeds {
   bool dweight, dbias;
 };
 
+// For a call that nobody differentiates: past the op's autograd kernel, which would find that out once more. Only
+// around the op: hooks that unpack saved tensors are the user's code.
+struct BelowAutogradWithoutGraph {
+  BelowAutogradWithoutGraph() {
+    if (!at::GradMode::is_enabled()) below.emplace();
+  }
+  std::optional<at::AutoDispatchBelowADInplaceOrView> below;
+};
+
 OptionalDtype dtype_of(const OptionalTensor& tensor) {
   return tensor && tensor->defined() ? OptionalDtype(tensor->scalar_type()) : std::nullopt;
 }
@@ -104,6 +114,7 @@ struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
     const OptionalTensor weight = if_defined(saved[3]);
     const OptionalDtype bias_dtype = saved_dtype(ctx);
     const ParamNeeds need(ctx, 1, weight.has_value(), bias_dtype.has_value());
+    const BelowAutogradWithoutGraph guard;
     auto [dinput, dweight, dbias] = layer_norm_backward_op().call(
         gradients[0], saved[0], saved[1], saved[2], weight, ctx->saved_data["normalized_dims"].toInt(),
         ctx->saved_data["rms"].toBool(), need.dweight, need.dbias, bias_dtype);
@@ -114,17 +125,6 @@ struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
     return results;
   }
 };
-
-Outputs3 layer_norm_autograd(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                             int64_t normalized_dims, double eps, bool rms) {
-  if (!any_requires_grad(input, weight, bias)) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return layer_norm_op().call(input, weight, bias, normalized_dims, eps, rms);
-  }
-  Outputs3 outputs;
-  std::get<0>(outputs) = LayerNormFunction::apply(input, weight, bias, normalized_dims, eps, rms, &outputs)[0];
-  return outputs;
-}
 
 // --- add_layer_norm --------------------------------------------------------------------------------------------------
 
@@ -159,6 +159,7 @@ struct AddLayerNormFunction : torch::autograd::Function<AddLayerNormFunction> {
     // Only new_residual was used: rare, and not worth a kernel of its own.
     const Tensor dout =
         gradients[0].defined() ? gradients[0] : at::zeros_like(new_residual, new_residual.options().dtype(input_dtype));
+    const BelowAutogradWithoutGraph guard;
     auto [dinput, dresidual, dweight, dbias] = add_layer_norm_backward_op().call(
         dout, if_defined(gradients[1]), new_residual, saved[1], saved[2], weight, if_defined(saved[4]), dropout_p,
         ctx->saved_data["normalized_dims"].toInt(), ctx->saved_data["rms"].toBool(), need.dweight, need.dbias,
@@ -173,6 +174,41 @@ struct AddLayerNormFunction : torch::autograd::Function<AddLayerNormFunction> {
     return results;
   }
 };
+
+// --- The nodes -------------------------------------------------------------------------------------------------------
+
+}  // namespace
+}  // namespace fastattn
+
+namespace torch::autograd {
+
+template <>
+variable_list CppNode<fastattn::LayerNormFunction>::apply(variable_list&& gradients) {
+  const std::lock_guard lock(mutex_);
+  return fastattn::apply_backward(*this, std::move(gradients));
+}
+
+template <>
+variable_list CppNode<fastattn::AddLayerNormFunction>::apply(variable_list&& gradients) {
+  const std::lock_guard lock(mutex_);
+  return fastattn::apply_backward(*this, std::move(gradients));
+}
+
+}  // namespace torch::autograd
+
+namespace fastattn {
+namespace {
+
+Outputs3 layer_norm_autograd(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                             int64_t normalized_dims, double eps, bool rms) {
+  if (!any_requires_grad(input, weight, bias)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return layer_norm_op().call(input, weight, bias, normalized_dims, eps, rms);
+  }
+  Outputs3 outputs;
+  std::get<0>(outputs) = LayerNormFunction::apply(input, weight, bias, normalized_dims, eps, rms, &outputs)[0];
+  return outputs;
+}
 
 Outputs4 add_layer_norm_autograd(const Tensor& input, const Tensor& residual, const OptionalTensor& weight,
                                  const OptionalTensor& bias, const OptionalTensor& rng_state, double dropout_p,
