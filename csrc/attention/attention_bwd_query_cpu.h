@@ -2,6 +2,7 @@
 // dq gets out of it.
 #pragma once
 
+#include <limits>
 #include <type_traits>
 
 #include "attention/attention_bwd_mask_cpu.h"
@@ -107,10 +108,13 @@ class QueryRows {
     const int64_t first = lse_offset(p_, batch, head_index) + row0;
     const T* lse = static_cast<const T*>(p_.lse) + first;
     const T* dlse = p_.dlse ? static_cast<const T*>(p_.dlse) + first : nullptr;
-    for (int r = 0; r < rows; ++r) {
-      const bool sees_nothing = lse[r] == -static_cast<T>(__builtin_inf());
-      head.lse[row0 + r] = sees_nothing ? static_cast<T>(__builtin_inf()) : lse[r];
-      head.dlse[row0 + r] = sees_nothing || !dlse ? T(0) : dlse[r];
+    using V = Vec<T>;
+    for (int r = 0; r < rows; r += V::kLanes) {
+      const int lanes = rows - r;
+      const V x = V::load_partial(lse + r, lanes), dx = dlse ? V::load_partial(dlse + r, lanes) : V::zero();
+      const auto sees_nothing = less(x, V::set1(std::numeric_limits<T>::lowest()));
+      select(sees_nothing, V::set1(std::numeric_limits<T>::infinity()), x).store_partial(head.lse + row0 + r, lanes);
+      select(sees_nothing, V::zero(), dx).store_partial(head.dlse + row0 + r, lanes);
     }
   }
 

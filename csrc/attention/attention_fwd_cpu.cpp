@@ -11,6 +11,7 @@
 #include "attention/attention.h"
 #include "attention/attention_decode_cpu.h"
 #include "attention/attention_finish_cpu.h"
+#include "attention/attention_gemm_cpu.h"
 #include "attention/attention_pack_cpu.h"
 #include "attention/attention_packed_cpu.h"
 #include "attention/attention_rows_cpu.h"
@@ -215,14 +216,9 @@ struct Forward {
   void run_block(Arrays& w, const HeadScores<T>& scores, int64_t batch, int64_t head, IndexRange range) {
     const int rows = static_cast<int>(range.end - range.begin);
     const Element* q = head_of<const Element>(p.q, batch, head) + range.begin * p.q.stride_row;
-    if constexpr (kTerms<Operand> == 1) {
-      pack_rows(w.q, depth, q, p.q.stride_row, rows, depth, scores.dot_factor);
-    } else {
-      pack_left(w.q, depth, q, p.q.stride_row, rows, static_cast<int>(p.head_dim));
-    }
     // The last register tile may compute rows that do not exist.
     const int padded = static_cast<int>(padded_rows(rows));
-    for (int64_t i = int64_t{rows} * depth; i < int64_t{padded} * depth; ++i) w.q[i] = {};
+    const Rows<const Operand> queries = prepare_queries(w, q, rows, padded);
 
     const CachedRows<Element> k(p, p.k, batch, head / group), v(p, p.v, batch, head / group);
     const IndexRange seen = scores.band.keys_seen_by_any(range);
@@ -232,7 +228,7 @@ struct Forward {
       const TileView view = scores.view(range, tile * kTileKeys, visible);
       if (view == TileView::kHidden) continue;
       for (int row = rows; row < padded && view == TileView::kPartial; ++row) visible[row] = visible[rows - 1];
-      const Operand* tile_v = prepare_tile(w, k, v, tile);
+      const Operand* tile_v = prepare_tile(w, k, v, tile, scores.dot_factor);
       const Operand* tile_k = w.k + (slots == 1 ? 0 : tile) * depth * kTileKeys;
       RowBlock<T, Operand> block = {&scores,
                                     &dropout,
@@ -240,7 +236,8 @@ struct Forward {
                                     depth,
                                     depth_step_of(depth, p.seqlen_q, p.seqlen_k),
                                     range.begin,
-                                    w.q,
+                                    queries.data,
+                                    queries.stride,
                                     w.p,
                                     w.raw,
                                     w.row_max,
@@ -256,16 +253,31 @@ struct Forward {
     finish_rows(w, batch, head, range, !first);
   }
 
+  // The rows at q: where they lie, if those are all that the register tiles read and of the type that is multiplied.
+  FASTATTN_INLINE Rows<const Operand> prepare_queries(Arrays& w, const Element* q, int rows, int padded) const {
+    if constexpr (std::is_same_v<Operand, Element>) {
+      if (rows == padded) return {q, p.q.stride_row};
+    }
+    pack_left(w.q, depth, q, p.q.stride_row, rows, static_cast<int>(p.head_dim));
+    for (int64_t i = int64_t{rows} * depth; i < int64_t{padded} * depth; ++i) w.q[i] = {};
+    return {w.q, depth};
+  }
+
   // Packs the tile unless that was done; returns its values, row after row of `columns`.
   FASTATTN_INLINE const Operand* prepare_tile(Arrays& w, const CachedRows<Element>& k, const CachedRows<Element>& v,
-                                              int64_t tile) {
+                                              int64_t tile, T dot_factor) {
     const int64_t slot = slots == 1 ? 0 : tile, key0 = tile * kTileKeys;
     const int keys = static_cast<int>(min_of<int64_t>(kTileKeys, p.seqlen_k - key0));
     Operand* packed_v = packs_values ? w.v + slot * columns * kTileKeys / kTerms<Operand> : nullptr;
     if (slots != tiles || !w.packed[slot]) {
       w.packed[slot] = 1;
       k.with_tile(key0, keys, [&](const auto& rows) __attribute__((always_inline)) {
-        pack_keys(w.k + slot * depth * kTileKeys, rows, keys, static_cast<int>(p.head_dim));
+        Operand* packed_k = w.k + slot * depth * kTileKeys;
+        if constexpr (kTerms<Operand> == 1) {
+          pack_keys(packed_k, rows, keys, depth, dot_factor);
+        } else {
+          pack_keys(packed_k, rows, keys, static_cast<int>(p.head_dim));
+        }
       });
       if (packs_values) {
         v.with_tile(key0, keys, [&](const auto& rows) __attribute__((always_inline)) {
@@ -322,7 +334,7 @@ struct Forward {
 
   static FASTATTN_INLINE RowBlock<T, Operand> rows_from(RowBlock<T, Operand> block, int row) {
     block.row0 += row;
-    block.q += int64_t{row} * block.depth;
+    block.q += row * block.stride_q;
     block.p += row * kTileKeys / kTerms<Operand>;
     if constexpr (kTerms<Operand> == 1) block.raw = block.p;
     block.row_max += row;

@@ -95,22 +95,23 @@ struct StridedRows {
   FASTATTN_INLINE const Element* operator[](int64_t row) const { return first + row * stride; }
 };
 
-// dst[d * kTileKeys + key] = rows[key][d] for d < depth; keys from `keys` on are 0.
+// dst[d * kTileKeys + key] = factor * rows[key][d] for d < depth; keys from `keys` on are 0.
 template <typename T, typename Rows>
-FASTATTN_INLINE void pack_keys(T* dst, const Rows& rows, int keys, int depth) {
+FASTATTN_INLINE void pack_keys(T* dst, const Rows& rows, int keys, int depth, T factor = 1) {
   using V = Vec<T>;
+  const V scale = V::set1(factor);
   constexpr int kLanes = V::kLanes;
   for (int key = 0; key < kTileKeys; key += kLanes) {
     for (int d = 0; d < depth; d += kLanes) {
       T* columns = dst + d * kTileKeys + key;
       V block[kLanes];
       if (key + kLanes <= keys && d + kLanes <= depth) {
-        unroll<kLanes>(FASTATTN_LAMBDA(i) { block[i] = V::load_as(rows[key + i] + d); });
+        unroll<kLanes>(FASTATTN_LAMBDA(i) { block[i] = V::load_as(rows[key + i] + d) * scale; });
         detail::transpose(block);
         unroll<kLanes>(FASTATTN_LAMBDA(i) { block[i].store(columns + i * kTileKeys); });
       } else {
         unroll<kLanes>(FASTATTN_LAMBDA(i) {
-          block[i] = key + i < keys ? V::load_as_partial(rows[key + i] + d, depth - d) : V::zero();
+          block[i] = key + i < keys ? V::load_as_partial(rows[key + i] + d, depth - d) * scale : V::zero();
         });
         detail::transpose(block);
         unroll<kLanes>(FASTATTN_LAMBDA(i) {

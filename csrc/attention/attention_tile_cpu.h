@@ -30,7 +30,8 @@ struct RowBlock {
   int depth;       // head_dim, in elements of Operand
   int depth_step;  // summed on its own
   int64_t row0;
-  const Operand* q;  // rows x depth, times dot_factor where Operand is T
+  const Operand* q;  // a row every stride_q; where Operand is T, the keys are times dot_factor
+  int64_t stride_q;
   Operand* p;
   T* raw;      // where scores wait for their terms, a row every kTileKeys; the memory of p where Operand is T
   T* row_max;  // the score that row is scaled by
@@ -103,6 +104,14 @@ __attribute__((noinline)) void score_tile(const RowBlock<T, Operand>& rows, cons
   const int lane0 = tile.vec_begin * kLanes;
   const MaskRows<T> mask = kPlain ? MaskRows<T>{} : rows.scores->mask_rows(rows.row0, tile.key0);
   mask.prefetch(kRows);
+  if (tile.first) {
+    // The next register tile's rows may lie in memory, where nobody has read them yet. Past the last one, hints do no
+    // harm.
+    unroll<kRows>(FASTATTN_LAMBDA(r) {
+      const Operand* row = rows.q + (kRows + r) * rows.stride_q;
+      for (int d = 0; d < rows.depth; d += 64 / static_cast<int>(sizeof(Operand))) __builtin_prefetch(row + d);
+    });
+  }
   const bool has_terms = !kPlain && mask.data == nullptr && rows.scores->has_terms();
   const bool stays_in_registers = kVecs == kProductVecs && !has_terms;
   V acc[kRows][kProductVecs];
@@ -111,7 +120,7 @@ __attribute__((noinline)) void score_tile(const RowBlock<T, Operand>& rows, cons
     for (int d = 0; d < rows.depth; d += rows.depth_step) {
       const int d_end = min_of(d + rows.depth_step, rows.depth);
       unroll<kRows>(FASTATTN_LAMBDA(r) { unroll<kProductVecs>(FASTATTN_LAMBDA(v) { acc[r][v] = V::zero(); }); });
-      gemm_tile(acc, rows.q + d, rows.depth, 1, tile.k + d * kTileKeys + lane0 + vec * kLanes, kTileKeys, d_end - d);
+      gemm_tile(acc, rows.q + d, rows.stride_q, 1, tile.k + d * kTileKeys + lane0 + vec * kLanes, kTileKeys, d_end - d);
       if constexpr (kTerms<Operand> > 1) {
         // bfloat16 is multiplied as it came.
         const V factor = V::set1(rows.scores->dot_factor);
