@@ -15,12 +15,15 @@ VARIANTS = ("plain", "causal", "key_mask", "bool_mask", "float_mask", "softcap",
 # Packed sequences have no masks. (head_dims that share tiles, once.)
 PACKED_VARIANTS = ("packed_causal", "packed_softcap", "packed_alibi", "packed_dropout", "packed_everything")
 PACKED_HEAD_DIMS = (64, 80, 128, 192, 256)
+# The gradients of float32 with few keys have kernels of their own.
+FEW_KEYS_VARIANTS = ("few_keys_causal", "few_keys_everything", "few_keys_packed_everything")
 TUNED_VARIANTS = ("causal", "bool_mask", "float_mask", "softcap", "alibi", "dropout", *PACKED_VARIANTS[:-1])
 
 
 def _scoring(variant: str, batch: int, heads: int, seqlen: int):
     from fastattn.ops.attention_triton_plan import Packing, Scoring
 
+    variant = variant.removeprefix("few_keys_")
     packed, variant = variant.startswith("packed"), variant.removeprefix("packed_")
     everything = variant == "everything"
     mask = slopes = sinks = rng_state = packing = None
@@ -57,7 +60,7 @@ def launches(
     from fastattn.ops.attention_triton_tiles import Gpu
     from fastattn.ops.varlen_attention_triton import as_entry
 
-    batch, heads, heads_kv, seqlen = 4, 16, 4, 4096
+    batch, heads, heads_kv, seqlen = 4, 16, 4, 256 if variant.startswith("few_keys") else 4096
     query, out, dout, dq = (
         torch.empty(batch, seqlen, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2) for _ in range(4)
     )
@@ -79,6 +82,8 @@ def launches(
     # What needs the most registers sums up rows, too.
     row_sums = torch.empty_like(delta) if scoring.sinks is not None else None
     inputs = plan.BackwardInputs(query, key, value, dout, row_lse, delta, states, row_sums)
+    if plan.wants_exact_rows(query, key, scoring):
+        inputs = inputs._replace(row_sums=None, row_inverse=torch.empty_like(delta), row_dlse=torch.empty_like(delta))
     for planned in (
         functools.partial(plan.plan_forward, query, key, value, out, lse, scoring, states, gpu),
         functools.partial(plan.plan_dq, inputs, dq, scoring, gpu),
@@ -92,7 +97,9 @@ def launches(
     if candidates:
         return
     yield from mask_launches
-    yield plan.plan_delta(out, dout, lse, lse, row_lse, delta, scoring.packing)
+    yield plan.plan_delta(out, dout, None if inputs.is_exact else lse, lse, row_lse, delta, scoring.packing)
+    if inputs.is_exact:
+        yield from plan.plan_exact_rows(inputs, lse, scoring, gpu)
     if row_sums is not None:
         yield plan.plan_rows(inputs, lse, scoring, True, scoring.packing is None)[0]
     if scoring.attn_mask is not None and scoring.attn_mask.is_floating_point():
@@ -108,7 +115,8 @@ def aot_cases(capability: tuple[int, int], quick: bool) -> Iterator[tuple[str, L
     for dtype in (torch.float16, torch.float32) if quick else (torch.float16, torch.bfloat16, torch.float32):
         for head_dim in (64,) if quick else HEAD_DIMS if dtype == torch.float16 else (64, 128, 256):
             packed = PACKED_VARIANTS if head_dim in PACKED_HEAD_DIMS else ()
-            for variant in ("everything",) if quick else (*VARIANTS, *packed):
+            few_keys = FEW_KEYS_VARIANTS if dtype == torch.float32 else ()
+            for variant in ("everything",) if quick else (*VARIANTS, *packed, *few_keys):
                 for launch in launches(capability, dtype, head_dim, variant):
                     yield _name(launch, dtype, head_dim, variant), launch
 

@@ -1,4 +1,4 @@
-"""The accuracy rule itself for attention's gradients of masks and sinks: at the size and in the dtype of each tensor.
+"""The accuracy rule itself for attention's gradients of masks, sinks and few keys: at each tensor's size and dtype.
 
 `attention_cases.check` allows roundings besides, which gradients of operands need; float32 sums over rows and keys do
 not.
@@ -73,6 +73,23 @@ OVER_KEYS = {
 @pytest.mark.parametrize("name", OVER_KEYS)
 def test_gradient_of_a_mask_that_broadcasts_over_keys(name, backend, dtype):
     check_strictly(OVER_KEYS[name], dtype, backend, ["dattn_mask"])
+
+
+# Scores and outputs so large that what rounds on its own, lse and rowsum(dout out), shows: of a row's only key, p is 1
+# and ds is dlse, which eager gets right. (Where keys share rows, sums over these round more.)
+FEW_KEYS = {
+    "one_key": (Case(seqlen_k=1, head_dim_v=64, options={"scale": 3.3}), ["dquery"]),
+    "one_key_seen": (Case(head_dim_v=64, options={"scale": 3.3, "window": (0, 0)}), ["dquery", "dkey", "dvalue"]),
+    "dropout": (Case(seqlen_k=1, head_dim_v=64, options={"scale": 3.3, "dropout_p": 0.3}), ["dquery"]),
+    "shared": (Case(seqlen_k=1, heads_kv=1, head_dim_v=64, options={"scale": 3.3}), ["dquery"]),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", FEW_KEYS)
+def test_float32_gradients_of_few_keys(name, backend):
+    case, names = FEW_KEYS[name]
+    check_strictly(case, torch.float32, backend, names)
 
 
 def _sinks(**more):

@@ -14,18 +14,22 @@ from torch import Tensor
 from fastattn.ops import attention_triton_tiles as tiles
 from fastattn.ops.attention_triton_bwd import attention_dkdv_kernel, attention_dq_kernel
 from fastattn.ops.attention_triton_dmask import attention_dmask_kernel
-from fastattn.ops.attention_triton_fwd import attention_fwd_kernel, attention_weights_kernel
+from fastattn.ops.attention_triton_exact_rows import attention_exact_rows_kernel
+from fastattn.ops.attention_triton_fwd import attention_fwd_kernel
 from fastattn.ops.attention_triton_mask import ceil_div, mask_arguments, plan_lists
 from fastattn.ops.attention_triton_packed import STATISTICS_ROWS
 from fastattn.ops.attention_triton_rows import attention_delta_kernel, attention_rows_kernel
 from fastattn.ops.attention_triton_scores import MASK_ADD, MASK_NONE
 from fastattn.ops.attention_triton_tiles import Tile, Tiling
+from fastattn.ops.attention_triton_weights import attention_weights_kernel
 from fastattn.ops.triton_launch import Launch, descriptor, neighbours
 
 LOG2_E = math.log2(math.e)
 # How many programs share the batches and heads that add to one tile of a mask's gradient, so that a small mask fills a
 # GPU. A constant, not the GPU's size: the order of sums is the same on every machine.
 _DMASK_PROGRAMS = 512
+# Up to so many keys, float32 gradients are made of the rows' own sums (attention_triton_exact_rows.py).
+_EXACT_KEYS = 256
 
 
 class Packing(NamedTuple):
@@ -282,7 +286,8 @@ def plan_delta(
 
 class BackwardInputs(NamedTuple):
     """What every kernel of the backward reads. row_lse, delta: (batch, heads, padded_rows), from ``plan_delta``; the
-    batch is 1 for packed sequences. row_sums is like them: of ds, from ``plan_dq``, where a gradient needs them."""
+    batch is 1 for packed sequences. The others are like them, where there are any: row_inverse and row_dlse from
+    ``plan_exact_rows``, which corrects delta, and row_sums, of ds, from ``plan_dq``."""
 
     query: Tensor
     key: Tensor
@@ -292,14 +297,43 @@ class BackwardInputs(NamedTuple):
     delta: Tensor
     mask_states: Tensor | None
     row_sums: Tensor | None = None
+    row_inverse: Tensor | None = None
+    row_dlse: Tensor | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        return self.row_inverse is not None
 
     def arguments(self, scoring: Scoring) -> dict[str, Any]:
         return _scoring_arguments(self.query, self.key, scoring) | {
             "q_ptr": self.query, "k_ptr": self.key, "v_ptr": self.value, "dout_ptr": self.dout,
             "row_lse_ptr": self.row_lse, "delta_ptr": self.delta, "padded_rows": self.delta.shape[2],
+            "row_inverse_ptr": self.row_inverse, "row_dlse_ptr": self.row_dlse, "EXACT": self.is_exact,
             **_strides("q", self.query), **_strides("k", self.key), **_strides("v", self.value),
             **_strides("dout", self.dout),
         }  # fmt: skip
+
+
+def wants_exact_rows(query: Tensor, key: Tensor, scoring: Scoring) -> bool:
+    _, _, seqlen_k = scoring.extent(query, key)
+    return query.dtype == torch.float32 and not allows_tf32(query) and seqlen_k <= _EXACT_KEYS
+
+
+def plan_exact_rows(inputs: BackwardInputs, dlse: Tensor | None, scoring: Scoring, gpu: tiles.Gpu) -> list[Launch]:
+    """Corrects delta, which ``plan_delta`` made without dlse, and writes row_inverse and row_dlse."""
+    batch, *seqlens = scoring.extent(inputs.query, inputs.key)
+    head_dim, head_dim_v = inputs.query.shape[3], inputs.value.shape[3]
+    tile = tiles.scores(gpu, inputs.query.dtype, padded(max(head_dim, head_dim_v)))
+    arguments = inputs.arguments(scoring) | _packing_arguments(inputs.query, inputs.key, scoring) | _blocks(tile)
+    launches, lists = plan_lists(inputs.mask_states, tile, seqlens)
+    arguments |= lists | {
+        "dlse_ptr": dlse, "DLSE": dlse is not None, "HEAD_DIM_V": head_dim_v,
+        "sinks_ptr": None if scoring.sinks is None else neighbours(scoring.sinks), "SINKS": scoring.sinks is not None,
+        "KEY_MASK": _key_mask(arguments, inputs.mask_states),
+    }  # fmt: skip
+    del arguments["EXACT"]
+    programs = batch * inputs.query.shape[1] * (padded_rows(seqlens[0]) // tile.block_q)
+    return [*launches, Launch(attention_exact_rows_kernel, (programs,), arguments, tile.launch_options())]
 
 
 def plan_dq(
@@ -352,7 +386,7 @@ def plan_rows(
         "sinks_ptr": sinks, "dsinks_ptr": gradients.dsinks, "dmask_ptr": gradients.dmask, "heads": heads,
         "seqlen_q": seqlen_q, "padded_rows": delta.shape[2], "BLOCK_Q": block_q, "DLSE": dlse is not None,
         "ROW_SUMS": inputs.row_sums is not None, "SINKS": sinks is not None, "DSINKS": wants_dsinks,
-        "DMASK": wants_dmask, "PACKED": packing is not None,
+        "DMASK": wants_dmask, "EXACT": inputs.is_exact, "PACKED": packing is not None,
         "cu_seqlens_q_ptr": None if packing is None else packing.cu_seqlens_q,
         "total_q": None if packing is None else inputs.query.shape[2],
     }  # fmt: skip

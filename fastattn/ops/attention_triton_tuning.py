@@ -62,9 +62,14 @@ def run_backward(
     row_lse, delta = (lse.new_empty(batch, heads, plans.padded_rows(seqlen_q, call.packing)) for _ in range(2))
     is_row_mask = mask is not None and broadcasts_over_keys(mask)
     needs_delta = sinks is not None or (mask is not None and (not is_row_mask or call.sinks is not None))
-    row_sums = torch.empty_like(delta) if needs_delta else None
-    inputs = plans.BackwardInputs(query, key, value, dout, row_lse, delta, states, row_sums)
-    plans.plan_delta(out, dout, dlse, lse, row_lse, delta, call.packing).run(query)
+    inputs = plans.BackwardInputs(query, key, value, dout, row_lse, delta, states)
+    if plans.wants_exact_rows(query, key, call):
+        inputs = inputs._replace(row_inverse=torch.empty_like(delta), row_dlse=torch.empty_like(delta))
+        plans.plan_delta(out, dout, None, lse, row_lse, delta, call.packing).run(query)
+        _run_all(plans.plan_exact_rows(inputs, dlse, call, tiles.gpu_of(query)), query)
+    else:
+        inputs = inputs._replace(row_sums=torch.empty_like(delta) if needs_delta else None)
+        plans.plan_delta(out, dout, dlse, lse, row_lse, delta, call.packing).run(query)
     run(query, plans.plan_dkdv, inputs, dk, dv, call)
     run(query, plans.plan_dq, inputs, dq, call)
     if not needs_delta and not is_row_mask:

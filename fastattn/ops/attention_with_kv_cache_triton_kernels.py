@@ -14,6 +14,8 @@ through ``tokens_before`` and ``cache_entry``, which clip, as csrc/attention/kv_
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -21,6 +23,11 @@ from fastattn.ops.attention_triton_scores import (
     LN_2,
     MASK_NONE,
     WHOLE_WALK,
+    Mask,
+    Options,
+    Positions,
+    Scoring,
+    Walk,
     cap_scores,
     mask_scores,
     online_softmax,
@@ -39,31 +46,57 @@ def tokens_before(lengths_ptr, stride_length, batch, length, appended, capacity,
     return tl.minimum(tl.maximum(tokens, 0), capacity - appended).to(tl.int32)
 
 
+class Table(NamedTuple):
+    """The block table of one sequence, of a cache of ``entries`` blocks of ``block_size`` tokens."""
+
+    ptr: tl.tensor
+    stride: tl.tensor
+    block_size: tl.tensor
+    entries: tl.tensor
+
+
 @triton.jit
-def cache_entry(table_ptr, stride_block, block, exists, entries):
+def cache_entry(table, block, exists):
     """The cache's entry of block ``block``: one that is there, whatever the table says; 0 where ``block`` is not."""
-    entry = tl.load(table_ptr + block.to(tl.int64) * stride_block, mask=exists, other=0)
-    return tl.minimum(tl.maximum(entry, 0), entries - 1).to(tl.int64)
+    entry = tl.load(table.ptr + block.to(tl.int64) * table.stride, mask=exists, other=0)
+    return tl.minimum(tl.maximum(entry, 0), table.entries - 1).to(tl.int64)
 
 
 # --- Appending and rotating ------------------------------------------------------------------------------------------
 
 
+class Tokens(NamedTuple):
+    """An operand or a cache. stride_entry: of the batch or, in a paged cache, of its blocks."""
+
+    ptr: tl.tensor
+    stride_entry: tl.tensor
+    stride_head: tl.tensor
+    stride_token: tl.tensor
+
+
+class Rotation(NamedTuple):
+    """cos and sin of the angles of the first ``positions``."""
+
+    cos_ptr: tl.tensor
+    sin_ptr: tl.tensor
+    stride_cos: tl.tensor
+    stride_sin: tl.tensor
+    positions: tl.tensor
+
+
 @triton.jit
-def _append_rows(
-    from_ptr, to_ptr, cos_ptr, sin_ptr, table_ptr, stride_from_batch, stride_from_head, stride_from_token,
-    stride_to_entry, stride_to_head, stride_to_token, stride_cos, stride_sin, stride_block,
-    batch, first_row, tokens, heads, before, block_size, entries, positions,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, ROTARY_DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr, TO_CACHE: tl.constexpr, PAGED: tl.constexpr,
-):  # fmt: skip
-    """Rows [first_row, first_row + BLOCK_ROWS) of the tokens' heads."""
+def _append_rows(source, target, rotation, table, batch, first_row, tokens, heads, before,
+                 HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, ROTARY_DIM: tl.constexpr,
+                 INTERLEAVED: tl.constexpr, TO_CACHE: tl.constexpr, PAGED: tl.constexpr):  # fmt: skip
+    """Rows [first_row, first_row + BLOCK_ROWS) of the tokens' heads, ``before`` tokens behind the first."""
     row = first_row + tl.arange(0, BLOCK_ROWS)
     exists = row < tokens * heads
     token, head = row // heads, (row % heads).to(tl.int64)
     dims = tl.arange(0, BLOCK_D)
     inside = exists[:, None] & (dims < HEAD_DIM)[None, :]
-    from_row = from_ptr + (batch * stride_from_batch + token.to(tl.int64) * stride_from_token + head * stride_from_head)
+    from_row = source.ptr + (
+        batch * source.stride_entry + token.to(tl.int64) * source.stride_token + head * source.stride_head
+    )
     x = tl.load(from_row[:, None] + dims[None, :], mask=inside, other=0.0)
     if ROTARY_DIM > 0:
         HALF: tl.constexpr = ROTARY_DIM // 2
@@ -74,9 +107,11 @@ def _append_rows(
             angle, is_first = dims % HALF, dims < HALF
             other = tl.where(is_first, dims + HALF, dims - HALF)
         turns = exists[:, None] & (dims < ROTARY_DIM)[None, :]
-        position = tl.minimum(before + token, positions - 1).to(tl.int64)
-        cos = tl.load(cos_ptr + position[:, None] * stride_cos + angle[None, :], mask=turns, other=1.0).to(tl.float32)
-        sin = tl.load(sin_ptr + position[:, None] * stride_sin + angle[None, :], mask=turns, other=0.0).to(tl.float32)
+        position = tl.minimum(before + token, rotation.positions - 1).to(tl.int64)
+        cos_ptrs = rotation.cos_ptr + position[:, None] * rotation.stride_cos + angle[None, :]
+        sin_ptrs = rotation.sin_ptr + position[:, None] * rotation.stride_sin + angle[None, :]
+        cos = tl.load(cos_ptrs, mask=turns, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptrs, mask=turns, other=0.0).to(tl.float32)
         pair = tl.load(from_row[:, None] + other[None, :], mask=turns, other=0.0).to(tl.float32)
         own = x.to(tl.float32)
         turned = own * cos + tl.where(is_first[None, :], -pair, pair) * sin
@@ -86,10 +121,12 @@ def _append_rows(
     if TO_CACHE:
         place = before + token
         if PAGED:
-            block = place // block_size
-            place -= block * block_size
-            entry = cache_entry(table_ptr, stride_block, block, exists, entries)
-    to_row = to_ptr + (entry * stride_to_entry + place.to(tl.int64) * stride_to_token + head * stride_to_head)
+            block = place // table.block_size
+            place -= block * table.block_size
+            entry = cache_entry(table, block, exists)
+    to_row = target.ptr + (
+        entry * target.stride_entry + place.to(tl.int64) * target.stride_token + head * target.stride_head
+    )
     tl.store(to_row[:, None] + dims[None, :], x, mask=inside)
 
 
@@ -116,48 +153,43 @@ def kv_append_kernel(
     before = tokens_before(lengths_ptr, stride_length, batch, length, appended, capacity, LENGTHS)
     if PAGED:
         table_ptr += batch * stride_table
+    table = Table(table_ptr, stride_block, block_size, entries)
+    rotation = Rotation(cos_ptr, sin_ptr, stride_cos, stride_sin, positions)
     if APPENDS:
         if operand == 0 and first_row < appended * heads_kv:
-            _append_rows(
-                value_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, stride_value_batch, stride_value_head,
-                stride_value_token, stride_v_entry, stride_v_head, stride_v_token, stride_cos, stride_sin, stride_block,
-                batch, first_row, appended, heads_kv, before, block_size, entries, positions,
-                HEAD_DIM_V, BLOCK_DV, BLOCK_ROWS, 0, INTERLEAVED, True, PAGED,
-            )  # fmt: skip
+            source = Tokens(value_ptr, stride_value_batch, stride_value_head, stride_value_token)
+            target = Tokens(v_ptr, stride_v_entry, stride_v_head, stride_v_token)
+            _append_rows(source, target, rotation, table, batch, first_row, appended, heads_kv, before,
+                         HEAD_DIM_V, BLOCK_DV, BLOCK_ROWS, 0, INTERLEAVED, True, PAGED)  # fmt: skip
         if operand == 1 and first_row < appended * heads_kv:
-            _append_rows(
-                key_ptr, k_ptr, cos_ptr, sin_ptr, table_ptr, stride_key_batch, stride_key_head, stride_key_token,
-                stride_k_entry, stride_k_head, stride_k_token, stride_cos, stride_sin, stride_block,
-                batch, first_row, appended, heads_kv, before, block_size, entries, positions,
-                HEAD_DIM, BLOCK_D, BLOCK_ROWS, ROTARY_DIM, INTERLEAVED, True, PAGED,
-            )  # fmt: skip
+            source = Tokens(key_ptr, stride_key_batch, stride_key_head, stride_key_token)
+            target = Tokens(k_ptr, stride_k_entry, stride_k_head, stride_k_token)
+            _append_rows(source, target, rotation, table, batch, first_row, appended, heads_kv, before,
+                         HEAD_DIM, BLOCK_D, BLOCK_ROWS, ROTARY_DIM, INTERLEAVED, True, PAGED)  # fmt: skip
     # Nested: what a constexpr rules out is not compiled.
     if ROTARY_DIM > 0:  # noqa: SIM102
         if operand == 2 and first_row < seqlen_q * heads:
-            _append_rows(
-                q_ptr, rotated_ptr, cos_ptr, sin_ptr, table_ptr, stride_q_batch, stride_q_head, stride_q_token,
-                stride_rotated_batch, stride_rotated_head, stride_rotated_token, stride_cos, stride_sin, stride_block,
-                batch, first_row, seqlen_q, heads, before, block_size, entries, positions,
-                HEAD_DIM, BLOCK_D, BLOCK_ROWS, ROTARY_DIM, INTERLEAVED, False, PAGED,
-            )  # fmt: skip
+            source = Tokens(q_ptr, stride_q_batch, stride_q_head, stride_q_token)
+            target = Tokens(rotated_ptr, stride_rotated_batch, stride_rotated_head, stride_rotated_token)
+            _append_rows(source, target, rotation, table, batch, first_row, seqlen_q, heads, before,
+                         HEAD_DIM, BLOCK_D, BLOCK_ROWS, ROTARY_DIM, INTERLEAVED, False, PAGED)  # fmt: skip
 
 
 # --- Attention -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _cached_rows(table_ptr, stride_block, batch, first, seqlen_k, block_size, entries, BLOCK: tl.constexpr,
-                 PAGED: tl.constexpr, ONE_BLOCK: tl.constexpr):  # fmt: skip
+def _cached_rows(table, batch, first, seqlen_k, BLOCK: tl.constexpr, PAGED: tl.constexpr, ONE_BLOCK: tl.constexpr):
     """(entries of the cache, rows in them) of tokens [first, first + BLOCK), of which the first is there."""
     token = first + tl.arange(0, BLOCK)
     if PAGED:
         if ONE_BLOCK:
-            block = first // block_size
-            entry = cache_entry(table_ptr, stride_block, block, True, entries)
+            block = first // table.block_size
+            entry = cache_entry(table, block, True)
         else:
-            block = token // block_size
-            entry = cache_entry(table_ptr, stride_block, block, token < seqlen_k, entries)
-        return entry, token - block * block_size
+            block = token // table.block_size
+            entry = cache_entry(table, block, token < seqlen_k)
+        return entry, token - block * table.block_size
     else:
         return batch, token
 
@@ -198,6 +230,7 @@ def attention_cached_kernel(
 
     Grid: (splits * row tiles * kv heads * batch,), the last rows first.
     """
+    OPTIONS: tl.constexpr = Options(MASK_NONE, ALIBI, SOFTCAP, False, LEFT, RIGHT, PLAIN)
     row_tiles = tl.cdiv(seqlen_q * group, BLOCK_Q)
     heads_kv = heads // group
     split = tl.program_id(0) % splits
@@ -209,6 +242,7 @@ def attention_cached_kernel(
     diagonal = seqlen_k - seqlen_q
     if PAGED:
         table_ptr += batch * stride_table
+    table = Table(table_ptr, stride_block, block_size, entries)
     k_ptr += head_kv * stride_k_head
     v_ptr += head_kv * stride_v_head
 
@@ -234,24 +268,24 @@ def attention_cached_kernel(
         row_sum += tl.where(sink == float("-inf"), 0.0, 1.0)
 
     last = (tl.minimum(first_row + BLOCK_Q, seqlen_q * group) - 1) // group + 1
-    begin, full_begin, full_end, end = tile_range(
-        first_row // group, last, seqlen_k, diagonal, window_left, window_right, True, LEFT, RIGHT, BLOCK_K
-    )
+    positions = Positions(seqlen_q, seqlen_k, diagonal, window_left, window_right)
+    scoring = Scoring(positions, Mask(None, 0, 0), slope, scale, unit, softcap)
+    begin, full_begin, full_end, end = tile_range(first_row // group, last, positions, True, LEFT, RIGHT, BLOCK_K)
     part_tiles = tl.cdiv(tl.maximum(tl.cdiv(end - begin, BLOCK_K), 0), splits)
     begin += split * part_tiles * BLOCK_K
     part_end = begin + part_tiles * BLOCK_K
     end = tl.minimum(end, part_end)
     full_begin = tl.minimum(tl.maximum(full_begin, begin), part_end)
     full_end = tl.minimum(tl.maximum(full_end, full_begin), part_end)
+    walk = Walk(begin, full_begin, full_end, end)
     FIRST_PART: tl.constexpr = WHOLE_WALK if ONE_WALK else 0 if LEFT else 1
     LAST_PART: tl.constexpr = WHOLE_WALK if ONE_WALK else 2
     for part in tl.static_range(FIRST_PART, LAST_PART + 1):
-        start, stop = walk_part(begin, full_begin, full_end, end, part)
+        start, stop = walk_part(walk, part)
         for at in tl.range(start, stop, BLOCK_K):
             first_col = tl.multiple_of(tl.cast(at, tl.int32), BLOCK_K)
             there = col < seqlen_k - first_col
-            entry, place = _cached_rows(table_ptr, stride_block, batch, first_col, seqlen_k, block_size, entries,
-                                        BLOCK_K, PAGED, ONE_BLOCK)  # fmt: skip
+            entry, place = _cached_rows(table, batch, first_col, seqlen_k, BLOCK_K, PAGED, ONE_BLOCK)
             k_rows = k_ptr + (entry * stride_k_entry + place.to(tl.int64) * stride_k_token)
             v_rows = v_ptr + (entry * stride_v_entry + place.to(tl.int64) * stride_v_token)
             if SLICE > 0:
@@ -264,10 +298,8 @@ def attention_cached_kernel(
                 k = _load_rows(k_rows, there, HEAD_DIM, BLOCK_D, part != 1)
                 dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             v = _load_rows(v_rows, there, HEAD_DIM_V, BLOCK_DV, part != 1)
-            scores, _ = cap_scores(dots, scale, softcap, SOFTCAP, PLAIN)
-            scores = mask_scores(scores, 0, first_col, query[:, None], col[None, :], None, 0, 0, slope, seqlen_q,
-                                 seqlen_k, diagonal, window_left, window_right, MASK_NONE, ALIBI, LEFT, RIGHT,
-                                 part != 1)  # fmt: skip
+            scores, _ = cap_scores(dots, scoring, OPTIONS)
+            scores = mask_scores(scores, 0, first_col, query[:, None], col[None, :], scoring, OPTIONS, part != 1)
             p, correction, row_max, row_sum = online_softmax(scores, row_max, row_sum, unit, MASK_NONE)
             acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
 
