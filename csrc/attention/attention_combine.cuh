@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   }
   sum = warp_reduce(sum, ::fastattn::Sum());
   const float normaliser = sum == 0.0f ? 0.0f : 1.0f / sum;
-  if (lane == 0) args.lse[lse_row] = (reference + lg2_approx(sum)) * kLn2;
+  if (lane == 0) args.lse[lse_row] = (reference + log2f(sum)) * kLn2;  // as in softmax.cuh
   __syncwarp();
 
   Element* out_gmem = static_cast<Element*>(args.out.data) + batch * args.out.stride_batch +
