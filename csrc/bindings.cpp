@@ -74,15 +74,16 @@ void bind_emulator(pybind11::module_& m) {
   m.def(
       "configure_emulator",
       [](int schedule, int async_mode, uint64_t seed, int os_threads, int compute_capability, int multiprocessors,
-         bool checks_values, bool takes_gpu_tensors) {
+         bool checks_values, bool takes_gpu_tensors, bool rough_approximations) {
         configure_emulator({schedule, async_mode, seed, os_threads, compute_capability, multiprocessors, checks_values,
-                            takes_gpu_tensors});
+                            takes_gpu_tensors, rough_approximations});
       },
       py::kw_only(), py::arg("schedule") = defaults.schedule, py::arg("async_mode") = defaults.async_mode,
       py::arg("seed") = defaults.seed, py::arg("os_threads") = defaults.os_threads,
       py::arg("compute_capability") = defaults.compute_capability,
       py::arg("multiprocessors") = defaults.multiprocessors, py::arg("checks_values") = defaults.checks_values,
       py::arg("takes_gpu_tensors") = defaults.takes_gpu_tensors,
+      py::arg("rough_approximations") = defaults.rough_approximations,
       "How emulated kernels run from now on, in the whole process, and which device they are told of. "
       "csrc/emulator/config.h explains the numbers; os_threads 0 = one a core. What is not given is reset.");
 }

@@ -63,6 +63,7 @@ class Mode:
     async_mode: AsyncMode = AsyncMode.EAGER
     seed: int = 0
     os_threads: int = 1
+    rough_approximations: bool = False
 
     def apply(self, **device: int) -> None:
         """Configures the extension's emulator, which tells launchers of ``device``: its ``compute_capability`` and its
@@ -72,7 +73,8 @@ class Mode:
         extension.configure_emulator(**asdict(self), **device)
 
     def __str__(self) -> str:
-        return f"{self.schedule.name.lower()}-{self.async_mode.name.lower()}-{self.seed}"
+        rough = "-rough" * self.rough_approximations
+        return f"{self.schedule.name.lower()}-{self.async_mode.name.lower()}-{self.seed}{rough}"
 
 
 # What a kernel test runs: the plain run first, since its errors are the easiest to read, then the adversarial ones.
@@ -127,7 +129,11 @@ class EmulatedLibrary(KernelLibrary):
 
     def configure(self, mode: Mode) -> None:
         self._library.fastattn_emulator_configure(
-            int(mode.schedule), int(mode.async_mode), ctypes.c_uint64(mode.seed), mode.os_threads
+            int(mode.schedule),
+            int(mode.async_mode),
+            ctypes.c_uint64(mode.seed),
+            mode.os_threads,
+            int(mode.rough_approximations),
         )
 
     @property

@@ -46,6 +46,7 @@ struct EmulatorSettings {
   bool checks_values = true;
   // Whether launchers take tensors of a GPU, whose memory is then the processor's (tests/pretended_gpu).
   bool takes_gpu_tensors = false;
+  bool rough_approximations = false;  // emulator/config.h
 };
 
 bool has_cuda_kernels();  // else the emulator

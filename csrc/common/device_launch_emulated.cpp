@@ -34,7 +34,8 @@ static emu::Config config_of(const EmulatorSettings& settings) {
           settings.seed,
           os_threads_of(settings),
           shared_bytes_per_block(settings.compute_capability),
-          /*exact_turns=*/settings.checks_values};
+          /*exact_turns=*/settings.checks_values,
+          settings.rough_approximations};
 }
 
 static EmulatorSettings& current_settings() {

@@ -5,9 +5,11 @@
 
 #define FASTATTN_EXPORT extern "C" __attribute__((visibility("default")))
 
-FASTATTN_EXPORT void fastattn_emulator_configure(int schedule, int async_mode, uint64_t seed, int os_threads) {
+FASTATTN_EXPORT void fastattn_emulator_configure(int schedule, int async_mode, uint64_t seed, int os_threads,
+                                                 int rough_approximations) {
   using namespace fastattn::emu;
   config() = {static_cast<Schedule>(schedule), static_cast<AsyncMode>(async_mode), seed, os_threads};
+  config().rough_approximations = rough_approximations != 0;
 }
 
 FASTATTN_EXPORT void fastattn_emulator_declare_global(const void* begin, uint64_t bytes) {

@@ -18,6 +18,12 @@ inline void check_alignment(const void* pointer, int bytes, const Site& site) {
   if (reinterpret_cast<uintptr_t>(pointer) % static_cast<unsigned>(bytes) != 0) misaligned(pointer, bytes, site);
 }
 
+// ---- approximate.cpp
+float ex2_approx(float x);
+float lg2_approx(float x);
+float rcp_approx(float x);
+float tanh_approx(float x);
+
 // ---- barriers
 void bar_sync(int id, int threads, Site site);
 void bar_arrive(int id, int threads, Site site);
