@@ -2,10 +2,10 @@
 //   d   = x - mean (rms: x)           dweight = sum over rows of dout * rstd * d,    dbias = sum over rows of dout
 //   dx  = rstd * (dout * weight - mean(dout * weight) - rstd^2 * d * mean(dout * weight * d))       (rms: no second
 //   term)
-// Work:    a thread takes neighbouring blocks of rows. The second pass of a row, full of stores, shares a loop with the
-//          first pass of the next, which waits for memory and for its sums. Long rows come two at once instead, so that
-//          weight, dweight and dbias are read and written once for both. Whoever finishes the second of two blocks adds
-//          up the pair.
+// Work:    a thread takes neighbouring blocks of rows. In a tensor that caches hold, the second pass of a row, full of
+//          stores, shares a loop with the first pass of the next, which waits for its sums. Long rows come two at once,
+//          so that weight, dweight and dbias are read and written once for both. Whoever finishes the second of two
+//          blocks adds up the pair.
 // Memory:  x and dout are read from memory once and, in the second pass, from the cache; dx is written once, past the
 //          caches if it would not stay there. Rows that are taken one by one are read without a jump, as prefetchers
 //          want them: x was saved long ago and has left the second-level cache, whatever the size of a tensor.
@@ -27,6 +27,8 @@ namespace {
 constexpr int kGroup = 2;
 // Up to this length rows are taken one by one.
 constexpr int64_t kSingleCols = 2048;
+// Above this size of dx, memory is slower for two rows read in turns than for one after the other.
+constexpr int64_t kJoinedBytes = int64_t{4} << 20;
 // From this size of dx on, little of it would still be in L3 when it is read.
 constexpr int64_t kStreamBytes = int64_t{16} << 20;
 // Rows whose shares of dweight and dbias are added up before they join the block's sums: chains of 64 additions lose
@@ -55,9 +57,11 @@ FASTATTN_INLINE typename Traits::T row_rstd_of(const LayerNormBwdParams& p, int6
 }
 
 // How a call's rows are taken: a function of its shape, and so is the order of the sums.
-struct Sweep {
-  bool single;   // one row at a time
-  bool streams;  // and dx past the caches: rows of fp32, of whole aligned vectors, that nobody reads here
+enum class Sweep {
+  kJoined,    // one at a time, the second pass of each in one loop with the first pass of the next
+  kSingles,   // one at a time, pass after pass
+  kStreamed,  // so, and dx past the caches: rows of fp32, of whole aligned vectors, that nobody reads here
+  kGroups,    // kGroup at a time
 };
 
 template <typename Element>
@@ -67,7 +71,9 @@ FASTATTN_INLINE Sweep choose_sweep(const LayerNormBwdParams& p) {
   const int64_t bytes = p.rows * row_bytes;
   const bool streams = std::is_same_v<Element, float> && p.dinput.data == nullptr && row_bytes % kVecBytes == 0 &&
                        reinterpret_cast<uintptr_t>(p.dx.data) % kVecBytes == 0 && bytes >= kStreamBytes;
-  return {streams || p.cols <= kSingleCols, streams};
+  if (streams) return Sweep::kStreamed;
+  if (p.cols > kSingleCols) return Sweep::kGroups;
+  return bytes <= kJoinedBytes ? Sweep::kJoined : Sweep::kSingles;
 }
 
 // What a row's first pass leaves to its second: the sums of dy = dout * weight and of dy * d.
@@ -264,28 +270,22 @@ struct Block {
     for (int64_t done = i - kRows; done < i; ++done) input_gradient_row<Traits>(p, begin + done);
   }
 
-  // Row by row, the second pass of each in one loop with the first pass of the next.
-  template <bool kStreams>
-  FASTATTN_INLINE void take_singles() const {
+  FASTATTN_INLINE void take_joined() const {
     RowSums<T> sums[1];
     pass<1, true, false, false>(0, sums);
-    for (int64_t i = 1; i < rows; ++i) pass<1, true, true, kStreams>(i, sums);
-    pass<1, false, true, kStreams>(rows, sums);
+    for (int64_t i = 1; i < rows; ++i) pass<1, true, true, false>(i, sums);
+    pass<1, false, true, false>(rows, sums);
   }
 
-  // In groups, whose two passes read weight, dweight and dbias once; the rows that are left one by one.
-  FASTATTN_INLINE void take_groups() const {
-    int64_t i = 0;
-    for (; i + kGroup <= rows; i += kGroup) {
-      RowSums<T> sums[kGroup];
-      pass<kGroup, true, false, false>(i, sums);
-      pass<kGroup, false, true, false>(i + kGroup, sums);
+  // From the block's row i on, kRows at a time; returns the row after the last.
+  template <int kRows, bool kStreams>
+  FASTATTN_INLINE int64_t take_apart(int64_t i) const {
+    for (; i + kRows <= rows; i += kRows) {
+      RowSums<T> sums[kRows];
+      pass<kRows, true, false, false>(i, sums);
+      pass<kRows, false, true, kStreams>(i + kRows, sums);
     }
-    for (; i < rows; ++i) {
-      RowSums<T> sums[1];
-      pass<1, true, false, false>(i, sums);
-      pass<1, false, true, false>(i + 1, sums);
-    }
+    return i;
   }
 
   const LayerNormBwdParams& p;
@@ -296,15 +296,19 @@ struct Block {
 template <typename Traits>
 void backward_block(const LayerNormBwdParams& p, int64_t block) {
   using Element = typename Traits::Element;
-  const Sweep sweep = choose_sweep<Element>(p);
+  constexpr bool kMayStream = std::is_same_v<Element, float>;
   const Block<Traits> rows(p, block);
-  if (!sweep.single) {
-    rows.take_groups();
-  } else if (std::is_same_v<Element, float> && sweep.streams) {
-    rows.template take_singles<std::is_same_v<Element, float>>();
-    fence_streams();
-  } else {
-    rows.template take_singles<false>();
+  switch (choose_sweep<Element>(p)) {
+    case Sweep::kJoined:
+      return rows.take_joined();
+    case Sweep::kStreamed:
+      rows.template take_apart<1, kMayStream>(0);
+      return fence_streams();
+    case Sweep::kGroups:
+      rows.template take_apart<1, false>(rows.template take_apart<kGroup, false>(0));
+      return;
+    case Sweep::kSingles:
+      rows.template take_apart<1, false>(0);
   }
 }
 
