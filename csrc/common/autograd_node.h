@@ -2,11 +2,16 @@
 #pragma once
 
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/version.h>
 
 #include <mutex>
 #include <string>
 #include <utility>
 
+// It reaches into members that the node has in torch 2.11 to 2.13. Built with another, nodes go the long way.
+#define FASTATTN_SHORTENS_NODES (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR <= 13)
+
+#if FASTATTN_SHORTENS_NODES
 namespace fastattn {
 
 // What CppNode<F>::apply does, without what it spends on every call whoever calls it: the node's name, which only error
@@ -34,3 +39,4 @@ torch::autograd::variable_list apply_backward(torch::autograd::CppNode<F>& node,
 }
 
 }  // namespace fastattn
+#endif

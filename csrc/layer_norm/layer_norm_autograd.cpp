@@ -180,6 +180,7 @@ struct AddLayerNormFunction : torch::autograd::Function<AddLayerNormFunction> {
 }  // namespace
 }  // namespace fastattn
 
+#if FASTATTN_SHORTENS_NODES
 namespace torch::autograd {
 
 template <>
@@ -195,6 +196,7 @@ variable_list CppNode<fastattn::AddLayerNormFunction>::apply(variable_list&& gra
 }
 
 }  // namespace torch::autograd
+#endif
 
 namespace fastattn {
 namespace {
