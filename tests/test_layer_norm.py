@@ -93,6 +93,17 @@ def test_a_large_residual_stream_is_the_small_ones_together(rows, cols, dropout_
         torch.testing.assert_close(whole, torch.cat(parts), rtol=0, atol=1e-5 if dropout_p else 0)
 
 
+@pytest.mark.parametrize(("rows", "cols"), [(8193, 1024), (8400, 1001)], ids=["streamed", "unaligned"])
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+def test_a_large_output_is_the_small_ones_together(op, rows, cols, cpu_isa):
+    # From 32 MiB on the CPU kernel writes out past the caches.
+    inputs = make_inputs(op, (rows, cols), torch.float32)
+    x, parameters = inputs.pop("input"), inputs
+    large = getattr(fastattn, op)(x, cols, **parameters, backend="cpu")
+    small = [getattr(fastattn, op)(part, cols, **parameters, backend="cpu") for part in x.split(1024)]
+    assert torch.equal(large, torch.cat(small))
+
+
 def _kept(rows: int, cols: int, dropout_p: float) -> Tensor:
     if dropout_p == 0.0:
         return torch.ones(())

@@ -2,7 +2,8 @@
 // Work:    a thread takes neighbouring rows.
 // Memory:  a row is read from memory once; the second pass finds it in the first-level cache (rows of more than kBlock
 //          elements: in the cache that holds them). A large new_residual is streamed past the caches: it is next read
-//          after a whole sub-layer, and without it there is more room for the output, which is read at once.
+//          after a whole sub-layer, and without it there is more room for the output, which is read at once. An output
+//          too large for that is streamed as well: lines that are written whole need not be read first.
 // Numbers: squares are summed about a guess of the mean, so that a large mean costs no accuracy, and the sum about the
 //          guess corrects both. A guess further off than a standard deviation would cost some: then a second pass sums
 //          about the mean. fp32 statistics (fp64 for fp64), combined over blocks in fp64.
@@ -24,6 +25,8 @@ constexpr int64_t kElementsPerThread = 16384;
 
 // A new_residual from here on is streamed. Smaller ones may still be in L3 when they are read.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
+// An output from here on is streamed: its first rows are gone from L3 before the last is written.
+constexpr int64_t kStreamOutBytes = int64_t{32} << 20;
 
 enum class Affine { kNone, kWeight, kWeightBias };
 
@@ -115,9 +118,9 @@ FASTATTN_INLINE Statistics<T> row_statistics(const Element* x, int64_t n, double
   return {center, static_cast<T>(mean - center), static_cast<T>(rstd)};
 }
 
-template <typename T, bool kRms, Affine kAffine, typename Element, typename OutElement>
-FASTATTN_INLINE void normalize_row(OutElement* out, const Element* x, int64_t n, const Statistics<T>& statistics,
-                                   const T* weight, const T* bias) {
+template <bool kRms, Affine kAffine, bool kStreams, typename T, typename Element, typename OutElement>
+FASTATTN_INLINE void normalize_values(OutElement* out, const Element* x, int64_t n, const Statistics<T>& statistics,
+                                      const T* weight, const T* bias) {
   const Vec<T> center = Vec<T>::set1(statistics.center), rstd = Vec<T>::set1(statistics.rstd);
   const Vec<T> offset = Vec<T>::set1(-statistics.correction * statistics.rstd);
   for_each_vector<T>(n, [&](int64_t j, auto width) __attribute__((always_inline)) {
@@ -130,8 +133,23 @@ FASTATTN_INLINE void normalize_row(OutElement* out, const Element* x, int64_t n,
     if constexpr (kAffine == Affine::kWeight) value = value * load<T>(weight + j, width);
     if constexpr (kAffine == Affine::kWeightBias)
       value = fma(value, load<T>(weight + j, width), load<T>(bias + j, width));
-    store(value, out + j, width);
+    if constexpr (kStreams) {
+      stream(value, out + j);
+    } else {
+      store(value, out + j, width);
+    }
   });
+}
+
+template <bool kRms, Affine kAffine, typename OutElement, typename T, typename Element>
+FASTATTN_INLINE void normalize_row(const LayerNormParams& p, int64_t row, const Element* x,
+                                   const Statistics<T>& statistics, bool streams) {
+  OutElement* out = row_of<OutElement>(p.out, row);
+  const T *weight = static_cast<const T*>(p.weight), *bias = static_cast<const T*>(p.bias);
+  if constexpr (std::is_same_v<OutElement, float> && std::is_same_v<T, float>) {
+    if (streams) return normalize_values<kRms, kAffine, true>(out, x, p.cols, statistics, weight, bias);
+  }
+  normalize_values<kRms, kAffine, false>(out, x, p.cols, statistics, weight, bias);
 }
 
 // keep(value, column, width) gets the vectors of new_residual = residual + dropout(input), not yet rounded.
@@ -153,14 +171,19 @@ FASTATTN_INLINE void add_row(const LayerNormParams& p, int64_t row, Keep&& keep)
   }
 }
 
-// Rows of fp32, of whole aligned vectors, that fit into a block, and many of them.
+// Whether there are `bytes` of these rows or more, and they are of whole aligned vectors of fp32.
 template <typename Element>
-bool streams_residual(const LayerNormParams& p) {
+bool streams_rows(const LayerNormParams& p, const RowTensor& rows, int64_t bytes) {
   constexpr int64_t kVecBytes = Vec<float>::kLanes * static_cast<int64_t>(sizeof(float));
   const int64_t row_bytes = p.cols * static_cast<int64_t>(sizeof(float));
-  return std::is_same_v<Element, float> && p.residual.data != nullptr && p.cols <= kBlock &&
-         row_bytes % kVecBytes == 0 && reinterpret_cast<uintptr_t>(p.x.data) % kVecBytes == 0 &&
-         p.rows * row_bytes >= kStreamBytes;
+  return std::is_same_v<Element, float> && row_bytes % kVecBytes == 0 &&
+         reinterpret_cast<uintptr_t>(rows.data) % kVecBytes == 0 && p.rows * row_bytes >= bytes;
+}
+
+// A row of new_residual is copied to be read again: it must fit into a block.
+template <typename Element>
+bool streams_residual(const LayerNormParams& p) {
+  return p.residual.data != nullptr && p.cols <= kBlock && streams_rows<Element>(p, p.x, kStreamBytes);
 }
 
 // Writes a row of new_residual and returns where to read it: `copy`, which has room for a block, if it was streamed.
@@ -187,18 +210,18 @@ template <typename Element, typename OutElement, bool kRms, Affine kAffine>
 void forward_rows(const LayerNormParams& p, int64_t begin, int64_t end) {
   using T = StatisticsOf<Element>;
   const double inverse_n = p.cols > 0 ? 1.0 / static_cast<double>(p.cols) : 0.0;
-  const bool streams = streams_residual<Element>(p);
+  const bool streams_new_residual = streams_residual<Element>(p);
+  const bool streams_out = streams_rows<OutElement>(p, p.out, kStreamOutBytes);
   alignas(64) Element copy[kBlock];
   for (int64_t row = begin; row < end; ++row) {
     const Element* x = row_of<const Element>(p.x, row);
-    if (p.residual.data != nullptr) x = write_residual_row<Element, OutElement>(p, row, streams, copy);
+    if (p.residual.data != nullptr) x = write_residual_row<Element, OutElement>(p, row, streams_new_residual, copy);
     const Statistics<T> statistics = row_statistics<T, kRms>(x, p.cols, inverse_n, p.eps);
     if constexpr (!kRms) static_cast<T*>(p.mean)[row] = statistics.center;
     static_cast<T*>(p.rstd)[row] = statistics.rstd;
-    normalize_row<T, kRms, kAffine>(row_of<OutElement>(p.out, row), x, p.cols, statistics,
-                                    static_cast<const T*>(p.weight), static_cast<const T*>(p.bias));
+    normalize_row<kRms, kAffine, OutElement>(p, row, x, statistics, streams_out);
   }
-  if (streams) fence_streams();
+  if (streams_new_residual || streams_out) fence_streams();
 }
 
 }  // namespace
