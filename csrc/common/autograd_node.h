@@ -9,7 +9,7 @@
 #include <utility>
 
 // It reaches into members that the node has in torch 2.11 to 2.13. Built with another, nodes go the long way.
-#define FASTATTN_SHORTENS_NODES (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR <= 13)
+#define FASTATTN_SHORTENS_NODES (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 11 && TORCH_VERSION_MINOR <= 13)
 
 #if FASTATTN_SHORTENS_NODES
 namespace fastattn {

@@ -201,7 +201,7 @@ bool is_packed_form_of(const Tensor& packed, const Tensor& weight) {
   std::memcpy(&header, packed.const_data_ptr(), sizeof header);
   return header.magic == kPackedWeightMagic && header.columns == weight.size(0) && header.depth == weight.size(1) &&
          header.source == reinterpret_cast<uint64_t>(weight.const_data_ptr()) &&
-         header.source_version == weight._version();
+         header.source_version == static_cast<uint64_t>(weight._version());
 }
 
 namespace {
