@@ -42,7 +42,10 @@ class Run:
 
 
 def write_json(run: Run, path: Path) -> None:
-    path.write_text(json.dumps(run.as_dict(), indent=1) + "\n")
+    # In one step: whoever is killed as it writes leaves the rows of before, from which a run goes on.
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(run.as_dict(), indent=1) + "\n")
+    unfinished.replace(path)
 
 
 def read_json(path: Path) -> Run:

@@ -11,6 +11,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import cycle
+from pathlib import Path
 
 import pytest
 import torch
@@ -246,6 +247,20 @@ def test_json_comes_back_as_it_was(tmp_path):
     report.write_json(run, tmp_path / "run.json")
     assert report.read_json(tmp_path / "run.json") == run
     assert json.loads((tmp_path / "run.json").read_text())["machine"]["commit"] == "abc123"
+
+
+def test_a_run_killed_as_it_writes_leaves_the_rows_of_before(tmp_path, monkeypatch):
+    run, write_text = make_run(), Path.write_text
+
+    def half(path, text):
+        write_text(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    report.write_json(run, tmp_path / "run.json")
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        report.write_json(replace(run, rows=[]), tmp_path / "run.json")
+    assert report.read_json(tmp_path / "run.json") == run
 
 
 def test_csv_has_a_line_for_each_row_and_peer(tmp_path):
