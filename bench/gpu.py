@@ -17,14 +17,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
 
 from bench import gpu_summary
-from bench.gpu_stages import ROOT, Stage, missing
+from bench.gpu_stages import ROOT, Stage, answer, missing
 
 # Those that put their tensors on the device of the backend they test, the narrowest first.
 DEVICE_TESTS = (
@@ -52,6 +51,8 @@ TEST_LIBRARIES_S = 150
 MARGIN_S, LEAST_S = 5, 10
 # One test, compiling included, and one row of a benchmark; a kernel that hangs takes no more.
 TEST_S, ROW_S = 60, 50
+# Loading torch from a cold disk included.
+ASKING_S = 120
 
 
 def test_stage(folder: Path, name: str, files: tuple[str, ...], selection: str, limit_s: float, workers: int) -> Stage:
@@ -96,7 +97,9 @@ def stages(folder: Path, rehearse: bool, workers: int) -> list[Stage]:
 def why_no_gpu() -> str | None:
     """Asks a fresh process, since this one may have loaded the extension before it was built."""
     code = "import fastattn; print(fastattn.available_backends()['cuda'] or '')"
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    run = answer([sys.executable, "-W", "ignore", "-c", code], ASKING_S)
+    if run is None:
+        return f"PyTorch and the device have not answered for {ASKING_S} s"
     return (run.stdout.strip() or None) if run.returncode == 0 else run.stderr.strip()
 
 
@@ -108,7 +111,11 @@ def device_name() -> str:
 
 
 def environment(rehearse: bool) -> dict[str, str]:
-    values = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
+    # Packages may be where the caller's PYTHONPATH says, and nvcc where setup.py looks for it beside PATH.
+    cuda = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    values = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive",
+              "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+              "PATH": os.pathsep.join(filter(None, (os.environ.get("PATH"), f"{cuda}/bin")))}  # fmt: skip
     if not rehearse:
         # Without a GPU's kernels nothing that follows means anything: do not go on to compile them for the emulator.
         return {"FASTATTN_CUDA": "nvcc", **values}

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.2
+# A process that waits in the driver for a device that does not answer outlives even SIGKILL: it is left behind.
+KILL_S = 10
 # What a command may exit with that has done its work; whatever else (a signal, a lost device) is worth going on after.
 FINISHED = (0, 1, 2)
 
@@ -102,7 +105,27 @@ class Stage:
                 process.wait(self.grace_s)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        try:
+            process.wait(KILL_S)
+        except subprocess.TimeoutExpired:
+            self.outcome += "; it cannot be killed"
+
+
+def answer(command: list[str], limit_s: float) -> subprocess.CompletedProcess | None:
+    """What a command that takes a moment says; None if it is not there or has not ended after ``limit_s``, whether it
+    can be killed or not."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        try:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err, stdin=subprocess.DEVNULL)
+            code = process.wait(limit_s)
+        except OSError:
+            return None
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return None
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(command, code, out.read(), err.read())
 
 
 def _hear_ctrl_c() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from xml.etree import ElementTree
 
-from bench.gpu_stages import Stage
+from bench.gpu_stages import Stage, answer
 
 MOST_FAILURES, MOST_REASONS, WIDTH = 12, 6, 150
 
@@ -22,13 +26,37 @@ def write(folder: Path, stages: Sequence[Stage], no_gpu: str | None) -> str:
     path = folder / "summary.json"
     records = {each["name"]: each for each in json.loads(path.read_text())["stages"]} if path.exists() else {}
     records |= {stage.name: asdict(stage) for stage in stages}
-    tests = {file.stem.removeprefix("tests_"): read_tests(file) for file in sorted(folder.glob("tests_*.xml"))}
-    benches = {file.parent.name: read_bench(file) for file in sorted(folder.glob("*/results.json"))}
-    summary = {"reason": no_gpu, "stages": list(records.values()), "tests": tests, "benches": benches}
+    tests, unreadable = read_all({f.stem.removeprefix("tests_"): f for f in folder.glob("tests_*.xml")}, read_tests)
+    benches, more = read_all({f.parent.name: f for f in folder.glob("*/results.json")}, read_bench)
+    summary = {"machine": machine(), "reason": no_gpu, "stages": list(records.values()), "tests": tests,
+               "benches": benches, "unreadable": [*unreadable, *more]}  # fmt: skip
     path.write_text(json.dumps(summary, indent=1) + "\n")
     text = "\n".join(line[:WIDTH] for line in lines(summary))
     (folder / "summary.txt").write_text(text + "\n")
     return text
+
+
+@cache
+def machine() -> str:
+    """The GPU and what has a say in how its kernels come out."""
+    query = answer(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], 10)
+    gpus = query.stdout.strip().splitlines() if query is not None and query.returncode == 0 else ["no GPU"]
+    parts = [*(gpu.replace(", ", ", driver ") for gpu in gpus), f"Python {platform.python_version()}"]
+    for package in ("torch", "triton", "numpy"):
+        with suppress(PackageNotFoundError):
+            parts.append(f"{package} {version(package)}")
+    return "; ".join(parts)
+
+
+def read_all(files: dict[str, Path], read: Callable[[Path], dict]) -> tuple[dict[str, dict], list[str]]:
+    """What ``files`` say, by name, and the files that say nothing: who is killed as it writes leaves half a report."""
+    found, unreadable = {}, []
+    for name, path in sorted(files.items()):
+        try:
+            found[name] = read(path)
+        except (ElementTree.ParseError, ValueError, KeyError, TypeError) as error:
+            unreadable.append(f"{path.parent.name}/{path.name}: {error}")
+    return found, unreadable
 
 
 def read_tests(path: Path) -> dict:
@@ -64,11 +92,13 @@ def first_line(text: str | None) -> str:
 
 
 def lines(summary: dict) -> Iterable[str]:
+    yield summary["machine"]
     if summary["reason"] is not None:
         yield f"no CUDA backend: {summary['reason']}"
     for stage in summary["stages"]:
         again = f" (after {len(stage['attempts'])} restarts)" if stage["attempts"] else ""
         yield f"{stage['name']:<16} {stage['outcome'] + again:<28} {stage['seconds']:5.0f} s  {stage['last_line']}"
+    yield from (f"unreadable: {each}" for each in summary["unreadable"])
     for name, tests in summary["tests"].items():
         yield f"\ntests {name}: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped"
         yield from few([f"  FAILED {each['test']}: {each['message']}" for each in tests["failures"]], MOST_FAILURES)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_summary
+from bench import gpu, gpu_stages, gpu_summary
 from bench.gpu_stages import ROOT, Stage
 
 ENVIRONMENT = dict(os.environ)
@@ -148,6 +148,43 @@ def test_a_rehearsal_compiles_for_the_emulator_alone(monkeypatch):
     assert gpu.environment(rehearse=False)["FASTATTN_CUDA"] == "nvcc"
 
 
+def test_a_run_finds_what_its_caller_finds(monkeypatch, tmp_path):
+    """Packages that the caller's PYTHONPATH names, and the compiler that setup.py finds beside PATH."""
+    (tmp_path / "carried.py").write_text("where = 'beside the installation'\n")
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text("")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", os.defpath)
+    values = gpu.environment(rehearse=False)
+    code = "import shutil, carried, bench.gpu; print(carried.where, shutil.which('nvcc'))"
+    said = subprocess.check_output([sys.executable, "-c", code], env=values, cwd=tmp_path, text=True)
+    assert said == f"beside the installation {compiler}\n"
+    monkeypatch.delenv("PYTHONPATH")
+    assert gpu.environment(rehearse=False)["PYTHONPATH"] == str(ROOT), "an empty entry would be the current folder"
+
+
+def test_a_device_that_does_not_answer_is_told(monkeypatch):
+    monkeypatch.setattr(gpu, "ASKING_S", 0.01)
+    assert gpu.why_no_gpu() == "PyTorch and the device have not answered for 0.01 s"
+
+
+def test_what_cannot_be_killed_is_left_behind(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_stages, "KILL_S", 0.5)
+    kill = gpu_stages.os.killpg
+    children = []
+    monkeypatch.setattr(gpu_stages.os, "killpg", lambda pid, number: children.append(pid))
+    stage = python("tests", "import time; time.sleep(60)", 0.5)
+    try:
+        assert not stage.run(tmp_path / "log.txt", ENVIRONMENT)
+    finally:
+        for child in children:
+            kill(child, signal.SIGKILL)
+    assert stage.outcome == "stopped after 0 s; it cannot be killed" and stage.seconds < 30
+
+
 # --- The summary -----------------------------------------------------------------------------------------------------
 
 JUNIT = """<testsuites><testsuite>
@@ -170,6 +207,29 @@ def test_the_summary_names_failures_and_counts_reasons(tmp_path):
     assert "skipped 2: head_dim 80 is refused" in text
     assert json.loads((tmp_path / "summary.json").read_text())["tests"]["cuda"]["failed"] == 1
     assert (tmp_path / "summary.txt").read_text() == text + "\n"
+
+
+def test_the_summary_names_the_machine(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 580.159.04'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    gpu_summary.machine.cache_clear()
+    try:
+        text = gpu_summary.write(tmp_path, [], None)
+    finally:
+        gpu_summary.machine.cache_clear()
+    assert text.startswith("NVIDIA H100 80GB HBM3, driver 580.159.04; Python 3.") and "; torch 2." in text
+
+
+def test_half_a_report_costs_no_other(tmp_path):
+    """Of a process that is killed as it writes."""
+    (tmp_path / "tests_cuda.xml").write_text(JUNIT)
+    (tmp_path / "tests_triton.xml").write_text(JUNIT[: len(JUNIT) // 2])
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / "results.json").write_text('{"rows": [')
+    text = gpu_summary.write(tmp_path, [Stage("build", [], 1, seconds=3.0, outcome="ok")], None)
+    assert "tests cuda: 1 passed, 1 failed, 2 skipped" in text and "tests triton" not in text
+    assert "/tests_triton.xml: " in text and "unreadable: cuda/results.json: Expecting value" in text
 
 
 def test_the_summary_shows_rows_with_and_without_times():
