@@ -16,7 +16,8 @@ from emulated import MODES, EmulatedLibrary, KernelLibrary, device_kernels, emul
 
 import fastattn
 from fastattn.ops import int8_matmul_eager as eager
-from fastattn.ops.int8_matmul import ACTIVATIONS, Int8MatmulCall
+from fastattn.ops.calls import Int8MatmulCall
+from fastattn.ops.int8_matmul import ACTIVATIONS
 from fastattn.ops.linear import ACTIVATION_FUNCTIONS
 
 ON_DEVICE = torch.cuda.is_available() and shutil.which("nvcc") is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,26 +13,8 @@ from fastattn.ops import attention_checks as checks
 from fastattn.ops import attention_compiled as compiled
 from fastattn.ops.attention_eager import attention_eager, attention_weights_eager
 from fastattn.ops.attention_triton import refuses_triton, run_triton, run_weights_triton
+from fastattn.ops.calls import AttentionCall
 from fastattn.ops.philox import draw_rng_state
-
-
-class AttentionCall(NamedTuple):
-    """One checked call, in the order of ``torch.ops.fastattn.attention``: what backends refuse or run."""
-
-    query: Tensor  # (batch, heads, seqlen_q, head_dim)
-    key: Tensor  # (batch, heads_kv, seqlen_k, head_dim)
-    value: Tensor  # (batch, heads_kv, seqlen_k, head_dim_v)
-    attn_mask: Tensor | None
-    alibi_slopes: Tensor | None
-    sinks: Tensor | None
-    rng_state: Tensor | None  # drawn when a backend is chosen, so that explain draws nothing
-    dropout_p: float
-    is_causal: bool
-    scale: float
-    window_left: int
-    window_right: int
-    bottom_right: bool
-    softcap: float
 
 
 def attention(

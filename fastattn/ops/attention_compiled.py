@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +11,7 @@ from torch import Tensor
 from fastattn._extension import extension, short_way
 from fastattn.dispatch import refuses_device
 from fastattn.ops.attention_eager import positions
-
-if TYPE_CHECKING:
-    from fastattn.ops.attention import AttentionCall
-    from fastattn.ops.attention_with_kv_cache import KvCacheCall
-    from fastattn.ops.varlen_attention import VarlenCall
+from fastattn.ops.calls import AttentionCall, KvCacheCall, VarlenCall
 
 _CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 _CUDA_DTYPES = frozenset({torch.bfloat16, torch.float16})

@@ -7,7 +7,7 @@ is imported when one of them runs for the first time.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,7 @@ from torch import Tensor
 from fastattn import _triton
 from fastattn.ops import attention_triton_tiles as tiles
 from fastattn.ops.attention_compiled import empty_rows, refuses_kernels
-
-if TYPE_CHECKING:
-    from fastattn.ops.attention import AttentionCall
+from fastattn.ops.calls import AttentionCall
 
 # 128 rows of a tile, at 32-bit offsets.
 MAX_STRIDE = 2**24

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,38 +13,13 @@ from fastattn import dispatch
 from fastattn.dispatch import Kernel, cuda_kernels, never_refuses, select
 from fastattn.ops import attention_checks as checks
 from fastattn.ops import attention_compiled as compiled
-from fastattn.ops.attention import AttentionCall, run_eager
+from fastattn.ops.attention import run_eager
 from fastattn.ops.attention_compiled import one_token_if_plain
 from fastattn.ops.attention_with_kv_cache_triton import refuses_kv_cache_triton, run_kv_cache_triton
+from fastattn.ops.calls import AttentionCall, KvCacheCall
 from fastattn.ops.varlen_attention import with_diagonals
 
 _MOST_ON_CPU = 2**31 - 1  # tokens of a sequence, and blocks
-
-
-class KvCacheCall(NamedTuple):
-    """One checked call of ``attention_with_kv_cache``; ``key`` and ``value`` are the caches."""
-
-    query: Tensor  # (batch, seqlen_q, heads, head_dim)
-    key: Tensor  # (batch, seqlen_cache, heads_kv, head_dim), or paged (blocks, block_size, heads_kv, head_dim)
-    value: Tensor
-    new_key: Tensor | None  # (batch, seqlen_new, heads_kv, head_dim)
-    new_value: Tensor | None
-    cache_seqlens: int | Tensor
-    block_table: Tensor | None
-    rotary: tuple[Tensor, Tensor] | None
-    rotary_interleaved: bool
-    alibi_slopes: Tensor | None
-    sinks: Tensor | None
-    is_causal: bool
-    scale: float
-    window_left: int
-    window_right: int
-    softcap: float
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that a sequence's part of the cache can hold."""
-        return self.key.shape[1] * (1 if self.block_table is None else self.block_table.shape[1])
 
 
 def attention_with_kv_cache(

@@ -6,7 +6,7 @@ tables stay on the device; where that is the CPU (the interpreter), their values
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,8 @@ from torch import Tensor
 from fastattn.ops import attention_checks as checks
 from fastattn.ops.attention_compiled import kv_cache_arguments
 from fastattn.ops.attention_triton import refuses_triton
+from fastattn.ops.calls import KvCacheCall
 from fastattn.ops.triton_launch import neighbours
-
-if TYPE_CHECKING:
-    from fastattn.ops.attention_with_kv_cache import KvCacheCall
 
 _OP = "attention_with_kv_cache"
 # Positions, and sums of a few of them, are 32-bit numbers.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -12,34 +10,12 @@ from fastattn.dispatch import Kernel, cuda_kernels, never_refuses
 from fastattn.ops import int8_matmul_compiled as compiled
 from fastattn.ops import int8_matmul_eager as eager
 from fastattn.ops import int8_matmul_triton as triton
+from fastattn.ops.calls import Int8LinearCall, Int8MatmulCall, QuantizeInt8Call
 from fastattn.ops.tensor_checks import check_dense
 
 # Public name -> name in the op schemas.
 ACTIVATIONS = {None: "none", "relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_tanh", "silu": "silu"}
 _FLOATING = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
-
-
-class QuantizeInt8Call(NamedTuple):
-    input: Tensor
-
-
-class Int8MatmulCall(NamedTuple):
-    a: Tensor
-    b: Tensor
-    a_scale: Tensor
-    b_scale: Tensor
-    bias: Tensor | None
-    activation: str
-    out_dtype: torch.dtype
-
-
-class Int8LinearCall(NamedTuple):
-    input: Tensor
-    weight: Tensor
-    weight_scale: Tensor
-    bias: Tensor | None
-    activation: str
-    packed: Tensor | None = None  # compiled.pack_weight(weight), kept by Int8Linear
 
 
 # --- Public functions ------------------------------------------------------------------------------------------------

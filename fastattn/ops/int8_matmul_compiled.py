@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from fastattn._extension import extension
 from fastattn.dispatch import refuses_device
-
-if TYPE_CHECKING:
-    from fastattn.ops.int8_matmul import Int8LinearCall, Int8MatmulCall, QuantizeInt8Call
+from fastattn.ops.calls import Int8LinearCall, Int8MatmulCall, QuantizeInt8Call
 
 # kInt8MaxDepth of csrc/int8_matmul/int8_matmul.h: 128 * 128 * K < 2^31.
 MAX_DEPTH = 131071

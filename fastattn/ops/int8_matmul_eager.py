@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastattn.ops.calls import Int8LinearCall, Int8MatmulCall, QuantizeInt8Call
 from fastattn.ops.linear import ACTIVATION_FUNCTIONS
-
-if TYPE_CHECKING:
-    from fastattn.ops.int8_matmul import Int8LinearCall, Int8MatmulCall, QuantizeInt8Call
 
 # The smallest normal float32: 1 / scale is finite for every scale from here on.
 _SMALLEST_SCALE = 2.0**-126

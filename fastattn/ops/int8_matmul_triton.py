@@ -6,17 +6,15 @@ first runs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn import _triton
 from fastattn.ops import int8_matmul_triton_launch as kernels
+from fastattn.ops.calls import Int8LinearCall, Int8MatmulCall, QuantizeInt8Call
 from fastattn.ops.int8_matmul_compiled import MAX_DEPTH
-
-if TYPE_CHECKING:
-    from fastattn.ops.int8_matmul import Int8LinearCall, Int8MatmulCall, QuantizeInt8Call
 
 _FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _ACTIVATIONS = frozenset(("none", "relu", "gelu", "gelu_tanh", "silu"))

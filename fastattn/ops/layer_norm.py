@@ -4,28 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastattn.dispatch import Kernel, cuda_kernels, never_refuses, register, select, takes_cpu
 from fastattn.ops import layer_norm_compiled, layer_norm_eager, layer_norm_triton
+from fastattn.ops.calls import LayerNormCall
 from fastattn.ops.tensor_checks import check_dense, check_number, check_probability
-
-
-class LayerNormCall(NamedTuple):
-    """A call of one of the four functions, its meaning checked."""
-
-    op: str
-    input: Tensor
-    residual: Tensor | None  # add_* only
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    dropout_p: float
-    normalized_dims: int
-    rms: bool
 
 
 def layer_norm(

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastattn._extension import extension, short_way
 from fastattn.dispatch import refuses_device
+from fastattn.ops.calls import LayerNormCall
 from fastattn.ops.philox import draw_rng_state
-
-if TYPE_CHECKING:
-    from fastattn.ops.layer_norm import LayerNormCall
 
 _CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _CUDA_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.ops.calls import LayerNormCall
 from fastattn.ops.philox import draw_rng_state, dropout_mask
-
-if TYPE_CHECKING:
-    from fastattn.ops.layer_norm import LayerNormCall
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:

@@ -6,7 +6,7 @@ imported when one of them first runs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,8 @@ from torch import Tensor
 from fastattn import _triton
 from fastattn.ops import layer_norm_compiled as compiled
 from fastattn.ops import layer_norm_triton_launch as kernels
+from fastattn.ops.calls import LayerNormCall
 from fastattn.ops.philox import draw_rng_state
-
-if TYPE_CHECKING:
-    from fastattn.ops.layer_norm import LayerNormCall
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,32 +12,11 @@ from fastattn import dispatch
 from fastattn.dispatch import Kernel, never_refuses, select
 from fastattn.ops import attention_checks as checks
 from fastattn.ops import attention_compiled as compiled
-from fastattn.ops.attention import AttentionCall, run_eager
+from fastattn.ops.attention import run_eager
 from fastattn.ops.attention_triton import refuses_triton
+from fastattn.ops.calls import AttentionCall, VarlenCall
 from fastattn.ops.philox import draw_rng_state
 from fastattn.ops.varlen_attention_triton import run_varlen_triton
-
-
-class VarlenCall(NamedTuple):
-    """One checked call of ``varlen_attention``; from ``alibi_slopes`` on as in `AttentionCall`."""
-
-    query: Tensor  # (total_q, heads, head_dim)
-    key: Tensor
-    value: Tensor
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    max_seqlen_q: int
-    max_seqlen_k: int
-    alibi_slopes: Tensor | None
-    sinks: Tensor | None
-    rng_state: Tensor | None
-    dropout_p: float
-    is_causal: bool
-    scale: float
-    window_left: int
-    window_right: int
-    bottom_right: bool
-    softcap: float
 
 
 def varlen_attention(

@@ -6,7 +6,7 @@ How the kernels find their sequences: attention_triton_packed.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from torch import Tensor
 from fastattn.ops import attention_checks as checks
 from fastattn.ops.attention_compiled import empty_rows
 from fastattn.ops.attention_triton import MAX_STRIDE, refuse_second_derivatives
-
-if TYPE_CHECKING:
-    from fastattn.ops.varlen_attention import VarlenCall
+from fastattn.ops.calls import VarlenCall
 
 
 def run_varlen_triton(call: VarlenCall) -> tuple[Tensor, Tensor]:
