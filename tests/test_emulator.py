@@ -54,9 +54,13 @@ ALWAYS_REPORTED = {
     "load_without_fence_mbarrier_init": r"fence.mbarrier_init is missing",
     "load_over_stores_without_fence_proxy": r"writes over .*which ordinary stores changed without fence.proxy.async",
     "store_without_fence_proxy": r"reads .*which ordinary stores changed without fence.proxy.async",
+    "store_before_the_start": r"a box that starts at -4 in dimension 0",
+    "rows_shorter_than_the_swizzle": r"rows of 64 bytes in a swizzle of 128",
+    "store_async_without_a_cluster": r"in a cluster of one block",
     "turn_passed_while_a_store_writes": r"bulk.* may not be complete yet: cp.async.bulk.wait_group is missing",
     "wgmma_without_fence": r"no wgmma.fence since the last wgmma.commit_group",
     "warps_of_a_warpgroup_disagree": r"warps 0 and 1 of one warpgroup issued different wgmma sequences",
+    "warps_of_a_warpgroup_wait_differently": r"warps 0 and 1 of one warpgroup issued different wgmma sequences",
     "descriptor_outside_shared": r"a descriptor reaches shared address \d+, outside the block's memory",
     "more_registers_than_were_given_back": r"deadlock(.*\n)*.*setmaxnreg\.inc",
     "setmaxnreg_by_one_warp": r"warps 0 and 1 of one warpgroup executed different setmaxnreg",
@@ -113,6 +117,10 @@ def test_deadlock_report_describes_the_mbarrier(mode):
 
 def test_shared_memory_starts_as_nan():
     assert run("uninitialised_shared")[:32].isnan().all()
+
+
+def test_bulk_additions_flush_denormals():
+    assert (run("denormals_added_in_bulk") == 0).all()
 
 
 def test_accumulators_in_flight_are_nan():

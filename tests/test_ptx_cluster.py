@@ -46,7 +46,8 @@ def test_loads_and_stores(clusters, words, blocks, cluster):
 
 
 @pytest.mark.parametrize("words", [1, 2, 4])
-@pytest.mark.parametrize("blocks, cluster", [(2, 1), (4, 2), (8, 8)], ids=str)
+# Not in clusters of one block, where PTX leaves st.async undefined.
+@pytest.mark.parametrize("blocks, cluster", [(2, 2), (8, 4), (8, 8)], ids=str)
 def test_asynchronous_stores(clusters, words, blocks, cluster):
     rounds = 5
     values = torch.randint(0, 1 << 16, (rounds, blocks // cluster, cluster, THREADS, words), dtype=torch.int32)

@@ -239,6 +239,7 @@ struct FwdRows {
     const int stage = mask_at.stage(mask), lane = static_cast<int>(threadIdx.x) % 32;
     mbarrier_wait(&smem.mask_full[stage][group], mask_at.parity(mask));
     apply_mask_stage(s, args.scores, mask, smem.mask(mask, stage, group), rows.first - work.first_row - 64 * group);
+    fence_proxy_async();  // it is read before the next one comes in its place
     __syncwarp();
     if (lane == 0) mbarrier_arrive(&smem.mask_empty[stage][group]);
     ++mask_at.count;
@@ -308,12 +309,13 @@ FASTATTN_DEVICE void attend(float (&o)[1][Traits::kHeadDim / 8][4], FwdRows<Trai
     float correction[1][2];
     const bool raised = rows.probabilities(s, tile, masked, correction);
 
-    if (raised && !first) {
+    // Behind a branch, over which the compiler does not move it: else it waits first and exponentiates afterwards. The
+    // warps of a group wait together, as wgmma asks for, whichever of them raised.
+    if (!first) {
       wgmma_wait_group<0>();
       pin_accumulators(wgmma_registers(o));
-      for_each_score(o, [&](float& x, int m, int half, int, int) { x *= correction[m][half]; });
+      if (raised) for_each_score(o, [&](float& x, int m, int half, int, int) { x *= correction[m][half]; });
     }
-    // Behind a branch, over which the compiler does not move it: else it waits first and exponentiates afterwards.
     wgmma_wait_group<0>();
     pin_accumulators(wgmma_registers(o));
     if (releases && !first) mbarrier_arrive(&smem.v_empty[before.stage()]);

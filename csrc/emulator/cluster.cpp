@@ -151,6 +151,7 @@ void store_async(uint32_t address, const void* source, size_t bytes, uint32_t ba
   const IgnoreScope hidden;
   const ClusterTarget target = target_of(address, site), arrives_at = target_of(barrier, site);
   if (&target.block != &arrives_at.block) fail(site, "the destination and the mbarrier belong to different blocks");
+  if (cluster_blocks() == 1) fail(site, "in a cluster of one block, where PTX leaves it undefined");
   uint8_t* destination = shared_pointer(target.block, target.address, bytes, bytes, site);
   MBarrier& mbarrier = remote_mbarrier(arrives_at, site);
   tsan_write(destination, bytes);

@@ -2,6 +2,8 @@
 // `site` names the instruction and the kernel line, for error messages.
 #pragma once
 
+#include <cmath>
+
 #include "emulator/cuda.h"
 #include "emulator/tensor_map.h"
 
@@ -17,6 +19,8 @@ uint32_t shared_address(const void* pointer, Site site);
 inline void check_alignment(const void* pointer, int bytes, const Site& site) {
   if (reinterpret_cast<uintptr_t>(pointer) % static_cast<unsigned>(bytes) != 0) misaligned(pointer, bytes, site);
 }
+
+inline float flush_denormal(float value) { return std::fabs(value) < 0x1p-126f ? std::copysign(0.0f, value) : value; }
 
 // ---- approximate.cpp
 float ex2_approx(float x);

@@ -88,6 +88,12 @@ static Tile checked_tile(const TensorMap& map, uint32_t shared, const int32_t* c
                          const Site& site) {
   if (map.magic != TensorMap::kMagic) fail(site, "not an encoded tensor map");
   if (map.rank != rank) fail(site, "%d coordinates for a tensor map of rank %d", rank, map.rank);
+  // CUDA C++ Programming Guide, "The Swizzle Modes": shared memory must hold rows as wide as the swizzle. How shorter
+  // ones would lie there it does not say.
+  const int row_bytes = map.box[0] * map.element_bytes;
+  if (map.swizzle_bytes != 0 && row_bytes != map.swizzle_bytes) {
+    fail(site, "rows of %d bytes in a swizzle of %d: they would not fill its lines", row_bytes, map.swizzle_bytes);
+  }
   // The swizzle follows address bits: only tiles that start at a whole pattern look the same to wgmma and to ldmatrix.
   const size_t alignment = std::max<size_t>(128, size_t{map.swizzle_bytes} * 8);
   shared_pointer(shared, tile_bytes(map), alignment, site);
@@ -166,34 +172,34 @@ void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_
 // ---- stores. Each has two moments: its source is read, its destination is written. Late ones read at wait_group.read
 // and write at wait_group, or after the block has ended.
 
-template <typename T>
-static void add_atomically(uint8_t* global, const uint8_t* value) {
+template <typename T, typename Add>
+static void add_atomically(uint8_t* global, const uint8_t* value, Add add) {
   T addend;
   std::memcpy(&addend, value, sizeof(T));
-  std::atomic_ref<T>(*reinterpret_cast<T*>(global)).fetch_add(addend, std::memory_order_relaxed);
+  std::atomic_ref<T> target(*reinterpret_cast<T*>(global));
+  T old = target.load(std::memory_order_relaxed);
+  while (!target.compare_exchange_weak(old, add(old, addend), std::memory_order_relaxed)) {
+  }
 }
 
+// PTX ISA, "cp.reduce.async.bulk": additions in fp32 make denormals 0, those in fp16 and bf16 (.noftz) keep them.
+static float add_flushed(float a, float b) { return flush_denormal(flush_denormal(a) + flush_denormal(b)); }
+
 template <typename Half, float (*kToFloat)(Half), Half (*kFromFloat)(float)>
-static void add_half_atomically(uint8_t* global, const uint8_t* value) {
-  uint16_t addend;
-  std::memcpy(&addend, value, sizeof addend);
-  std::atomic_ref<uint16_t> target(*reinterpret_cast<uint16_t*>(global));
-  uint16_t old = target.load(std::memory_order_relaxed);
-  while (!target.compare_exchange_weak(old, kFromFloat(kToFloat({old}) + kToFloat({addend})).bits,
-                                       std::memory_order_relaxed)) {
-  }
+static uint16_t add_halves(uint16_t a, uint16_t b) {
+  return kFromFloat(kToFloat({a}) + kToFloat({b})).bits;
 }
 
 static void add_element(Element element, uint8_t* global, const uint8_t* value, const Site& site) {
   switch (element) {
     case Element::kFloat32:
-      return add_atomically<float>(global, value);
+      return add_atomically<float>(global, value, add_flushed);
     case Element::kInt32:
-      return add_atomically<int32_t>(global, value);
+      return add_atomically<uint32_t>(global, value, std::plus<uint32_t>());
     case Element::kFloat16:
-      return add_half_atomically<__half, __half2float, __float2half_rn>(global, value);
+      return add_atomically<uint16_t>(global, value, add_halves<__half, __half2float, __float2half_rn>);
     case Element::kBFloat16:
-      return add_half_atomically<__nv_bfloat16, __bfloat162float, __float2bfloat16_rn>(global, value);
+      return add_atomically<uint16_t>(global, value, add_halves<__nv_bfloat16, __bfloat162float, __float2bfloat16_rn>);
     default:
       fail(site, "no addition for this element type");
   }
@@ -233,6 +239,10 @@ static void start_store(uint32_t shared, uint32_t bytes, const Site& site, std::
 
 void tma_store(const TensorMap& map, uint32_t source, const int32_t* coordinates, int rank, bool adds, Site site) {
   const IgnoreScope hidden;
+  // PTX ISA, "Restriction on Tensor Copy instructions"; loads may start before the tensor.
+  for (int i = 0; i < rank; ++i) {
+    if (coordinates[i] < 0) fail(site, "a box that starts at %d in dimension %d", coordinates[i], i);
+  }
   const Tile tile = checked_tile(map, source, coordinates, rank, site);
   start_store(source, tile_bytes(map), site, [tile, adds, site](const uint8_t* bytes) {
     for_each_chunk(tile, [&](uint32_t offset, uint8_t* global, uint32_t begin, uint32_t end) {

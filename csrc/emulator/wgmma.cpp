@@ -2,7 +2,8 @@
 //
 // Warp w of a warpgroup owns rows 16 w to 16 w + 15, with the accumulator layout of mma.m16n8: so each warp carries out
 // its own slice when its lanes have met, and the four warps may drift apart, which is harsher than the device. At the
-// block's end the four must have issued the same sequence.
+// block's end the four must have issued the same sequence, of fences, commits and waits as of products: the manual asks
+// for the same instruction in the whole warpgroup.
 //
 // A late wgmma reads its operands at the wait. Its accumulators are saved at issue and overwritten with a signalling
 // NaN until then. Reading them early gives NaN; arithmetic on them changes the pattern (it sets the quiet bit), which
@@ -242,9 +243,15 @@ void wgmma_mma_async(void* d, const WgmmaOperands& operands, Site site) {
   });
 }
 
+// In the history, beside the products.
+constexpr uint64_t kFence = 1, kCommit = 2, kWait = 3;  // the wait for n groups in flight is kWait + n
+
 void wgmma_fence(Site site) {
   char nothing = 0;
-  collective(kFullMask, site, nothing, [](char**, uint32_t) { current_thread().warp->wgmma_fenced = true; });
+  collective(kFullMask, site, nothing, [](char**, uint32_t) {
+    current_thread().warp->wgmma_fenced = true;
+    current_thread().warp->wgmma_history.push_back(kFence);
+  });
 }
 
 void wgmma_commit_group(Site site) {
@@ -252,6 +259,7 @@ void wgmma_commit_group(Site site) {
   collective(kFullMask, site, nothing, [](char**, uint32_t) {
     Warp& warp = *current_thread().warp;
     warp.wgmma_fenced = false;
+    warp.wgmma_history.push_back(kCommit);
     ++warp.wgmma_group;
   });
 }
@@ -260,6 +268,7 @@ void wgmma_wait_group(int groups_in_flight, Site site) {
   char nothing = 0;
   const auto finish = [=](char**, uint32_t) {
     Warp& warp = *current_thread().warp;
+    warp.wgmma_history.push_back(kWait + static_cast<uint64_t>(groups_in_flight));
     while (!warp.wgmmas.empty() && warp.wgmmas.front()->group < warp.wgmma_group - groups_in_flight) {
       finish_oldest(warp);
     }

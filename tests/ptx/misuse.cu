@@ -1,6 +1,7 @@
 // Kernels that break one rule each. The emulator must name the rule and the line; a device would hang, fault or give
 // wrong numbers, so these never run there. Every kernel gets `data`, `count` floats of global memory.
 #include "common/launch.cuh"
+#include "common/ptx_cluster.cuh"
 #include "common/ptx_wgmma.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
@@ -231,6 +232,58 @@ KERNEL(turn_passed_while_a_store_writes, 32, 0) {
   }
 }
 
+KERNEL(denormals_added_in_bulk, 32, 0) {  // no error: they become 0
+  FASTATTN_SHARED(values, float4[8]);
+  reinterpret_cast<float*>(values)[threadIdx.x] = 0x1p-127f;
+  fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    bulk_reduce_add(data, reinterpret_cast<float*>(values), 128);
+    bulk_commit_group();
+    bulk_wait_group<0>();
+  }
+}
+
+// `data` as 4 rows of 16 columns, of which a copy takes one.
+#define KERNEL_WITH_MAP(name, swizzle)                                                            \
+  __global__ void name##_kernel(const __grid_constant__ TensorMap map);                           \
+  extern "C" const char* misuse_##name(float* data, int, void* stream) {                          \
+    TensorMap map;                                                                                \
+    const char* error = make_tensor_map<float, 2>(map, data, {16, 4}, {1, 16}, {16, 1}, swizzle); \
+    if (error != nullptr) return error;                                                           \
+    return launch_kernel(name##_kernel, 1, 32, 1024, static_cast<cudaStream_t>(stream), map);     \
+  }                                                                                               \
+  __global__ void name##_kernel(const __grid_constant__ TensorMap map)
+
+KERNEL_WITH_MAP(store_before_the_start, Swizzle::kNone) {
+  FASTATTN_DYNAMIC_SMEM(smem);
+  if (threadIdx.x == 0) {
+    tma_store(&map, smem, {-4, 0});
+    bulk_commit_group();
+    bulk_wait_group<0>();
+  }
+}
+
+KERNEL_WITH_MAP(rows_shorter_than_the_swizzle, Swizzle::k128) {
+  FASTATTN_DYNAMIC_SMEM(smem);
+  if (threadIdx.x == 0) {
+    tma_store(&map, smem, {0, 0});
+    bulk_commit_group();
+    bulk_wait_group<0>();
+  }
+}
+
+KERNEL(store_async_without_a_cluster, 32, 0) {
+  FASTATTN_SHARED(word, uint32_t[1]);
+  FASTATTN_SHARED(barrier, uint64_t[1]);
+  init_barrier(&barrier[0], 1);
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect_tx(&barrier[0], 4);
+    store_async(smem_address(word), {1u}, smem_address(&barrier[0]));
+  }
+  mbarrier_wait_cluster(&barrier[0], 0);
+}
+
 // ---- wgmma on tiles of zeros: 64 x 16 and 16 x 16 bf16, no swizzle
 
 __device__ inline void zero_tiles(uint8_t* smem) {
@@ -307,6 +360,17 @@ KERNEL(warps_of_a_warpgroup_disagree, 128, 2560) {
     wgmma_commit_group();
     wgmma_wait_group<0>();
   }
+}
+
+KERNEL(warps_of_a_warpgroup_wait_differently, 128, 2560) {
+  FASTATTN_DYNAMIC_SMEM(smem);
+  zero_tiles(smem);
+  float d[8] = {};
+  wgmma_fence();
+  issue_product(d, smem);
+  wgmma_commit_group();
+  if (threadIdx.x < 32) wgmma_wait_group<0>();
+  wgmma_wait_group<0>();
 }
 
 KERNEL(descriptor_outside_shared, 128, 1024) {
