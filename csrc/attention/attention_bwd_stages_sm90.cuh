@@ -185,6 +185,7 @@ FASTATTN_DEVICE StepMask wait_for_mask(Smem& smem, const MaskStages& mask, BwdSt
 template <typename Smem>
 FASTATTN_DEVICE void release_mask(Smem& smem, const StepMask& mask) {
   if (mask.stage_smem == nullptr) return;
+  fence_proxy_async();  // it is read before the next one comes in its place
   __syncwarp();
   if (threadIdx.x % 32 == 0) mbarrier_arrive(&smem.mask_empty[mask.stage]);
 }

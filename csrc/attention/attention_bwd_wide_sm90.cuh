@@ -213,6 +213,7 @@ FASTATTN_DEVICE void make_dv(AttentionBwdWideSm90Smem<Traits>& smem, const Atten
 
     make_step_probabilities<Traits>(s, p, smem, tile_scores<Traits>(scores, own.scores), mask, dropout, group.keys,
                                     info, group.warp_row + group.lane / 4, smem.lse[group.q_at.stage()]);
+    fence_proxy_async();  // lse is read before the next comes in its place
     group.release_q();
     mbarrier_wait(&smem.p_empty, (group.q_at.count & 1) ^ 1);
 #pragma unroll
@@ -247,6 +248,7 @@ FASTATTN_DEVICE void make_dx(typename Traits::Operand& dx, const BwdWideGroup<Tr
   group.arrive_by_warp(&smem.p_empty);
   typename Traits::Operand rounded_before;
   make_score_gradients<Traits>(dx, rounded_before, dp, p, group.args.scores, smem.delta[group.dout_at.stage()]);
+  fence_proxy_async();  // delta is read before the next comes in its place
   group.release_dout();
   const typename Traits::TileDx dx_tile{smem_address(smem.dx)};
   bar_sync(kWideKeysBarrier, 128);  // all four warps have multiplied dX of the step before

@@ -146,6 +146,7 @@ FASTATTN_DEVICE void store_last_rows(uint8_t* out_smem, int warp_row, int count,
     store_staged_chunk(dst, staged_place(tile, out_smem, warp_row + nth, col), args.head_dim_v - col,
                        args.out_is_aligned);
   }
+  fence_proxy_async();  // the rows are read before q may come in their place
   __syncwarp();
 }
 

@@ -95,7 +95,7 @@ FASTATTN_DEVICE void cp_async_mbarrier_arrive_noinc(uint64_t* barrier_smem FASTA
 
 // ---- proxies, "fence.proxy". Bulk copies and wgmma reach memory through the asynchronous proxy; ordinary stores to
 // shared memory become visible to it by this fence, executed after them and before the synchronisation that leads
-// there.
+// there. So are ordinary loads ordered before a bulk copy that will write where they have read.
 
 FASTATTN_DEVICE void fence_proxy_async() {
 #if defined(FASTATTN_EMULATED)
