@@ -430,6 +430,19 @@ BAD_INPUTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("backend", OPS_BACKENDS)
+def test_second_derivatives_raise(backend):
+    """Instead of an internal error of PyTorch, in the first backward, over the gradient of a mask that is not there."""
+    cu_seqlens = torch.tensor([0, 2, 5])
+    query = torch.randn(5, 2, 8, requires_grad=True)
+    out = fastattn.varlen_attention(query, query, query, cu_seqlens, cu_seqlens, 3, 3, backend=backend)
+    loss = out.square().sum()
+    (gradient,) = torch.autograd.grad(loss, query, create_graph=True)
+    assert torch.equal(gradient, torch.autograd.grad(loss, query)[0])
+    with pytest.raises(NotImplementedError, match="backend='eager'"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize(("change", "error", "message"), BAD_INPUTS, ids=[case[2][:40] for case in BAD_INPUTS])
 def test_rejects(change, error, message):
     arguments = {

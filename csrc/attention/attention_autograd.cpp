@@ -239,6 +239,8 @@ struct AttentionBackwardFunction : torch::autograd::Function<AttentionBackwardFu
         call_attention_backward(dout, dlse, query, key, value, out, lse, attn_mask, alibi_slopes, sinks, rng_state,
                                 packing, scoring, need_dmask, need_dsinks);
     ctx->set_materialize_grads(false);
+    // Packed sequences have no mask, but every output of a Function has to be a tensor.
+    if (!dmask.defined()) dmask = at::empty({0}, dq.options());
     return {dq, dk, dv, dmask, dsinks};
   }
 
