@@ -56,6 +56,7 @@ th { text-align: right; font-weight: 500; color: var(--soft); padding: 4px 10px 
 td { text-align: right; padding: 4px 10px 4px 0; border-top: 1px solid var(--faint) }
 th.left, td.left { text-align: left } tr.more td { border-top: 0; padding-top: 0 } td.soft { color: var(--soft) }
 td.note { white-space: normal; color: var(--soft); text-align: left; border-top: 0; padding-top: 0 }
+@media (max-width: 720px) { .chart { overflow-x: auto } .chart svg { min-width: 680px } }
 td.note.bad { color: var(--bad); font-weight: 600 } .faster { font-weight: 650 } .slow { color: var(--bad) }
 """
 )
@@ -79,7 +80,7 @@ def render(run: Run) -> str:
          "scale makes twice as fast as long as half as fast.", ratio_bars(run.rows)),
     ]  # fmt: skip
     body = "".join(
-        f"<section><h2>{title}</h2><p class='soft'>{text}</p>{chart}</section>"
+        f"<section><h2>{title}</h2><p class='soft'>{text}</p><div class='chart'>{chart}</div></section>"
         for title, text, chart in sections
         if chart
     )
