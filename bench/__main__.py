@@ -49,7 +49,9 @@ FULL_RUN_S, QUICK_RUN_S = 520.0, 100.0
 What = Enum("What", {name: name for name in (*GROUPS, "all")}, type=str)
 Backend = Enum("Backend", {name: name for name in fastattn.available_backends()}, type=str)
 Device = Enum("Device", {name: name for name in ("cpu", "cuda")}, type=str)
-Dtype = Enum("Dtype", {name: name for name in ("float32", "bfloat16", "float16")}, type=str)
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16",
+          "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # fmt: skip
+Dtype = Enum("Dtype", {name: name for name in DTYPES}, type=str)
 
 app = typer.Typer(add_completion=False)
 
@@ -147,7 +149,9 @@ def main(
         Backend | None,
         typer.Option(help="whose kernels; a case it refuses says why", show_default="as the device"),
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="only rows of this dtype")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="only rows of this dtype", metavar="<float32|bfloat16|float16|fp32|bf16|fp16>")
+    ] = None,
     match: Annotated[str, typer.Option(help='only rows with this in their name: "causal", "12x128x64"')] = "",
     quick: Annotated[bool, typer.Option("--quick", help="fewer rows, shorter timing: about two minutes")] = False,
     threads: Annotated[int, typer.Option(min=0, help="0 = as many as torch takes by itself")] = 0,
@@ -169,7 +173,7 @@ def main(
     if reason is not None:
         console.print(f"[bold red]backend {name!r} cannot run here:[/] {reason}", highlight=False)
         raise typer.Exit(2)
-    cases = select_cases(what.value, dtype.value if dtype else None, quick, match, device.value)
+    cases = select_cases(what.value, DTYPES[dtype.value] if dtype else None, quick, match, device.value)
     if not cases:
         console.print("[bold red]no case fits these options[/]")
         raise typer.Exit(2)

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # `python bench/bench_attention.py …` is `python -m bench attention …`.
+    import runpy
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # Python puts this folder there, which hides the package.
+    sys.argv.insert(1, "attention")
+    runpy.run_module("bench", run_name="__main__")
+
 import math
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 
@@ -356,10 +365,3 @@ def decode_with_cache(block_size: int | None, heads: int, heads_kv: int, seqlen_
 
 def _text(shape: Shape) -> str:
     return "×".join(map(str, shape))
-
-
-if __name__ == "__main__":
-    # `python -m bench.bench_attention …` is `python -m bench attention …`.
-    from bench.__main__ import app
-
-    app([GROUP, *sys.argv[1:]], prog_name=f"python -m bench {GROUP}")

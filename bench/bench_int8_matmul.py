@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+if __name__ == "__main__":
+    # `python bench/bench_int8_matmul.py …` is `python -m bench int8_matmul …`.
+    import runpy
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # Python puts this folder there, which hides the package.
+    sys.argv.insert(1, "int8_matmul")
+    runpy.run_module("bench", run_name="__main__")
+
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 
@@ -102,10 +111,3 @@ def dynamically_quantised(model: nn.Module, engine: str) -> nn.Module:
         return wrapped[0]
     finally:
         torch.backends.quantized.engine = before
-
-
-if __name__ == "__main__":
-    # `python -m bench.bench_int8_matmul …` is `python -m bench int8_matmul …`.
-    from bench.__main__ import app
-
-    app([GROUP, *sys.argv[1:]], prog_name=f"python -m bench {GROUP}")

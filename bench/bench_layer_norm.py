@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+if __name__ == "__main__":
+    # `python bench/bench_layer_norm.py …` is `python -m bench layer_norm …`.
+    import runpy
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # Python puts this folder there, which hides the package.
+    sys.argv.insert(1, "layer_norm")
+    runpy.run_module("bench", run_name="__main__")
+
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -159,10 +168,3 @@ def build_op_alone(rows: int, columns: int) -> Subject:
     names = ("dx", "dweight", "dbias")
     check = as_accurate_as_eager(ours, lambda: definition(torch.float32), lambda: definition(torch.float64), names)
     return Subject(ours, {"native_layer_norm_backward": theirs}, check)
-
-
-if __name__ == "__main__":
-    # `python -m bench.bench_layer_norm …` is `python -m bench layer_norm …`.
-    from bench.__main__ import app
-
-    app([GROUP, *sys.argv[1:]], prog_name=f"python -m bench {GROUP}")

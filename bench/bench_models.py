@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # `python bench/bench_models.py …` is `python -m bench models …`.
+    import runpy
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # Python puts this folder there, which hides the package.
+    sys.argv.insert(1, "models")
+    runpy.run_module("bench", run_name="__main__")
+
 import copy
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 
@@ -287,10 +296,3 @@ def quantised_forms(model: SentenceEncoder, given: tuple[Tensor, ...]) -> dict[s
             layers.append([dynamically_quantised(module, engine) for module in modules])
         forms[f"torch int8 {engine}"] = partial(sdpa_form, model, *given, layers=layers)
     return forms
-
-
-if __name__ == "__main__":
-    # `python -m bench.bench_models …` is `python -m bench models …`.
-    from bench.__main__ import app
-
-    app([GROUP, *sys.argv[1:]], prog_name=f"python -m bench {GROUP}")

@@ -350,6 +350,13 @@ def invoke(monkeypatch, cases: list[Case], *arguments: str):
     return CliRunner().invoke(cli.app, ["attention", "--backend", "eager", *arguments])
 
 
+@pytest.mark.parametrize("name", ["bf16", "bfloat16"])
+def test_dtypes_have_short_names(small_runs, monkeypatch, tmp_path, name):
+    cases = [toy_case(), replace(toy_case(), dtype="bfloat16")]
+    assert invoke(monkeypatch, cases, "--dtype", name, "--out", str(tmp_path)).exit_code == 0
+    assert [row.dtype for row in report.read_json(tmp_path / "results.json").rows] == ["bfloat16"]
+
+
 def test_command_line_goes_on_after_the_row_that_ended_it(small_runs, monkeypatch, tmp_path):
     def end():
         raise SystemExit(130)

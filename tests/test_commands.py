@@ -461,10 +461,13 @@ def test_a_missing_package_is_one_line(command, packages, tmp_path):
 
 
 @pytest.mark.parametrize("group", ["attention", "layer_norm", "int8_matmul", "models"])
-def test_a_bench_file_is_a_command_too(group):
-    """It imported its cases, and ended without a word."""
-    command = [sys.executable, "-m", f"bench.bench_{group}", "--backend", "eager", "--match", "no such row"]
-    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+@pytest.mark.parametrize("by_path", [False, True], ids=["module", "path"])
+def test_a_bench_file_is_a_command_too(by_path, group, tmp_path):
+    """It imported its cases, and ended without a word; by its path it did not find fastattn."""
+    name = [str(ROOT / "bench" / f"bench_{group}.py")] if by_path else ["-m", f"bench.bench_{group}"]
+    command = [sys.executable, *name, "--backend", "eager", "--match", "no such row", "--out", str(tmp_path / "out")]
+    where = tmp_path if by_path else ROOT
+    outcome = subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=200)
     assert (outcome.returncode, outcome.stdout) == (2, "no case fits these options\n"), outcome.stderr
 
 
