@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "common/autograd_node.h"
@@ -232,18 +233,22 @@ Outputs4 add_layer_norm_autograd(const Tensor& input, const Tensor& residual, co
 // Runs a backward op where its inputs require grad themselves (create_graph=True); raises where the gradient of its
 // outputs is wanted.
 struct NoDoubleBackward : torch::autograd::Function<NoDoubleBackward> {
-  static variable_list forward(AutogradContext*, at::TensorList, c10::function_ref<variable_list()> run) {
+  static variable_list forward(AutogradContext* ctx, at::TensorList, const std::string& op,
+                               c10::function_ref<variable_list()> run) {
+    ctx->saved_data["op"] = op;
     at::AutoDispatchBelowADInplaceOrView guard;
     return run();
   }
-  static variable_list backward(AutogradContext*, const variable_list&) {
+  static variable_list backward(AutogradContext* ctx, const variable_list&) {
     TORCH_CHECK_NOT_IMPLEMENTED(
-        false, "layer_norm: the kernels do not compute gradients of gradients. Use backend='eager', which does.");
+        false, ctx->saved_data["op"].toStringRef(),
+        ": the kernels do not compute gradients of gradients. Use backend='eager', which does.");
   }
 };
 
 template <typename... Tensors>
-variable_list run_without_double_backward(c10::function_ref<variable_list()> run, const Tensors&... inputs) {
+variable_list run_without_double_backward(const char* op, c10::function_ref<variable_list()> run,
+                                          const Tensors&... inputs) {
   if (!any_requires_grad(inputs...)) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return run();
@@ -252,7 +257,7 @@ variable_list run_without_double_backward(c10::function_ref<variable_list()> run
   for (const OptionalTensor& input : {OptionalTensor(inputs)...}) {
     if (input && input->defined()) tracked.push_back(*input);
   }
-  return NoDoubleBackward::apply(at::TensorList(tracked), run);
+  return NoDoubleBackward::apply(at::TensorList(tracked), std::string(op), run);
 }
 
 Outputs3 layer_norm_backward_autograd(const Tensor& dout, const Tensor& input, const Tensor& mean, const Tensor& rstd,
@@ -263,7 +268,7 @@ Outputs3 layer_norm_backward_autograd(const Tensor& dout, const Tensor& input, c
                                                                   need_dweight, need_dbias, bias_dtype);
     return variable_list{dinput, dweight, dbias};
   };
-  const variable_list outputs = run_without_double_backward(run, dout, input, weight);
+  const variable_list outputs = run_without_double_backward(rms ? "rms_norm" : "layer_norm", run, dout, input, weight);
   return {outputs[0], outputs[1], outputs[2]};
 }
 
@@ -278,7 +283,8 @@ Outputs4 add_layer_norm_backward_autograd(const Tensor& dout, const OptionalTens
                                           normalized_dims, rms, need_dweight, need_dbias, bias_dtype, input_dtype);
     return variable_list{dinput, dresidual, dweight, dbias};
   };
-  const variable_list outputs = run_without_double_backward(run, dout, dnew_residual, new_residual, weight);
+  const char* const op = rms ? "add_rms_norm" : "add_layer_norm";
+  const variable_list outputs = run_without_double_backward(op, run, dout, dnew_residual, new_residual, weight);
   return {outputs[0], outputs[1], outputs[2], outputs[3]};
 }
 
