@@ -190,9 +190,19 @@ def _add_layer_norm_gradients(ctx: Any, dout: Tensor | None, dnew_residual: Tens
     return dinput, dresidual, dweight if need_dweight else None, dbias if need_dbias else None, *none
 
 
+def _name_layer_norm(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *_, rms, _, _, _ = inputs
+    ctx.op = "rms_norm" if rms else "layer_norm"
+
+
+def _name_add_layer_norm(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *_, rms, _, _, _, _ = inputs
+    ctx.op = "add_rms_norm" if rms else "add_layer_norm"
+
+
 def _no_double_backward(ctx: Any, *gradients: Any) -> None:
     raise NotImplementedError(
-        "layer_norm: the kernels do not compute gradients of gradients. Use backend='eager', which does."
+        f"{ctx.op}: the kernels do not compute gradients of gradients. Use backend='eager', which does."
     )
 
 
@@ -225,6 +235,7 @@ _define(
     _layer_norm_backward,
     compiled.fake_layer_norm_backward,
     _no_double_backward,
+    _name_layer_norm,
 )
 _define(
     "add_layer_norm_triton",
@@ -244,4 +255,5 @@ _define(
     _add_layer_norm_backward,
     compiled.fake_add_layer_norm_backward,
     _no_double_backward,
+    _name_add_layer_norm,
 )
