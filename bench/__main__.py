@@ -150,7 +150,7 @@ def main(
         typer.Option(help="whose kernels; a case it refuses says why", show_default="as the device"),
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="only rows of this dtype", metavar="<float32|bfloat16|float16|fp32|bf16|fp16>")
+        Dtype | None, typer.Option(help="only rows of this dtype", metavar=f"<{'|'.join(DTYPES)}>")
     ] = None,
     match: Annotated[str, typer.Option(help='only rows with this in their name: "causal", "12x128x64"')] = "",
     quick: Annotated[bool, typer.Option("--quick", help="fewer rows, shorter timing: about two minutes")] = False,

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 if __name__ == "__main__":
-    # `python bench/bench_int8_matmul.py …` is `python -m bench int8_matmul …`.
+    import os
     import runpy
-    import sys
-    from pathlib import Path
 
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # Python puts this folder there, which hides the package.
-    sys.argv.insert(1, "int8_matmul")
-    runpy.run_module("bench", run_name="__main__")
+    runpy.run_path(os.path.join(os.path.dirname(__file__), "by_path.py"))
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 if __name__ == "__main__":
-    # `python bench/bench_models.py …` is `python -m bench models …`.
+    import os
     import runpy
-    import sys
-    from pathlib import Path
 
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # Python puts this folder there, which hides the package.
-    sys.argv.insert(1, "models")
-    runpy.run_module("bench", run_name="__main__")
+    runpy.run_path(os.path.join(os.path.dirname(__file__), "by_path.py"))
 
 import copy
 from collections.abc import Callable, Iterator
