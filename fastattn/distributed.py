@@ -134,12 +134,12 @@ def ulysses_attention(
         "ulysses_attention", query, key, value, backend, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
         window=window, softcap=softcap,
     )  # fmt: skip
-    size = dist.get_world_size(group)
+    size, advice = dist.get_world_size(group), "" if window is not None else "; use ring_attention"
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4 or x.shape[1] % size:
             raise ValueError(
                 f"ulysses_attention: {name} must be (batch, heads, seqlen, head_dim) with heads a multiple of the "
-                f"{size} processes, got {tuple(x.shape)}; use ring_attention."
+                f"{size} processes, got {tuple(x.shape)}{advice}."
             )
     _check_parts("ulysses_attention", group, query, key, value)
     q, k, v = (_Exchange.apply(x, 1, 2, group) for x in (query, key, value))
@@ -255,8 +255,13 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        query, key, value, out, lse = ctx.saved_tensors
-        group, is_causal, zigzag, options = ctx.setting
+        return *_RingBackward.apply(dout, dlse, *ctx.saved_tensors, ctx.setting), None, None, None, None
+
+
+class _RingBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dout, dlse, query, key, value, out, lse, setting):
+        group, is_causal, zigzag, options = setting
         rank, size, length = dist.get_rank(group), dist.get_world_size(group), query.shape[2]
         dout = dout.to(lse.dtype)
         # Of lse as it depends on a part's lse: its share of the whole times this.
@@ -288,7 +293,14 @@ class _Ring(torch.autograd.Function):
             for request in requests:
                 request.wait()
         dk, dv = gradients
-        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None, None, None, None
+        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError(
+            "ring_attention: its backward cannot be differentiated again. Use ulysses_attention with backend='eager' "
+            "for second derivatives."
+        )
 
 
 # --- Exchanges --------------------------------------------------------------------------------------------------------
@@ -325,7 +337,19 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        dim, group, zigzag = ctx.setting
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient, group=group)
-        return shard_sequence(gradient, dim, group=group, zigzag=zigzag), None, None, None
+        return _SumAndShard.apply(gradient, *ctx.setting), None, None, None
+
+
+class _SumAndShard(torch.autograd.Function):
+    """This process' part of the sum of all processes' ``x``. It and ``_Gather`` are each other's derivative."""
+
+    @staticmethod
+    def forward(ctx, x, dim, group, zigzag):
+        ctx.setting = dim, group, zigzag
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return shard_sequence(total, dim, group=group, zigzag=zigzag)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Gather.apply(gradient, *ctx.setting), None, None, None

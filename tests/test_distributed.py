@@ -59,8 +59,10 @@ def check(rank: int) -> None:
     assert positions.tolist() == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]][rank]
     with pytest.raises(ValueError, match="multiple of 6"):
         shard_sequence(torch.zeros(1, 1, 9, 1))
-    with pytest.raises(ValueError, match="multiple of the 3 processes"):
+    with pytest.raises(ValueError, match=r"multiple of the 3 processes, got .*; use ring_attention\.$"):
         ulysses_attention(*(torch.zeros(1, 4, 2, 8) for _ in range(3)))
+    with pytest.raises(ValueError, match=r"multiple of the 3 processes, got \(1, 4, 2, 8\)\.$"):
+        ulysses_attention(*(torch.zeros(1, 4, 2, 8) for _ in range(3)), window=(1, 1))  # which the ring has not
     with pytest.raises(ValueError, match="even length"):
         ring_attention(*(torch.zeros(1, 4, 3, 8) for _ in range(3)))
     # One process objects alone: before its part is on its way, or the next exchange would get it.
@@ -99,6 +101,21 @@ def check_errors(rank: int) -> None:
             operation(torch.zeros(6, 6))
 
 
+def check_second_derivatives(rank: int) -> None:
+    torch.manual_seed(2)
+    parts = [torch.randn(1, 3, 4, 8, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    gradients = torch.autograd.grad(ring_attention(*parts).square().sum(), parts, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"^ring_attention: .* Use ulysses_attention with backend='eager'"):
+        torch.autograd.grad(gradients[0].sum(), parts[0])
+    gradients = torch.autograd.grad(ulysses_attention(*parts, backend="eager").square().sum(), parts, create_graph=True)
+    assert torch.autograd.grad(gradients[0].sum(), parts[0])[0].abs().sum() > 0
+
+    part = parts[0]
+    (gradient,) = torch.autograd.grad(unshard_sequence(part).pow(3).sum(), part, create_graph=True)
+    torch.testing.assert_close(gradient, 9 * part**2)  # the losses of three processes
+    torch.testing.assert_close(torch.autograd.grad(gradient.sum(), part)[0], 18 * part)
+
+
 def check_ring_of_one(rank: int) -> None:
     groups = [dist.new_group([each]) for each in range(3)]
     leaves = [torch.randn(1, 2, 16, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
@@ -126,6 +143,7 @@ def check_all(rank: int) -> None:
     check(rank)
     check_low_precision_and_subgroup(rank)
     check_ring_of_one(rank)
+    check_second_derivatives(rank)
 
 
 def test_parts_are_those_of_the_whole():
