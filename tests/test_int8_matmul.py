@@ -416,6 +416,22 @@ def test_gradients_are_as_accurate_as_eager(activation, dtype, backend):
         assert_as_accurate_as_eager(actual, eager, reference, name)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_of_gradients_are_eagers(activation, backend):
+    """The gradient of an activation depends on what it was applied to, and so on input and bias."""
+    weight, scale, bias = random_linear(37, 40)
+    x = torch.randn(3, 5, 40)
+
+    def second_derivatives(by):
+        inputs = x.clone().requires_grad_(), bias.clone().requires_grad_()
+        out = fastattn.int8_linear(inputs[0], weight, scale, inputs[1], activation=activation, backend=by)
+        gradients = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), inputs)
+
+    for actual, expected in zip(second_derivatives(backend), second_derivatives("eager"), strict=True):
+        assert (actual - expected).norm() <= 1e-4 * expected.norm()
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradient_of_input_or_bias_alone(packed, cpu_isa):
     weight, scale, bias = random_linear(6, 8)

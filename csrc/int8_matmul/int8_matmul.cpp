@@ -276,6 +276,13 @@ Tensor call_linear(const Tensor& input, const OptionalTensor& packed, const Tens
 
 OptionalTensor if_defined(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
+Tensor silu_gradient(const Tensor& dout, const Tensor& preactivation) {
+  if (!at::GradMode::is_enabled()) return at::silu_backward(dout, preactivation);
+  // PyTorch does not differentiate that again.
+  const Tensor sigmoid = at::sigmoid(preactivation);
+  return dout * sigmoid * (1 + preactivation * (1 - sigmoid));
+}
+
 Tensor activation_backward(Activation activation, const Tensor& dout, const Tensor& preactivation) {
   switch (activation) {
     case Activation::kNone:
@@ -287,12 +294,16 @@ Tensor activation_backward(Activation activation, const Tensor& dout, const Tens
     case Activation::kGeluTanh:
       return at::gelu_backward(dout, preactivation, "tanh");
     case Activation::kSilu:
-      return at::silu_backward(dout, preactivation);
+      return silu_gradient(dout, preactivation);
   }
   return dout;
 }
 
-// Straight through the rounding of the input: dinput = (dout * activation') @ (weight * weight_scale), in fp32.
+Tensor linear_autograd(const Tensor& input, const OptionalTensor& packed, const Tensor& weight,
+                       const Tensor& weight_scale, const OptionalTensor& bias, c10::string_view activation);
+
+// Straight through the rounding of the input: dinput = (dout * activation') @ (weight * weight_scale), in fp32, both
+// times where it is differentiated twice.
 class LinearFunction : public torch::autograd::Function<LinearFunction> {
  public:
   // input and bias come first: needs_input_grad counts the tensors that are there.
@@ -319,7 +330,8 @@ class LinearFunction : public torch::autograd::Function<LinearFunction> {
     Tensor dout = grads[0].to(at::kFloat);
     const Activation activation = parse_activation("int8_linear", ctx->saved_data["activation"].toStringRef());
     if (activation != Activation::kNone) {
-      const Tensor preactivation = call_linear(input.to(at::kFloat), packed, weight, weight_scale, bias, "none");
+      // Activation' depends on input and bias, too, which counts where this gradient is differentiated again.
+      const Tensor preactivation = linear_autograd(input.to(at::kFloat), packed, weight, weight_scale, bias, "none");
       dout = activation_backward(activation, dout, preactivation);
     }
     Tensor dinput, dbias;

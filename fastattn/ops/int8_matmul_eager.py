@@ -37,6 +37,7 @@ class _StraightThrough(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         input, weight, weight_scale = inputs
         ctx.save_for_backward(weight, weight_scale)
+        ctx.save_for_forward(weight, weight_scale)
         ctx.input_dtype = input.dtype
 
     @staticmethod
@@ -48,6 +49,11 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         weight, weight_scale = ctx.saved_tensors
         return (dout @ (weight.float() * weight_scale.unsqueeze(1))).to(ctx.input_dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dinput: Tensor | None, *_: Any) -> Tensor | None:  # type: ignore[override]
+        weight, weight_scale = ctx.saved_tensors
+        return None if dinput is None else dinput.float() @ (weight.float() * weight_scale.unsqueeze(1)).T
 
 
 def quantize_int8(call: QuantizeInt8Call) -> tuple[Tensor, Tensor]:

@@ -152,6 +152,10 @@ def _activation_backward(activation: str, dout: Tensor, preactivation: Tensor) -
         case "relu":
             return aten.threshold_backward(dout, preactivation, 0)
         case "silu":
+            if torch.is_grad_enabled():
+                # PyTorch does not differentiate silu_backward again.
+                sigmoid = preactivation.sigmoid()
+                return dout * sigmoid * (1 + preactivation * (1 - sigmoid))
             return aten.silu_backward(dout, preactivation)
         case "gelu":
             return aten.gelu_backward(dout, preactivation, approximate="none")
@@ -165,9 +169,8 @@ def _linear_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, None, None
     input, weight, weight_scale, bias = ctx.saved_tensors
     dout = dout.float()
     if ctx.activation != "none":
-        preactivation = torch.ops.fastattn.int8_linear_triton.default(
-            input.detach().float(), weight, weight_scale, None if bias is None else bias.detach(), "none"
-        )
+        # It depends on input and bias, too, which counts where this gradient is differentiated again.
+        preactivation = torch.ops.fastattn.int8_linear_triton.default(input.float(), weight, weight_scale, bias, "none")
         dout = _activation_backward(ctx.activation, dout, preactivation)
     dinput = dbias = None
     if ctx.needs_input_grad[0]:
