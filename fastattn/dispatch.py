@@ -261,9 +261,11 @@ def select(op: str, call: Any, backend: str = "auto") -> Kernel:
         wanted = backend == kernel.backend or (backend == "auto" and not _only_by_name(kernel.backend))
         if wanted and _UNAVAILABLE[kernel.backend]() is None and _refuses(kernel, call) is None:
             return kernel
+    # Where use_backend has chosen it, backend='auto' would choose it again.
+    remedy = "use_backend('auto')" if preference() == backend else "backend='auto'"
     raise NotImplementedError(
         f"{op}: backend {backend!r} cannot run this: {_refusal(op, backend, call)}. "
-        "Use backend='auto' to let fastattn choose."
+        f"Use {remedy} to let fastattn choose."
     )
 
 

@@ -20,7 +20,7 @@ from fastattn.dispatch import check_name
 from fastattn.ops.attention import attention, attention_and_weights
 from fastattn.ops.attention_checks import autocast_is_on, window_sides
 from fastattn.ops.linear import backend_of, linear
-from fastattn.ops.tensor_checks import check_probability
+from fastattn.ops.tensor_checks import check_dense, check_probability
 from fastattn.ops.varlen_attention import varlen_attention
 
 
@@ -440,6 +440,8 @@ def _check_tensors(*, key_padding_mask: Any, attn_mask: Any, **operands: Any) ->
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"MultiHeadAttention: {name} must be a Tensor, got {type(x).__name__}.")
+        if not x.is_nested:
+            check_dense("MultiHeadAttention", name, x)
         if x.device != device:
             raise ValueError(f"MultiHeadAttention: query is on {device} but {name} on {x.device}; move it there.")
 

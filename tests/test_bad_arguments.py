@@ -11,6 +11,9 @@ import fastattn
 
 X = torch.randn(1, 2, 4, 8)
 ROWS = torch.randn(3, 8)
+FLOAT8 = torch.float8_e4m3fn
+NESTED = torch.nested.nested_tensor([torch.randn(length, 2, 8) for length in (3, 4)])
+JAGGED = torch.nested.nested_tensor([torch.randn(length, 2, 8) for length in (3, 4)], layout=torch.jagged)
 INT8, SCALE = fastattn.quantize_int8(torch.randn(5, 8))
 STEP, CACHE, TURNS = torch.randn(2, 1, 2, 8), torch.zeros(2, 6, 2, 8), torch.ones(8, 4)
 
@@ -33,7 +36,18 @@ def packed(**options):
 CASES = {
     "attention: dropout_p": lambda: fastattn.attention(X, X, X, dropout_p="0.1"),
     "attention: softcap": lambda: fastattn.attention(X, X, X, softcap=None),
-    "attention: query, key and value must be dense": lambda: fastattn.attention(*[X.to_sparse()] * 3),
+    "attention: query must be dense, not sparse; call .to_dense": lambda: fastattn.attention(*[X.to_sparse()] * 3),
+    "attention: query must be dense, not nested; call varlen_attention": lambda: fastattn.attention(*[JAGGED] * 3),
+    "attention: key must be dense, not nested": lambda: fastattn.attention(X, NESTED, NESTED),
+    "varlen_attention: query must be dense, not nested; of one of layout torch.jagged pass .values": lambda: (
+        fastattn.varlen_attention(*[JAGGED] * 3, *[JAGGED.offsets()] * 2, 4, 4)
+    ),
+    "attention_with_kv_cache: key_cache must be dense, not nested; pad": lambda: step(key_cache=NESTED),
+    "attention: query must be float32, .* got float8_e4m3fn": lambda: fastattn.attention(*[X.to(FLOAT8)] * 3),
+    "layer_norm: input must be float32, .* got torch.float8_e4m3fn": lambda: fastattn.layer_norm(ROWS.to(FLOAT8), 8),
+    "layer_norm: input must be dense, not nested; pass its .values": lambda: fastattn.layer_norm(JAGGED, 8),
+    "layer_norm: input must be dense, not nested; pad it with": lambda: fastattn.layer_norm(NESTED, 8),
+    "MultiHeadAttention: query must be dense, not sparse": lambda: mha(ROWS.to_sparse()),
     "attention_with_kv_cache: key_cache": lambda: step(key_cache=None),
     "attention_with_kv_cache: cache_seqlens": lambda: step(cache_seqlens=True),
     "attention_with_kv_cache: rotary_cos": lambda: step(rotary_cos=torch.ones(8, 4).int(), rotary_sin=torch.ones(8, 4)),
@@ -47,7 +61,7 @@ CASES = {
     "layer_norm: eps": lambda: fastattn.layer_norm(ROWS, 8, eps=None),
     "rms_norm: eps": lambda: fastattn.rms_norm(ROWS, 8, eps="small"),
     "layer_norm: normalized_shape": lambda: fastattn.layer_norm(ROWS, 8.0),
-    "layer_norm: input must be dense": lambda: fastattn.layer_norm(ROWS.to_sparse(), 8),
+    "layer_norm: input must be dense, not sparse": lambda: fastattn.layer_norm(ROWS.to_sparse(), 8),
     "add_rms_norm: dropout_p": lambda: fastattn.add_rms_norm(ROWS, ROWS, 8, dropout_p=None),
     "MultiHeadAttention: query must be a Tensor": lambda: mha(ROWS.tolist()),
     "MultiHeadAttention: attn_mask must be a Tensor": lambda: mha(attn_mask=[[True] * 3] * 3),
@@ -122,6 +136,19 @@ def test_wrong_values_raise_value_error(message, call):
         call()
 
 
+def test_what_errors_advise_for_nested_tensors_works():
+    values, offsets = JAGGED.values(), JAGGED.offsets()
+    out = fastattn.varlen_attention(values, values, values, offsets, offsets, 4, 4)
+    for nested in (JAGGED, NESTED):
+        padded = nested.to_padded_tensor(0.0).transpose(1, 2)
+        visible = (torch.arange(4) < torch.tensor([[3], [4]]))[:, None, None]
+        rows = fastattn.attention(padded, padded, padded, visible).transpose(1, 2)
+        assert rows.shape == (2, 4, 2, 8)
+        if nested is JAGGED:
+            torch.testing.assert_close(torch.cat((rows[0, :3], rows[1])), out)
+    assert fastattn.layer_norm(values, 8).shape == values.shape
+
+
 NUMBERS = {
     "layer_norm": ("eps", lambda eps: fastattn.layer_norm(ROWS, 8, eps=eps)),
     "rms_norm": ("eps", lambda eps: fastattn.rms_norm(ROWS, 8, eps=eps)),
@@ -184,6 +211,25 @@ FUNCTIONS = {
     "rms_norm": lambda x: fastattn.rms_norm(x, 8),
     "add_layer_norm": lambda x: fastattn.add_layer_norm(x, x, 8)[0],
 }
+
+
+def test_int8_linear_has_forward_derivatives():
+    """Straight through the rounding, as its gradient."""
+    weight = INT8.float() * SCALE[:, None]
+    tangent = torch.randn_like(ROWS)
+    _, slope = torch.func.jvp(lambda x: fastattn.int8_linear(x, INT8, SCALE), (ROWS,), (tangent,))
+    torch.testing.assert_close(slope, tangent @ weight.T)
+    bias = torch.randn(5)
+    _, slope = torch.func.jvp(lambda b: fastattn.int8_linear(ROWS, INT8, SCALE, b), (bias,), (bias,))
+    torch.testing.assert_close(slope, bias.expand(3, 5))
+    layer = fastattn.Int8Linear.from_linear(torch.nn.Linear(8, 5), "silu")
+    with forward_ad.dual_level():
+        out = forward_ad.unpack_dual(layer(forward_ad.make_dual(ROWS, tangent)))
+    x = ROWS.clone().requires_grad_()
+    dout = torch.randn(3, 5)
+    (dx,) = torch.autograd.grad(layer(x), x, dout)
+    torch.testing.assert_close((out.tangent * dout).sum(), (dx * tangent).sum())
+    torch.testing.assert_close(torch.func.jacfwd(layer)(ROWS), torch.func.jacrev(layer)(ROWS))
 
 
 @pytest.mark.parametrize("op", FUNCTIONS)

@@ -126,6 +126,13 @@ def test_a_backend_asked_for_by_name_says_why_it_refuses():
         select("double", 3, "cpu")
 
 
+def test_a_backend_that_use_backend_chose_is_not_advised_again():
+    with fastattn.use_backend("cpu"):
+        for backend in ("auto", "cpu"):
+            with pytest.raises(NotImplementedError, match=r"3 is odd\. Use use_backend\('auto'\) to let"):
+                select("double", 3, backend)
+
+
 def test_a_backend_without_a_kernel_says_so(monkeypatch):
     monkeypatch.setitem(dispatch._UNAVAILABLE, "triton", lambda: None)
     with pytest.raises(NotImplementedError, match="'triton' cannot run this: it has no double kernel"):

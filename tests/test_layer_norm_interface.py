@@ -369,7 +369,7 @@ BAD = {
     "more dims than input has": (ValueError, r"normalized_shape is \(1, 4, 65\) but input", (X, (1, 4, 65)), {}),
     "empty normalized_shape": (ValueError, "normalized_shape is empty", (X, ()), {}),
     "scalar input": (ValueError, r"but input is \(\)", (torch.zeros(()), 1), {}),
-    "integer input": (TypeError, r"input must be floating, got torch\.int64", (X.long(), 65), {}),
+    "integer input": (TypeError, r"input must be float32, .* got torch\.int64\. Convert", (X.long(), 65), {}),
     "no tensor": (TypeError, "input must be a tensor, got list", ([1.0], 1), {}),
     "long weight": (ValueError, r"weight is \(66,\) but normalized_shape is \(65,\)", (X, 65, torch.zeros(66)), {}),
     "integer weight": (TypeError, r"weight must be floating, got torch\.int64", (X, 65, torch.zeros(65).long()), {}),
@@ -382,7 +382,7 @@ BAD_BIAS = {
 }
 BAD_ADD = {
     "residual of another shape": (ValueError, r"residual is \(65,\) but input is \(4, 65\)", (X, X[0], 65), {}),
-    "integer residual": (TypeError, "residual must be floating", (X, X.long(), 65), {}),
+    "integer residual": (TypeError, "residual must be float32, .* got torch.int64", (X, X.long(), 65), {}),
     "residual elsewhere": (ValueError, "residual is on meta but input is on cpu", (X, X.to("meta"), 65), {}),
     "residual no tensor": (TypeError, "residual must be a tensor, got NoneType", (X, None, 65), {}),
     "dropout above 1": (ValueError, "dropout_p must be between 0 and 1, got 1.5", (X, X, 65), {"dropout_p": 1.5}),

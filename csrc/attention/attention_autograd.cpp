@@ -239,14 +239,15 @@ struct AttentionBackwardFunction : torch::autograd::Function<AttentionBackwardFu
         call_attention_backward(dout, dlse, query, key, value, out, lse, attn_mask, alibi_slopes, sinks, rng_state,
                                 packing, scoring, need_dmask, need_dsinks);
     ctx->set_materialize_grads(false);
+    ctx->saved_data["op"] = packing.is_present() ? "varlen_attention" : "attention";
     // Packed sequences have no mask, but every output of a Function has to be a tensor.
     if (!dmask.defined()) dmask = at::empty({0}, dq.options());
     return {dq, dk, dv, dmask, dsinks};
   }
 
-  static variable_list backward(AutogradContext*, variable_list) {
-    TORCH_CHECK_NOT_IMPLEMENTED(false,
-                                "attention: the backward of a fastattn kernel cannot be differentiated again. Use "
+  static variable_list backward(AutogradContext* ctx, variable_list) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, ctx->saved_data["op"].toStringRef(),
+                                ": the backward of a fastattn kernel cannot be differentiated again. Use "
                                 "backend='eager' for second derivatives.");
   }
 };

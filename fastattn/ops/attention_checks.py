@@ -14,9 +14,16 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastattn.ops.tensor_checks import check_dense, check_number, check_probability
+from fastattn.ops.tensor_checks import FLOATING, check_dense, check_number, check_probability
 
 _NAMES = "query", "key", "value"
+
+# By op, what to do with nested operands.
+_FOR_NESTED = {
+    "attention": "call varlen_attention with the .values() and .offsets() of one of layout torch.jagged, or pad it "
+    "with .to_padded_tensor(0.0) and mask the padding",
+    "varlen_attention": "of one of layout torch.jagged pass .values(), and .offsets() as cu_seqlens",
+}
 
 # torch.compile of PyTorch 2.11 cannot trace torch.amp.is_autocast_available.
 _AUTOCAST_DEVICES = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")))
@@ -45,12 +52,11 @@ def operands(
         query, key, value = _autocast(query), _autocast(key), _autocast(value)
     if not (query.dtype == key.dtype == value.dtype and query.device == key.device == value.device):
         _raise_mixed(op, query, ((names[1], key), (names[2], value)))
-    if not query.layout == key.layout == value.layout == torch.strided or query.is_nested:
-        raise TypeError(
-            f"{op}: {names[0]}, {names[1]} and {names[2]} must be dense, not sparse or nested. Call .to_dense(), or "
-            "varlen_attention for sequences of different lengths."
-        )
-    if not query.is_floating_point():
+    dense = query.layout == key.layout == value.layout == torch.strided
+    if not dense or query.is_nested or key.is_nested or value.is_nested:
+        for name, operand in zip(names, (query, key, value), strict=True):
+            check_dense(op, name, operand, _FOR_NESTED.get(op, ""))
+    if query.dtype not in FLOATING:
         raise TypeError(f"{op}: query must be float32, float16, bfloat16 or float64, got {name_of(query.dtype)}.")
     return query, key, value
 

@@ -7,6 +7,7 @@ is imported when one of them runs for the first time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -204,11 +205,16 @@ def _differentiate_attention(ctx: Any, dout: Tensor | None, dlse: Tensor | None)
     return tuple(gradients)
 
 
-def refuse_second_derivatives(ctx: Any, *gradients: Any) -> tuple:
-    raise NotImplementedError(
-        "attention: the backward of a fastattn kernel cannot be differentiated again. Use backend='eager' for second "
-        "derivatives."
-    )
+def refuse_second_derivatives(op: str) -> Callable[..., tuple]:
+    """The gradient of the backward of ``op``."""
+
+    def refuse(ctx: Any, *gradients: Any) -> tuple:
+        raise NotImplementedError(
+            f"{op}: the backward of a fastattn kernel cannot be differentiated again. Use backend='eager' for second "
+            "derivatives."
+        )
+
+    return refuse
 
 
 def _save_weights(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -248,7 +254,9 @@ def _differentiate_weights(ctx: Any, dweights: Tensor) -> tuple:
 torch.library.register_autograd(
     "fastattn::attention_triton", _differentiate_attention, setup_context=_save_attention, lib=_library
 )
-torch.library.register_autograd("fastattn::attention_triton_backward", refuse_second_derivatives, lib=_library)
+torch.library.register_autograd(
+    "fastattn::attention_triton_backward", refuse_second_derivatives("attention"), lib=_library
+)
 torch.library.register_autograd(
     "fastattn::attention_triton_weights", _differentiate_weights, setup_context=_save_weights, lib=_library
 )

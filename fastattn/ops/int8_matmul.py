@@ -11,11 +11,10 @@ from fastattn.ops import int8_matmul_compiled as compiled
 from fastattn.ops import int8_matmul_eager as eager
 from fastattn.ops import int8_matmul_triton as triton
 from fastattn.ops.calls import Int8LinearCall, Int8MatmulCall, QuantizeInt8Call
-from fastattn.ops.tensor_checks import check_dense
+from fastattn.ops.tensor_checks import FLOATING, check_dense
 
 # Public name -> name in the op schemas.
 ACTIVATIONS = {None: "none", "relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_tanh", "silu": "silu"}
-_FLOATING = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
 # --- Public functions ------------------------------------------------------------------------------------------------
@@ -90,7 +89,7 @@ def int8_linear(
         bias: (N,) floating.
         activation: None, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``, after the bias.
     Returns: (..., N), dtype of ``input``. Differentiable in ``input``, straight through its rounding
-        (``dout @ (weight * weight_scale)``), and in ``bias``.
+        (``dout @ (weight * weight_scale[:, None])``), and in ``bias``, also twice.
     Raises: TypeError for other dtypes, ValueError for shapes that disagree, an unknown activation, or a weight_scale
         that requires grad, NotImplementedError, with reasons, if ``backend`` cannot run the inputs.
     """
@@ -108,7 +107,7 @@ def _check_tensor(op: str, name: str, tensor: object) -> None:
 
 
 def _check_floating(op: str, name: str, dtype: torch.dtype) -> None:
-    if dtype not in _FLOATING:
+    if dtype not in FLOATING:
         raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {dtype}.")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastattn.dispatch import Kernel, cuda_kernels, never_refuses, register, select, takes_cpu
 from fastattn.ops import layer_norm_compiled, layer_norm_eager, layer_norm_triton
 from fastattn.ops.calls import LayerNormCall
-from fastattn.ops.tensor_checks import check_dense, check_number, check_probability
+from fastattn.ops.tensor_checks import FLOATING, check_dense, check_number, check_probability
 
 
 def layer_norm(
@@ -172,8 +172,11 @@ def _check_norm(
             f"{op}: normalized_shape is {_describe(shape)} but input is {_describe(input.shape)}; "
             f"the last {dims} dim(s) of input must be equal to it."
         )
-    if not input.is_floating_point():
-        raise TypeError(f"{op}: input must be floating, got {input.dtype}. Convert it, e.g. with input.float().")
+    if input.dtype not in FLOATING:
+        raise TypeError(
+            f"{op}: input must be float32, bfloat16, float16 or float64, got {input.dtype}. Convert it, e.g. with "
+            "input.float()."
+        )
     if weight is not None:
         _check_parameter(op, "weight", weight, shape, input)
     if bias is not None:
@@ -204,8 +207,8 @@ def _check_residual(op: str, input: Tensor, residual: Tensor, dropout_p: float) 
         raise ValueError(
             f"{op}: residual is {_describe(residual.shape)} but input is {_describe(input.shape)}; they must be equal."
         )
-    if not residual.is_floating_point():
-        raise TypeError(f"{op}: residual must be floating, got {residual.dtype}.")
+    if residual.dtype not in FLOATING:
+        raise TypeError(f"{op}: residual must be float32, bfloat16, float16 or float64, got {residual.dtype}.")
     if residual.device != input.device:
         raise ValueError(f"{op}: residual is on {residual.device} but input is on {input.device}; move one of them.")
     check_probability(op, "dropout_p", dropout_p)

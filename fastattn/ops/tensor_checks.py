@@ -8,10 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# What the kernels compute.
+FLOATING = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
-def check_dense(op: str, name: str, tensor: Tensor) -> None:
-    if tensor.layout != torch.strided or tensor.is_nested:
-        raise TypeError(f"{op}: {name} must be dense, not sparse or nested; call .to_dense() or .values() first.")
+
+def check_dense(op: str, name: str, tensor: Tensor, for_nested: str = "") -> None:
+    """``for_nested``: what to do with a nested tensor, where its values alone are of no use."""
+    if tensor.is_nested:
+        values = "pass its .values(), or " if tensor.layout is torch.jagged else ""
+        raise TypeError(
+            f"{op}: {name} must be dense, not nested; {for_nested or f'{values}pad it with .to_padded_tensor(0.0)'}."
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be dense, not sparse; call .to_dense() first.")
 
 
 def check_number(op: str, name: str, x: Any, advice: str = "", kind: str = "a number") -> None:

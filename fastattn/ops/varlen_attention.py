@@ -111,8 +111,10 @@ def _prepare(
             "both must have one more than there are sequences."
         )
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if not isinstance(longest, (int, torch.SymInt)) or longest < 0:
+        if not isinstance(longest, (int, torch.SymInt)):
             raise TypeError(f"{op}: {name} must be an int >= 0, got {longest!r}; call .item() on a tensor.")
+        if longest < 0:
+            raise ValueError(f"{op}: {name} must be an int >= 0, got {longest}.")
     checks.flag(op, "is_causal", is_causal)
     heads = query.shape[1]
     scale, left, right = checks.options(op, query.shape[2], dropout_p, scale, softcap, window, alignment)

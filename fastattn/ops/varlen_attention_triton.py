@@ -146,4 +146,6 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
 
 
 torch.library.register_autograd("fastattn::varlen_attention_triton", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd("fastattn::varlen_attention_triton_backward", refuse_second_derivatives, lib=_library)
+torch.library.register_autograd(
+    "fastattn::varlen_attention_triton_backward", refuse_second_derivatives("varlen_attention"), lib=_library
+)
