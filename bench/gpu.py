@@ -165,7 +165,7 @@ def end_in_order(number: int, frame: object) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="default: bench/out/<GPU>-<time>")
     parser.add_argument("--rehearse", action="store_true", help="the same stages without a GPU, on the emulator")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="build, backends, tests, bench, or whole names")

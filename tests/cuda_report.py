@@ -171,7 +171,7 @@ def table(uses: Sequence[KernelUse], wanted: Sequence[str], sources: Sequence[Pa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("words", nargs="*", help="parts of the sources' paths; default: every csrc/**/*.cu")
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="default: all")
     arguments = parser.parse_args()

@@ -6,7 +6,7 @@ Layouts are (batch, seqlen, heads, head_dim) and (total, heads, head_dim). When 
 mode of the model. ``return_attn_probs=True`` returns three tensors:
 
 - the output;
-- the log-sum-exp, float32, (batch, heads, seqlen_q) or, packed, (heads, total_q);
+- the log-sum-exp, float32 (float64 for float64), (batch, heads, seqlen_q) or, packed, (heads, total_q);
 - with dropout, the probabilities before dropout, (batch, heads, seqlen_q, seqlen_k), negative where they were dropped;
   without, an empty tensor. (This costs the memory of the scores; packed sequences refuse it.)
 
