@@ -14,6 +14,7 @@ import torch
 from accuracy import allowed_error, max_error
 from attention_cases import KERNEL_BACKENDS, Case, dtype_id, run
 from devices import device_for
+from emulated import MODES, Mode
 
 import fastattn
 from fastattn._triton import is_interpreted
@@ -121,3 +122,36 @@ def test_float32_gradients_of_16_bit_calls(name, backend, dtype):
     """
     wanted = {"dsinks", "dattn_mask"} & {f"d{tensor}" for tensor in SUMS[name].tensors}
     check_strictly(SUMS[name], dtype, backend, wanted, slack=4.0)
+
+
+# The same on Hopper, of whose kernels none owns rows: with one tile of keys and with several, at every head_dim.
+ON_HOPPER = {
+    **SUMS,
+    "sinks_64": Case(tensors=_sinks(), heads=2, head_dim=64, seqlen_q=200, seqlen_k=300),
+    "sinks_96": Case(tensors=_sinks(), heads=2, heads_kv=1, head_dim=96, seqlen_q=150, seqlen_k=300),
+    "sinks_192": Case(tensors=_sinks(), heads=2, head_dim=192, seqlen_k=150, options={"is_causal": True}),
+    "sinks_alibi": Case(
+        tensors=_sinks(alibi_slopes=lambda case: torch.rand(case.heads)), head_dim=128, options={"dropout_p": 0.2}
+    ),
+    "mask_128": Case(tensors=_sinks(**_mask("seqlen_q", "seqlen_k")), heads=2, head_dim=128, seqlen_k=300),
+    "mask_256": Case(tensors=_mask("seqlen_q", "seqlen_k"), heads=2, head_dim=256, options={"dropout_p": 0.2}),
+}
+
+
+@pytest.fixture
+def on_hopper(request):
+    mode = MODES[request.param % len(MODES)]
+    mode.apply(compute_capability=90, multiprocessors=4)
+    torch.use_deterministic_algorithms(request.param % 2 == 1)
+    yield
+    torch.use_deterministic_algorithms(False)
+    Mode().apply(compute_capability=80, multiprocessors=108)
+
+
+@pytest.mark.skipif("emulated" not in BACKENDS, reason="this build has no emulator")
+@pytest.mark.parametrize("on_hopper", [0, 1], ids=["any_order", "fixed_order"], indirect=True)
+@pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
+@pytest.mark.parametrize("name", ON_HOPPER)
+def test_float32_gradients_of_16_bit_calls_on_hopper(name, dtype, on_hopper):
+    wanted = {"dsinks", "dattn_mask"} & {f"d{tensor}" for tensor in ON_HOPPER[name].tensors}
+    check_strictly(ON_HOPPER[name], dtype, "emulated", wanted, slack=4.0)

@@ -126,6 +126,11 @@ ORDERED = {
     "plain_256": Case(batch=1, heads=2, seqlen_q=150, seqlen_k=400, head_dim=256),
     "causal_192": Case(batch=1, heads=2, heads_kv=1, seqlen_q=200, seqlen_k=200, head_dim=192,
                        options={"is_causal": True}),
+    # Sums of rows, too, and what is made of them.
+    "sinks_96": Case(batch=1, heads=2, seqlen_q=150, seqlen_k=700, head_dim=96,
+                     tensors={"sinks": lambda case: torch.randn(case.heads)}),
+    "sinks_192": Case(batch=1, heads=2, seqlen_q=100, seqlen_k=400, head_dim=192,
+                      tensors={"sinks": lambda case: torch.randn(case.heads)}),
     # Tiles that the mask hides have no turn.
     "hidden_tiles": Case(batch=1, heads=2, seqlen_q=100, seqlen_k=650, head_dim=64,
                          tensors={"attn_mask": lambda case: torch.arange(650) // 128 % 2 == 0}),

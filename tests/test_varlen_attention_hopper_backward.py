@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_eager
+from accuracy import allowed_error, assert_as_accurate_as_eager, max_error
 from emulated import MODES, AsyncMode, Mode, Schedule, emulated_library, hopper
 from test_varlen_attention import OPTIONS, check, cu_seqlens, packed
 from test_varlen_attention_hopper import LENGTHS_K, LENGTHS_Q, WRONG, each_harsh_mode, operands_in_turn, operands_of
@@ -103,6 +103,30 @@ def test_dropout_is_that_of_each_entry(head_dim, mode):
         results.append(torch.autograd.grad(out, leaves, torch.ones_like(out)))
     for name, *each in zip(NAMES[2:], *results, strict=True):
         assert_as_accurate_as_eager(*each, name, terms=1.0)
+
+
+@pytest.mark.parametrize("is_ordered", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_gradient_of_sinks_in_float32(dropout_p, head_dim, is_ordered):
+    """As exact as eager's, though `out` has 11 bits: by the sums of rows that lie beside each sequence's sums of dq."""
+    hopper(MODES[1 + (head_dim // 32 + is_ordered) % 3])
+    torch.use_deterministic_algorithms(is_ordered)
+    lengths_q, lengths_k = (70, 3, 130, 1), (140, 66, 300, 20)
+    operands, results = operands_of(lengths_q, lengths_k, head_dim, torch.float16, 2, 1), []
+    torch.manual_seed(8)
+    sinks, dout = torch.randn(2), torch.randn(sum(lengths_q), 2, head_dim)
+    for backend, dtype in (("emulated", torch.float16), ("eager", torch.float16), ("eager", torch.float64)):
+        leaf = sinks.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        torch.manual_seed(9)
+        out = fastattn.varlen_attention(
+            *(x.to(dtype) for x in operands), cu_seqlens(lengths_q), cu_seqlens(lengths_k), 130, 300,
+            is_causal=True, sinks=leaf, dropout_p=dropout_p, backend=backend,
+        )  # fmt: skip
+        results.extend(torch.autograd.grad(out, leaf, dout.half().to(dtype)))
+    actual, eager, reference = results
+    # Some sums of few cancelling terms are by chance more exact in eager.
+    assert max_error(actual, reference) <= 4 * allowed_error(eager, reference)
 
 
 # Sequences of one to six blocks of keys, of which the diagonal gives each other queries.

@@ -52,7 +52,7 @@ struct BwdPlan {
   TileIndex dmask_places = {1, 1, 1, 1}, dmask_sharers = {1, 1, 1, 1};
   int dmask_splits = 1;
   int64_t dmask_elements = 0;
-  int row_sum_parts = 0;  // of dS, which correct delta for fp32 gradients
+  int row_sum_parts = 0;  // of dS, which correct delta for fp32 gradients; Hopper's lie with its dq
 
   size_t row_bytes() const { return aligned_bytes(statistics * 4); }
   size_t dmask_bytes() const { return dmask_splits > 1 ? aligned_bytes(dmask_splits * dmask_elements * 4) : 0; }
@@ -62,6 +62,7 @@ struct BwdPlan {
            dmask_bytes() + row_sum_parts * row_bytes() + aligned_bytes(dq_sum_bytes) + aligned_bytes(turns_bytes) +
            aligned_bytes(order_bytes);
   }
+  int dq_sum_columns() const { return sm90_tile.head_dim + (sm90_tile.sums_rows ? DqSum::kRowSumParts : 0); }
   bool is_on_hopper() const { return sm90_tile.head_dim > 0; }
   bool has_kernels() const { return is_on_hopper() || (dkv_tile >= 0 && dq_tile >= 0); }
 };
@@ -83,6 +84,11 @@ int choose_tile(const Tile (&tiles)[kCount], SmemBytes smem_bytes, const Attenti
 // Whether the gradient of the mask follows from rows alone.
 bool is_row_mask(const AttentionBwdParams& p) {
   return p.dmask != nullptr && (p.stride_dmask_k == 0 || p.seqlen_k == 1);
+}
+
+// Whether a gradient in float32 is made of delta: one of rows alone takes it for the share of the sink.
+bool needs_exact_delta(const AttentionBwdParams& p) {
+  return p.dsinks != nullptr || (p.dmask != nullptr && (p.sinks != nullptr || !is_row_mask(p)));
 }
 
 // How many blocks share the tiles of scores of one place of the mask: enough for four blocks a multiprocessor.
@@ -167,10 +173,11 @@ BwdPlan plan_bwd(const AttentionBwdParams& p, const DeviceLaunch& launch) {
   plan.packed_rows = is_packed(p) ? packed_statistics_rows(p.batch, p.packed_q.total) : 0;
   plan.statistics = p.heads * (is_packed(p) ? plan.packed_rows : p.batch * plan.padded_rows);
   if (p.dmask != nullptr && !is_row_mask(p)) plan_dmask(plan, p, launch);
-  plan.sm90_tile = choose_bwd_sm90_tile(p, launch);
+  const bool sums_rows = needs_exact_delta(p);
+  plan.sm90_tile = choose_bwd_sm90_tile(p, launch, sums_rows);
   if (plan.is_on_hopper()) {
     plan.dkv_mask_tiles = plan_mask_tiles(p, plan.sm90_tile.block_q(), plan.sm90_tile.block_k(), 1);
-    plan.dq_sum_bytes = plan.statistics * plan.sm90_tile.head_dim * 4;
+    plan.dq_sum_bytes = plan.statistics * plan.dq_sum_columns() * 4;
     plan.turns_bytes = launch.deterministic ? plan.statistics / DqSum::kRows * 2 * 4 : 0;
     plan.order_bytes = is_packed(p) ? BwdOrder::workspace_bytes(p.batch) : 0;
     choose_parts(plan, p, launch);
@@ -184,8 +191,7 @@ BwdPlan plan_bwd(const AttentionBwdParams& p, const DeviceLaunch& launch) {
   const BwdDqTile& dq = kBwdDqTiles[plan.dq_tile];
   plan.dkv_mask_tiles = plan_mask_tiles(p, dkv.block_q, dkv.block_k(), 1);
   plan.dq_mask_tiles = plan_mask_tiles(p, dq.block_q(), dq.block_k, 1);
-  const bool mask_needs_delta = p.dmask != nullptr && (p.sinks != nullptr || !is_row_mask(p));
-  if (p.dsinks != nullptr || mask_needs_delta) plan.row_sum_parts = dq.key_parts;
+  if (sums_rows) plan.row_sum_parts = dq.key_parts;
   return plan;
 }
 
@@ -282,7 +288,8 @@ const char* launch_hopper(const BwdPlan& plan, const AttentionBwdParams& p, cons
   AttentionBwdSm90Args args;
   args.bwd = bwd;
   args.dq.sum = rows.dq_sum, args.dq.turns = rows.turns;
-  args.dq.padded_rows = bwd.padded_rows, args.dq.columns = rows.dq_columns;
+  args.dq.padded_rows = bwd.padded_rows;
+  args.dq.columns = rows.dq_columns, args.dq.dq_columns = plan.sm90_tile.head_dim;
   args.order = order;
   const char* error = nullptr;
   if (is_packed(p)) {
@@ -291,7 +298,7 @@ const char* launch_hopper(const BwdPlan& plan, const AttentionBwdParams& p, cons
     if (error != nullptr) return error;
   }
   error = launch_choice<64, 96, 128, 192, 256>(plan.sm90_tile.head_dim, [&](auto head_dim) {
-    return launch_bwd_sm90<Element, head_dim()>(plan.sm90_tile.kind, args, p.batch, blocks, stream);
+    return launch_bwd_sm90<Element, head_dim()>(plan.sm90_tile, args, p.batch, blocks, stream);
   });
   if (error == nullptr) error = launch_dkv_sum<Element>(bwd, stream);
   if (error != nullptr) return error;
@@ -301,7 +308,7 @@ const char* launch_hopper(const BwdPlan& plan, const AttentionBwdParams& p, cons
   finish.packed_q = bwd.packed.q;
   finish.padded_rows = rows.padded_rows;
   finish.heads = bwd.heads, finish.seqlen_q = bwd.scores.seqlen_q, finish.head_dim = bwd.head_dim;
-  finish.items = p.batch * p.heads * rows.padded_rows / 2 * (args.dq.columns / 8);
+  finish.items = p.batch * p.heads * rows.padded_rows / 2 * (args.dq.dq_columns / 8);
   finish.scale = bwd.scale;
   finish.is_aligned = bwd.dq_is_aligned;
   return launch_kernel(attention_bwd_dq_finish_kernel<Element>,
@@ -353,7 +360,12 @@ const char* launch_bwd(const BwdPlan& plan, const AttentionBwdParams& p, const D
   }
   if (plan.is_on_hopper()) {
     rows.dq_sum = reinterpret_cast<float*>(take(aligned_bytes(plan.dq_sum_bytes)));
-    rows.dq_columns = plan.sm90_tile.head_dim;
+    rows.dq_columns = plan.dq_sum_columns();
+    if (plan.sm90_tile.sums_rows) {
+      rows.row_sums = rows.dq_sum + plan.sm90_tile.head_dim * DqSum::kRows;
+      rows.row_sums_part = DqSum::kRows, rows.row_sums_tile = rows.dq_columns * DqSum::kRows;
+      rows.row_sum_parts = DqSum::kRowSumParts;
+    }
     if (plan.turns_bytes > 0) rows.turns = reinterpret_cast<int*>(take(aligned_bytes(plan.turns_bytes)));
     if (plan.order_bytes > 0) {
       const int64_t bytes_per_head = 2 * (p.heads / p.heads_kv) * p.seqlen_q * (p.head_dim + p.head_dim_v);

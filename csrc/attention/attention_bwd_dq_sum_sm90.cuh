@@ -9,13 +9,17 @@ namespace fastattn {
 
 struct DqSum {
   static constexpr int kRows = 64;
+  // Where rows of dS are summed up, in so many parts, they lie behind the columns of dq: as many columns more.
+  static constexpr int kRowSumParts = 4;
 
-  float* sum =
-      nullptr;  // (batch * heads, padded_rows / 64, columns / 8, 128 threads, 4), zero before the first addition
+  // (batch * heads, padded_rows / 64, columns / 8, 128 threads, 4), zero before the first addition; behind each 64 rows
+  // maybe (kRowSumParts, 64) row sums.
+  float* sum = nullptr;
   // (batch * heads, padded_rows / 64, 2 warpgroups): how many blocks of keys have added; null where any order will do.
   int* turns = nullptr;
   int64_t padded_rows = 0;
-  int columns = 0;  // a multiple of 8
+  int columns = 0;     // with those of row sums
+  int dq_columns = 0;  // a multiple of 8
 
   FASTATTN_HOST_DEVICE int64_t row_tile(int64_t batch_head, int64_t row) const {
     return (batch_head * padded_rows + row) / kRows;
@@ -24,6 +28,8 @@ struct DqSum {
   FASTATTN_DEVICE float* piece(int64_t row_tile, int column) const {
     return sum + (row_tile * columns + column) * kRows;
   }
+  // Of one part and those behind it.
+  FASTATTN_DEVICE float* row_sums(int64_t row_tile, int part) const { return piece(row_tile, dq_columns + part); }
   FASTATTN_DEVICE int* turn(int64_t row_tile, int group) const { return turns + row_tile * 2 + group; }
 };
 
@@ -63,7 +69,7 @@ __global__ void __launch_bounds__(kDqFinishThreads)
     attention_bwd_dq_finish_kernel(const __grid_constant__ DqFinishArgs args) {
   const int64_t item = int64_t{blockIdx.x} * kDqFinishThreads + threadIdx.x;
   if (item >= args.items) return;
-  const int chunks = args.dq.columns / 8, col = static_cast<int>(item % chunks) * 8;
+  const int chunks = args.dq.dq_columns / 8, col = static_cast<int>(item % chunks) * 8;
   const int64_t pair = item / chunks;  // of rows: eight pairs to 16 rows
   const int64_t padded_row = pair / 8 * 16 + pair % 8;
   const int64_t batch_head = padded_row / args.padded_rows;

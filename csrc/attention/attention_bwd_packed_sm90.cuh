@@ -96,11 +96,13 @@ FASTATTN_DEVICE const AttentionBwdSm90Args& args_of_block(Smem& smem, const Atte
 // Clears rows [row, Tile::kRows) of a tile that has arrived, by one warp; then it is full.
 template <typename Tile>
 FASTATTN_DEVICE void clear_edge(uint8_t* tile_smem, int row, uint64_t* arrived, int parity, uint64_t* full) {
+  // Anew, or every feeding warp keeps the lane for this one.
+  const int thread = opaque(static_cast<int>(threadIdx.x));
   mbarrier_wait(arrived, parity);
-  clear_last_rows<Tile>(tile_smem, row);
+  clear_last_rows<Tile>(tile_smem, row, thread);
   fence_proxy_async();
   __syncwarp();
-  if (threadIdx.x % 32 == 0) mbarrier_arrive(full);
+  if (thread % 32 == 0) mbarrier_arrive(full);
 }
 
 // By a warp of its own, so that neither the copies nor the products wait for it: of the block's keys, and of the last

@@ -1,5 +1,5 @@
 // From the accumulators of S^T = k q^T and dP^T = v dO^T to the operands of the products that follow; keys are rows.
-// Traits: Element, kKind, kColTiles, Scores, Operand, kEarlyDv.
+// Traits: Element, kKind, kColTiles, Scores, Operand, kEarlyDv, kSumsRows.
 #pragma once
 
 #include "attention/attention_bwd_scores.cuh"
@@ -31,6 +31,8 @@ FASTATTN_DEVICE void make_probabilities(typename Traits::Scores& s, typename Tra
                                         const ScoreArgs& scores, const DropoutState& dropout, TransposedPlace place,
                                         bool is_cut, const float* lse_smem, const StepMask& mask) {
   constexpr bool kPlain = Traits::kKind == ScoreKind::kPlain, kEverything = Traits::kKind == ScoreKind::kEverything;
+  // Of a capped score, `s` is what dX needs, and not dS.
+  constexpr bool kCaps = kEverything && !Traits::kSumsRows;
   // Where nothing else changes scores, in a pass of its own: a branch in every column would keep the compiler from
   // having loads and exponentials of several under way.
   if (kPlain && is_cut) {
@@ -45,13 +47,15 @@ FASTATTN_DEVICE void make_probabilities(typename Traits::Scores& s, typename Tra
   for (int n = 0; n < Traits::kColTiles; ++n) {
     float x[1][1][4], derivative[4], kept_p[4];
     for_each_transposed(x, [&](float& element, int, int half, int e) { element = s[0][n][2 * half + e]; });
-    if constexpr (!kPlain) scale_scores<kEverything>(x, scores);
-    if constexpr (kEverything) {
+    if constexpr (!kPlain) scale_scores<kCaps>(x, scores);
+    if constexpr (kCaps) {
       if (scores.softcap_log2 > 0.0f) {
         for_each_transposed(x, [&](float& element, int, int half, int e) {
           derivative[2 * half + e] = softcap_derivative(element, scores);
         });
       }
+    }
+    if constexpr (kEverything) {
       if (scores.alibi_slopes != nullptr) add_alibi_transposed(x, scores, place);
     }
     if (!kPlain && mask.is_needed) {
@@ -68,10 +72,12 @@ FASTATTN_DEVICE void make_probabilities(typename Traits::Scores& s, typename Tra
       element = ex2_approx(fmaf(element, kPlain ? scores.scale_log2 : 1.0f, e == 0 ? -lse.x : -lse.y));
       kept_p[2 * half + e] = element;
     });
-    if constexpr (kEverything) {
+    if constexpr (kCaps) {
       if (scores.softcap_log2 > 0.0f) {
         for_each_transposed(x, [&](float& element, int, int half, int e) { element *= derivative[2 * half + e]; });
       }
+    }
+    if constexpr (kEverything) {
       if (scores.dropout_threshold > 0) {
         const uint32_t kept = kept_transposed<1>(scores, dropout, place);
         for_each_transposed(x, [&](float& element, int, int half, int e) {
@@ -88,11 +94,44 @@ FASTATTN_DEVICE void make_probabilities(typename Traits::Scores& s, typename Tra
   }
 }
 
+// Sums over a warp's 16 keys, of 64 queries after another. A row of dS is a column of the accumulators, spread over
+// eight lanes. Two column tiles with sums of which lanes have halves become one with those of which they have quarters,
+// each lane taking the tile that a bit of its number names: 14 shuffles where every lane learning all would take 48. In
+// the end lane l has the sums of queries 2 l and 2 l + 1.
+struct KeySums {
+  // Anew in each step: kept from step to step, it would be a register too many.
+  const int lane = opaque(static_cast<int>(threadIdx.x)) % 32;
+  float waiting[3][2];  // of the column tile to its left, after so many joins
+
+  // Column tile n of eight, from its four elements of this lane; the last of them makes `sums`.
+  FASTATTN_DEVICE void add(int n, const float (&x)[4], float2& sums) {
+    float sum[2] = {x[0] + x[2], x[1] + x[3]};
+#pragma unroll
+    for (int level = 0; level < 3; ++level) {
+      const bool takes_right = (lane >> (2 + level) & 1) != 0;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if ((n >> level & 1) == 0) {
+          waiting[level][e] = sum[e];
+        } else {
+          const float left = waiting[level][e], right = sum[e];
+          const float others = __shfl_xor_sync(kFullWarp, takes_right ? left : right, 4 << level);
+          sum[e] = (takes_right ? right : left) + others;
+        }
+      }
+      if ((n >> level & 1) == 0) return;
+    }
+    sums = make_float2(sum[0], sum[1]);
+  }
+};
+
 // dP becomes dX, rounded, with what make_probabilities left in `s`; and P is rounded here if dv comes late.
 template <typename Traits>
 FASTATTN_DEVICE void make_score_gradients(typename Traits::Operand& dx, [[maybe_unused]] typename Traits::Operand& p,
                                           const typename Traits::Scores& dp, const typename Traits::Scores& s,
-                                          const ScoreArgs& scores, const float* delta_smem) {
+                                          const ScoreArgs& scores, const float* delta_smem,
+                                          [[maybe_unused]] float2& row_sums) {
+  [[maybe_unused]] KeySums key_sums;
 #pragma unroll
   for (int n = 0; n < Traits::kColTiles; ++n) {
     const float2 delta = *reinterpret_cast<const float2*>(delta_smem + 8 * n + lane_column());
@@ -109,6 +148,7 @@ FASTATTN_DEVICE void make_score_gradients(typename Traits::Operand& dx, [[maybe_
     }
     if constexpr (!Traits::kEarlyDv) pack_column_tile<typename Traits::Element>(p, n, s[0][n]);
     pack_column_tile<typename Traits::Element>(dx, n, x);
+    if constexpr (Traits::kSumsRows) key_sums.add(n, x, row_sums);
   }
 }
 

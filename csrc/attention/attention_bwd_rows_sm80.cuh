@@ -5,8 +5,8 @@
 //   dmask   = sum_i dlse_i + exp(sink - lse_i) delta_i    (of a mask that broadcasts over keys)
 // o has 16 bits, so delta has no more. That serves dq, dk and dv, which are rounded likewise; the gradients of sinks
 // and masks are fp32 sums. While dq is made of dS = P (dP - delta), its rows are therefore summed up: that they should
-// be dlse_i + exp(sink - lse_i) delta_i corrects delta, to which the sum adds what delta had lost. Memory:  each row of
-// out and dout is read once; two floats a row are written. Rows are padded to kRowPadding, and the
+// be dlse_i + exp(sink - lse_i) delta_i corrects delta, to which the sum adds what delta had lost.
+// Memory:  each row of out and dout is read once; two floats a row are written. Rows are padded to kRowPadding, and the
 //          padding looks like rows that see nothing, so that the kernels behind need no bounds check on rows.
 #pragma once
 
@@ -27,9 +27,10 @@ struct BwdRowStatistics {
   float* dq_sum = nullptr;
   int* turns = nullptr;
   int dq_columns = 0;
-  // Of the rows of dS, by another kernel, if not null; part i of them lies at i * row_sums_part.
+  // Of the rows of dS, by another kernel, if not null: (row_sum_parts, rows) with row_sums_part between parts, 64 rows
+  // after another with row_sums_tile between.
   const float* row_sums = nullptr;
-  int64_t row_sums_part = 0;
+  int64_t row_sums_part = 0, row_sums_tile = 64;
   int row_sum_parts = 0;
 };
 
@@ -135,11 +136,11 @@ __global__ void __launch_bounds__(kThreads)
   const StatisticsRows rows = statistics_rows(p, stats, batch, head);
   if (row >= rows.queries.end - rows.queries.begin) return;
   const RowTerms terms = row_terms(p, stats, rows, batch, head, row);
+  const int64_t target = rows.first + row;
+  const float* const parts = stats.row_sums + target / 64 * stats.row_sums_tile + target % 64;
   float sum = 0.0f;
-  for (int part = 0; part < stats.row_sum_parts; ++part) {
-    sum += stats.row_sums[part * stats.row_sums_part + rows.first + row];
-  }
-  stats.delta[rows.first + row] = terms.delta + fmaf(-terms.p_sink, terms.delta, sum - terms.dlse);
+  for (int part = 0; part < stats.row_sum_parts; ++part) sum += parts[part * stats.row_sums_part];
+  stats.delta[target] = terms.delta + fmaf(-terms.p_sink, terms.delta, sum - terms.dlse);
 }
 
 // Sums of many rows are few, so they may be exact.

@@ -23,15 +23,17 @@
 
 namespace fastattn {
 
-template <typename Element_, int kHeadDim_, ScoreKind kKind_, bool kPacked_>
+template <typename Element_, int kHeadDim_, ScoreKind kKind_, bool kPacked_, bool kSumsRows_>
 struct AttentionBwdSm90Traits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr ScoreKind kKind = kKind_;
-  static constexpr bool kPacked = kPacked_;  // sequences, which have no mask
+  static constexpr bool kPacked = kPacked_;      // sequences, which have no mask
+  static constexpr bool kSumsRows = kSumsRows_;  // of dS, for float32 gradients
   static constexpr bool kHasMask = kKind != ScoreKind::kPlain && !kPacked, kNoMask = !kHasMask;
   // Of 240 registers two gradients take 64, 96 or 128, S and dP 128 or 64, P and dX, rounded, half as much.
-  static constexpr int kBlockK = 128, kBlockQ = kHeadDim == 64 && kKind == ScoreKind::kPlain ? 128 : 64;
+  static constexpr int kBlockK = 128;
+  static constexpr int kBlockQ = kHeadDim == 64 && kKind == ScoreKind::kPlain && !kSumsRows ? 128 : 64;
   static constexpr int kGroups = 2, kGroupKeys = 64, kStages = 2, kDoutStages = 2;
   static constexpr int kThreads = 128 * (1 + kGroups);
   static constexpr int kColTiles = kBlockQ / 8;
@@ -95,6 +97,7 @@ struct AttentionBwdSm90Smem {
   uint64_t mask_full[kMaxMaskStages], mask_empty[kMaxMaskStages];
   uint64_t dq_full[Traits::kGroups], dq_empty[Traits::kGroups];
   BwdPackedSmem<Traits> packed;
+  alignas(16) float row_sums[Traits::kGroups][Traits::kSumsRows ? 2 * Traits::kBlockQ : 4];  // of two pairs of warps
 
   // Calls fn(barrier, arrivals) for each mbarrier that is used.
   template <typename Fn>
@@ -128,7 +131,8 @@ FASTATTN_DEVICE void add_dq_pieces(AttentionBwdSm90Smem<Traits>& smem, const Att
   BwdBlockKeys<Traits> keys = keys_of_block<Traits>(smem, args.bwd);
   const bool takes_turns = args.dq.turns != nullptr;
   for (uint32_t step = 0;; ++step) {
-    const int group = Traits::kPacked ? opaque(group_) : group_;  // addresses made of it take registers
+    // Addresses made of it take registers.
+    const int group = Traits::kPacked || Traits::kSumsRows ? opaque(group_) : group_;
     const uint32_t bytes = DqSum::kRows * 4 * (group == 0 ? Traits::kDqCols : Traits::kLastDqCols);
     mbarrier_wait(&smem.dq_full[group], step & 1);
     const BwdStageInfo info = smem.dq_info[group];
@@ -137,6 +141,9 @@ FASTATTN_DEVICE void add_dq_pieces(AttentionBwdSm90Smem<Traits>& smem, const Att
     const int64_t row_tile = args.dq.row_tile(statistics_head<Traits>(args.bwd, keys.batch, info.head), row);
     if (takes_turns) wait_for_turn(args.dq.turn(row_tile, group), turn_of_block<Traits>(args.bwd, keys, info));
     bulk_reduce_add(args.dq.piece(row_tile, Traits::dq_column(group)), smem.dq[group], bytes);
+    if constexpr (Traits::kSumsRows) {
+      bulk_reduce_add(args.dq.row_sums(row_tile, 2 * group), smem.row_sums[group], sizeof smem.row_sums[group]);
+    }
     bulk_commit_group();
     bulk_wait_group_read<0>();
     mbarrier_arrive(&smem.dq_empty[group]);
@@ -198,6 +205,30 @@ struct BwdGroup {
     fence_proxy_async();
   }
   FASTATTN_DEVICE void meet() const { bar_sync(kBothGroupsBarrier, 128 * Traits::kGroups); }
+
+  // Row sums leave with the step's dq. Of each pair of warps, one writes its sums before both meet, the other adds its
+  // own afterwards.
+  FASTATTN_DEVICE static bool is_odd_warp(int thread) { return thread / 32 % 2 != 0; }
+  FASTATTN_DEVICE float2* row_sums_place(int thread) const {
+    const int pair = thread / 64 % 2;
+    return reinterpret_cast<float2*>(smem.row_sums[thread / 128 - 1]) + 32 * pair + thread % 32;
+  }
+  FASTATTN_DEVICE void write_row_sums(float2 own_sums, uint32_t step) {
+    if constexpr (Traits::kSumsRows) {
+      const int thread = opaque(static_cast<int>(threadIdx.x));
+      if (!is_odd_warp(thread)) return;
+      mbarrier_wait(&smem.dq_empty[group], (step & 1) ^ 1);  // those of the step before have left
+      *row_sums_place(thread) = own_sums;
+    }
+  }
+  FASTATTN_DEVICE void complete_row_sums(float2 own_sums) {
+    if constexpr (Traits::kSumsRows) {
+      const int thread = opaque(static_cast<int>(threadIdx.x));
+      if (is_odd_warp(thread)) return;
+      const float2 others = *row_sums_place(thread);
+      *row_sums_place(thread) = make_float2(own_sums.x + others.x, own_sums.y + others.y);
+    }
+  }
 
   // Hands a part of dq to the storing warp.
   FASTATTN_DEVICE void hand_over_dq(const typename Traits::DqPiece& dq, BwdStageInfo info, uint32_t step) {
@@ -305,10 +336,13 @@ FASTATTN_DEVICE void multiply_bwd_tiles(AttentionBwdSm90Smem<Traits>& smem, cons
     if constexpr (!Traits::kEarlyDp) issue_dp();
     wgmma_wait_group<Traits::kEarlyDp && Traits::kOverlapsDv ? 1 : 0>();  // dv
     pin_accumulators(wgmma_registers(dp));
-    make_score_gradients<Traits>(dx, p, dp, s, args.scores, smem.delta[stage]);
+    [[maybe_unused]] float2 row_sums;
+    make_score_gradients<Traits>(dx, p, dp, s, args.scores, smem.delta[stage], row_sums);
+    group.write_row_sums(row_sums, at.count);
     group.publish(dx, typename Traits::TileDx{smem_address(smem.dx[stage])});
     if constexpr (!Traits::kEarlyDv) issue_dv();
     group.meet();  // both have also read dX of the step before the last, whose place this one took
+    group.complete_row_sums(row_sums);
     make_dq_and_dk(group, dk, dv, dx, info, at);
   }
   group.hand_over_dq({}, {}, at.count);

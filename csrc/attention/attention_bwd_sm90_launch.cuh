@@ -15,8 +15,9 @@ namespace fastattn {
 struct BwdSm90Tile {
   int head_dim = 0;  // 0: the kernels of sm_80 serve the call
   ScoreKind kind = ScoreKind::kPlain;
+  bool sums_rows = false;  // of dS, which correct delta for float32 gradients
 
-  int block_q() const { return head_dim == 64 && kind == ScoreKind::kPlain ? 128 : 64; }
+  int block_q() const { return head_dim == 64 && kind == ScoreKind::kPlain && !sums_rows ? 128 : 64; }
   int block_k() const { return head_dim > 128 ? 64 : 128; }
 };
 
@@ -29,13 +30,14 @@ inline BwdSm90Extent extent_sm90(const PackedSequences& packed, int64_t batch, i
                            : BwdSm90Extent{batch, seqlen_q, seqlen_k};
 }
 
-// Hopper serves tensors that TMA can address; expanded operands, whose rows coincide, are not among them.
-inline BwdSm90Tile choose_bwd_sm90_tile(const AttentionBwdParams& p, const DeviceLaunch& launch) {
+// Hopper serves tensors that TMA can address; expanded operands, whose rows coincide, are not among them. What its
+// kernels keep of a capped score is the factor of dX, of which the rows have no known sum, and not dS.
+inline BwdSm90Tile choose_bwd_sm90_tile(const AttentionBwdParams& p, const DeviceLaunch& launch, bool sums_rows) {
   const int64_t head_dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
   const BwdSm90Extent extent = extent_sm90(packed_sequences(p), p.batch, p.seqlen_q, p.seqlen_k);
   constexpr int64_t kMostRows = INT32_MAX - 256;  // positions of boxes that reach past the end are 32-bit numbers
   const bool served = launch.compute_capability == 90 && head_dim <= 256 && extent.seqlen_q <= kMostRows &&
-                      extent.seqlen_k <= kMostRows &&
+                      extent.seqlen_k <= kMostRows && !(sums_rows && p.softcap != 0.0) &&
                       tma_can_address(p.q, extent.batch, p.heads, extent.seqlen_q, p.head_dim) &&
                       tma_can_address(p.k, extent.batch, p.heads_kv, extent.seqlen_k, p.head_dim) &&
                       tma_can_address(p.v, extent.batch, p.heads_kv, extent.seqlen_k, p.head_dim_v) &&
@@ -49,7 +51,8 @@ inline BwdSm90Tile choose_bwd_sm90_tile(const AttentionBwdParams& p, const Devic
                             : 256,
           everything               ? ScoreKind::kEverything
           : p.mask.data != nullptr ? ScoreKind::kMask
-                                   : ScoreKind::kPlain};
+                                   : ScoreKind::kPlain,
+          sums_rows};
 }
 
 template <typename Traits, bool kWide = (Traits::kHeadDim > 128)>
@@ -98,18 +101,21 @@ const char* launch_bwd_sm90_kernel(const AttentionBwdSm90Args& args, int64_t ent
                        k_map, v_map, dout_map, mask);
 }
 
-template <typename Element, int kHeadDim, ScoreKind kKind, bool kPacked>
+template <typename Element, int kHeadDim, ScoreKind kKind, bool kPacked, bool kSumsRows>
 using BwdSm90TraitsOf =
-    std::conditional_t<(kHeadDim > 128), AttentionBwdWideSm90Traits<Element, kHeadDim, kKind, kPacked>,
-                       AttentionBwdSm90Traits<Element, kHeadDim, kKind, kPacked>>;
+    std::conditional_t<(kHeadDim > 128), AttentionBwdWideSm90Traits<Element, kHeadDim, kKind, kPacked, kSumsRows>,
+                       AttentionBwdSm90Traits<Element, kHeadDim, kKind, kPacked, kSumsRows>>;
 
-// Starts the kernel of `kind`; args are for its tile. Packed sequences have no mask.
+// Starts the kernel of the tile, which has this head_dim, for args made for it. Packed sequences have no mask.
 template <typename Element, int kHeadDim>
-const char* launch_bwd_sm90(ScoreKind kind, const AttentionBwdSm90Args& args, int64_t batch, unsigned blocks,
+const char* launch_bwd_sm90(const BwdSm90Tile& tile, const AttentionBwdSm90Args& args, int64_t batch, unsigned blocks,
                             cudaStream_t stream) {
+  const ScoreKind kind = tile.kind;
   const auto launch = [&](auto kind_of, auto packed) {
-    using Traits = BwdSm90TraitsOf<Element, kHeadDim, kind_of(), packed()>;
-    return launch_bwd_sm90_kernel<Traits>(args, batch, blocks, stream);
+    using Plain = BwdSm90TraitsOf<Element, kHeadDim, kind_of(), packed(), false>;
+    using Sums = BwdSm90TraitsOf<Element, kHeadDim, kind_of(), packed(), true>;
+    return tile.sums_rows ? launch_bwd_sm90_kernel<Sums>(args, batch, blocks, stream)
+                          : launch_bwd_sm90_kernel<Plain>(args, batch, blocks, stream);
   };
   constexpr std::integral_constant<ScoreKind, ScoreKind::kPlain> kPlain;
   constexpr std::integral_constant<ScoreKind, ScoreKind::kMask> kMask;
@@ -123,7 +129,7 @@ const char* launch_bwd_sm90(ScoreKind kind, const AttentionBwdSm90Args& args, in
 }
 
 #define FASTATTN_BWD_SM90_UNIT(declaration, Element, kHeadDim)                                                         \
-  declaration template const char* launch_bwd_sm90<Element, kHeadDim>(ScoreKind, const AttentionBwdSm90Args&, int64_t, \
-                                                                      unsigned, cudaStream_t);
+  declaration template const char* launch_bwd_sm90<Element, kHeadDim>(const BwdSm90Tile&, const AttentionBwdSm90Args&, \
+                                                                      int64_t, unsigned, cudaStream_t);
 
 }  // namespace fastattn

@@ -18,12 +18,13 @@
 
 namespace fastattn {
 
-template <typename Element_, int kHeadDim_, ScoreKind kKind_, bool kPacked_>
+template <typename Element_, int kHeadDim_, ScoreKind kKind_, bool kPacked_, bool kSumsRows_>
 struct AttentionBwdWideSm90Traits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr ScoreKind kKind = kKind_;
-  static constexpr bool kPacked = kPacked_;  // sequences, which have no mask
+  static constexpr bool kPacked = kPacked_;      // sequences, which have no mask
+  static constexpr bool kSumsRows = kSumsRows_;  // of dS, for float32 gradients
   static constexpr bool kHasMask = kKind != ScoreKind::kPlain && !kPacked, kNoMask = !kHasMask;
   static constexpr int kBlockK = 64, kBlockQ = 64, kColTiles = kBlockQ / 8, kThreads = 384;
   static constexpr int kStages = 2, kDoutStages = kHeadDim <= 192 ? 2 : 1;
@@ -72,6 +73,7 @@ struct AttentionBwdWideSm90Smem {
   uint64_t p_full, p_empty;
   uint64_t dq_full[Traits::kDqPlaces], dq_empty[Traits::kDqPlaces];
   BwdPackedSmem<Traits> packed;
+  alignas(16) float row_sums[Traits::kSumsRows ? 4 * 64 : 4];  // of each warp that has dX
 
   // Calls fn(barrier, arrivals) for each mbarrier that is used.
   template <typename Fn>
@@ -119,6 +121,9 @@ FASTATTN_DEVICE void add_wide_dq_pieces(AttentionBwdWideSm90Smem<Traits>& smem, 
     int* const turn = takes_turns ? args.dq.turn(row_tile, 0) : nullptr;
     if (takes_turns && piece == 0) wait_for_turn(turn, turn_of_block<Traits>(args.bwd, keys, info));
     bulk_reduce_add(args.dq.piece(row_tile, piece * Traits::kDqCols), smem.dq[at.stage()], sizeof smem.dq[0]);
+    if constexpr (Traits::kSumsRows) {
+      if (piece == 0) bulk_reduce_add(args.dq.row_sums(row_tile, 0), smem.row_sums, sizeof smem.row_sums);
+    }
     bulk_commit_group();
     // The piece before this one has been read while this one came.
     bulk_wait_group_read<1>();
@@ -247,7 +252,14 @@ FASTATTN_DEVICE void make_dx(typename Traits::Operand& dx, const BwdWideGroup<Tr
   }
   group.arrive_by_warp(&smem.p_empty);
   typename Traits::Operand rounded_before;
-  make_score_gradients<Traits>(dx, rounded_before, dp, p, group.args.scores, smem.delta[group.dout_at.stage()]);
+  [[maybe_unused]] float2 row_sums;
+  make_score_gradients<Traits>(dx, rounded_before, dp, p, group.args.scores, smem.delta[group.dout_at.stage()],
+                               row_sums);
+  if constexpr (Traits::kSumsRows) {
+    // They leave with the first piece of dq. Those of the step before have left: the last piece waited for a place,
+    // which the first of kDqPieces > kDqPlaces had taken.
+    reinterpret_cast<float2*>(smem.row_sums)[group.thread] = row_sums;
+  }
   fence_proxy_async();  // delta is read before the next comes in its place
   group.release_dout();
   const typename Traits::TileDx dx_tile{smem_address(smem.dx)};

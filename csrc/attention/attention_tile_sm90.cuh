@@ -102,16 +102,15 @@ FASTATTN_DEVICE void load_tile_sm90(uint8_t* tile_smem, const TensorMap* map, ui
   }
 }
 
-// Clears rows [row, Tile::kRows) of a tile at `tile_smem`; by one warp.
+// Clears rows [row, Tile::kRows) of a tile at `tile_smem`; by one warp, to whose threads `thread` is threadIdx.x.
 template <typename Tile>
-FASTATTN_DEVICE void clear_last_rows(uint8_t* tile_smem, int row) {
+FASTATTN_DEVICE void clear_last_rows(uint8_t* tile_smem, int row, int thread = static_cast<int>(threadIdx.x)) {
   constexpr int kVec = 16;
 #pragma unroll
   for (int panel = 0; panel < Tile::kPanels; ++panel) {
     uint8_t* const panel_smem = tile_smem + panel * Tile::kPanelBytes;
 #pragma unroll 1
-    for (int byte = row * Tile::kRowBytes + opaque(static_cast<int>(threadIdx.x) % 32) * kVec; byte < Tile::kPanelBytes;
-         byte += 32 * kVec) {
+    for (int byte = row * Tile::kRowBytes + opaque(thread % 32) * kVec; byte < Tile::kPanelBytes; byte += 32 * kVec) {
       store_vec(reinterpret_cast<uint32_t*>(panel_smem + byte), Vec<uint32_t, 4>{});
     }
   }

@@ -38,11 +38,11 @@ static constexpr const char* kLeftOut = "not in this library";
   const char* launch_fwd_sm90_tile<Element, head_dim>(int, const AttentionFwdArgs&, int, cudaStream_t) { \
     return kLeftOut;                                                                                     \
   }
-#define LEFT_OUT_BWD_SM90(Element, head_dim)                                                                \
-  template <>                                                                                               \
-  const char* launch_bwd_sm90<Element, head_dim>(ScoreKind, const AttentionBwdSm90Args&, int64_t, unsigned, \
-                                                 cudaStream_t) {                                            \
-    return kLeftOut;                                                                                        \
+#define LEFT_OUT_BWD_SM90(Element, head_dim)                                                                         \
+  template <>                                                                                                        \
+  const char* launch_bwd_sm90<Element, head_dim>(const BwdSm90Tile&, const AttentionBwdSm90Args&, int64_t, unsigned, \
+                                                 cudaStream_t) {                                                     \
+    return kLeftOut;                                                                                                 \
   }
 LEFT_OUT_FWD(half_t, 192)
 LEFT_OUT_FWD(half_t, 256)
