@@ -145,8 +145,11 @@ class AccelerateReport:
         return f"swapped {swapped}{left}"
 
     def __str__(self) -> str:
-        lines = [f"swapped {len(self.swapped)} modules, left {len(self.left)}"]
-        lines += [f"  {name or '(the model)'}: {before} -> {now}" for name, (before, now) in self.swapped.items()]
+        modules = "module" if len(self.swapped) == 1 else "modules"
+        lines = [f"swapped {len(self.swapped)} {modules}, left {len(self.left)}"]
+        for name, (before, now) in self.swapped.items():
+            # Several have the names of torch.nn's.
+            lines.append(f"  {name or '(the model)'}: {before} -> fastattn's {now}")
         lines += [f"  {name or '(the model)'}: {kind} left: {reason}" for name, (kind, reason) in self.left.items()]
         return "\n".join(lines)
 

@@ -523,3 +523,12 @@ def test_int8_keeps_ties_for_restore_and_leaves_pruned_weights():
     assert [type(module) for module in model] == [nn.Embedding, fastattn.Int8Linear, nn.Linear]
     fastattn.restore(model)
     assert head.weight is embedding.weight
+
+
+def test_report_tells_our_modules_from_those_they_were():
+    model = fastattn.accelerate(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)), int8=True, verbose=False)
+    assert str(fastattn.accelerate_report(model)).splitlines() == [
+        "swapped 1 module, left 1",
+        "  0: LayerNorm -> fastattn's LayerNorm",
+        "  1: Linear left: small, (8, 8); choose it with filter_fn",
+    ]

@@ -235,7 +235,9 @@ def test_report_names_what_was_swapped_and_what_was_left_and_why():
     assert "forward was replaced" in reasons["model.layers.1.mlp.up_proj"]
     assert "set_attn_implementation" in reasons["model.layers.0.self_attn"]
     text = str(report)
-    assert "model.norm: LlamaRMSNorm -> ForeignNorm" in text and "lm_head: Linear left: the output head" in text
+    assert (
+        "model.norm: LlamaRMSNorm -> fastattn's ForeignNorm" in text and "lm_head: Linear left: the output head" in text
+    )
     assert not set(report.swapped) & set(report.left)
 
     fastattn.restore(model)
