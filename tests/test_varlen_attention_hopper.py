@@ -126,16 +126,32 @@ def test_packed_heads(options, group, mode):
     check_forward(operands, lengths_q, lengths_k, **options)
 
 
-def test_blocks_schedules_and_seeds_change_no_bit():
-    """Each row tile of each sequence is computed once, by whichever block, also past the first 32 sequences."""
+@pytest.mark.parametrize("head_dim, dtype", [(64, torch.bfloat16), (64, torch.float16), (128, torch.float16)], ids=str)
+def test_blocks_schedules_and_seeds_change_no_bit(head_dim, dtype):
+    """Each row tile of each sequence is computed once, by whichever block, also past the first 32 sequences; most take
+    less time than handing on a place."""
     lengths = tuple((7 * b) % 75 if b % 5 else 0 for b in range(70))
-    operands = operands_of(lengths, lengths, 64, torch.bfloat16, heads=2, heads_kv=2)
+    operands = operands_of(lengths, lengths, head_dim, dtype, heads=2, heads_kv=2)
     hopper()
     expected = check_forward(operands, lengths, lengths, is_causal=True)
     for seed, multiprocessors in enumerate((2, 5, 140)):
         hopper(dataclasses.replace(MODES[1 + seed % 3], seed=10 + seed), multiprocessors)
         actual = forward(operands, *[cu_seqlens(lengths)] * 2, *[max(lengths)] * 2, is_causal=True)
         assert all(map(torch.equal, actual, expected)), multiprocessors
+
+
+def test_the_counter_of_places_starts_anew(monkeypatch):
+    """Whatever memory holds: of the usual poison, -1, all that came would be a place twice."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    lengths = (130, 70, 0, 200)
+    operands = operands_of(lengths, lengths, 64, torch.float16)
+    hopper()
+    expected = check_forward(operands, lengths, lengths)
+    for _ in range(3):
+        freed = [torch.full((size,), 100, dtype=torch.uint8) for size in range(16, 1200, 16)]
+        del freed
+        actual = forward(operands, *[cu_seqlens(lengths)] * 2, *[max(lengths)] * 2)
+        assert all(map(torch.equal, actual, expected))
 
 
 WRONG = {

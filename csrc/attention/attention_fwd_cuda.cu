@@ -61,8 +61,9 @@ struct FwdPlan {
   int splits = 1;
   int64_t partial_stride = 0, partial_out_bytes = 0, partial_lse_bytes = 0;
   MaskTilesPlan mask_tiles;
+  int64_t counter_bytes = 0;  // of packed sequences on Hopper, which have neither parts nor masks
 
-  int64_t workspace_bytes() const { return partial_out_bytes + partial_lse_bytes + mask_tiles.bytes; }
+  int64_t workspace_bytes() const { return partial_out_bytes + partial_lse_bytes + mask_tiles.bytes + counter_bytes; }
 };
 
 ScoreKind score_kind(const AttentionParams& p) {
@@ -191,6 +192,7 @@ FwdPlan plan_fwd(const AttentionParams& p, const DeviceLaunch& launch) {
     plan.row_tiles = ceil_div(p.seqlen_q * packed, tile.block_q());
     plan.blocks = p.batch * plan.tile_heads * plan.row_tiles;
     plan.mask_tiles = plan_mask_tiles(p, tile.block_q(), tile.block_k, plan.group);
+    if (is_packed(p)) plan.counter_bytes = sizeof(int);
     return plan;
   }
   const FwdTile& tile = kFwdTiles[plan.tile];
@@ -283,7 +285,8 @@ const char* attention_fwd_cuda(const AttentionParams& p, const DeviceLaunch& lau
   args.cache_is_aligned = rows_are_aligned(p.k, p.head_dim) && rows_are_aligned(p.v, p.head_dim_v);
   args.mask_tiles = mask_tiles(plan.mask_tiles, p, mask_states);
   if (const char* error = launch_mask_tiles(plan.mask_tiles, args.scores, mask_states, stream)) return error;
-  if (const char* error = clear_forward_gaps(p, stream)) return error;
+  if (plan.counter_bytes > 0) args.next_place = reinterpret_cast<int*>(workspace);
+  if (const char* error = clear_forward_gaps(p, args.next_place, stream)) return error;
   if (plan.sm90_tile >= 0) {
     return p.dtype == DType::kFloat16 ? launch_fwd_hopper<half_t>(plan, args, launch)
                                       : launch_fwd_hopper<bfloat16_t>(plan, args, launch);

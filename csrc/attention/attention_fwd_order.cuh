@@ -9,7 +9,8 @@
 // change steadily, and from one section to the next they would jump from the shortest to the longest, once in two
 // rounds if a section has about so many tiles, and then always for the same blocks. So their sections go up and down in
 // turn. Of a causal triangle of 16384 rows on 132 multiprocessors the busiest then has 1.002 times the mean, not 1.7
-// times.
+// times. Packed sequences, whose lengths change from one to the next, are taken from a counter instead
+// (attention_packed_sm90.cuh).
 #pragma once
 
 #include <cstdint>
@@ -40,12 +41,9 @@ struct FwdOrder {
     return {batch_head / tile_heads, batch_head % tile_heads, goes_up ? nth_tile : row_tiles - 1 - nth_tile, split};
   }
 
-  // The same for the places of one of packed sequences, which has its own number of row tiles. Up and down alternate
-  // from sequence to sequence, too.
+  // The same for the places of one of packed sequences, which has its own number of row tiles.
   FASTATTN_DEVICE FwdWork work_of_sequence(int sequence, int own_row_tiles, int place) const {
-    FwdWork work = FwdOrder{1, tile_heads, own_row_tiles, heads_per_section}.work(place, 0, true);
-    const int sections_behind = (batch - 1 - sequence) * ((tile_heads + heads_per_section - 1) / heads_per_section);
-    if (sections_behind % 2 == 1) work.row_tile = own_row_tiles - 1 - work.row_tile;
+    FwdWork work = FwdOrder{1, tile_heads, own_row_tiles, heads_per_section}.work(place, 0, false);
     work.batch = sequence;
     return work;
   }

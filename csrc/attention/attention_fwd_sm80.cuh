@@ -65,6 +65,7 @@ struct AttentionFwdArgs {
   KvCache cache;
   bool cache_is_aligned = false;  // its rows can be read 16 bytes at a time
   PackedSequences packed;
+  int* next_place = nullptr;  // of packed sequences on Hopper: how many places were taken beyond the blocks' first
 };
 
 // Makes args those of batch entry `batch` alone.

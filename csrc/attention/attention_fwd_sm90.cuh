@@ -36,9 +36,19 @@ struct FwdTileWork {
   KeyTiles keys;
 };
 
-// The place in the order of the row tile that this block takes in this round, of `row_tiles` in all.
+// The place in the order of the row tile that this block takes in this round.
 FASTATTN_DEVICE int row_tile_of_round(int round) {
   return place_of_round(round, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+}
+
+// The same, by each warp but the copying one; packed blocks take places from a counter.
+template <typename Traits>
+FASTATTN_DEVICE int next_place(AttentionFwdSm90Smem<Traits>& smem, int round) {
+  if constexpr (Traits::kPacked) {
+    return smem.places.read(round);
+  } else {
+    return row_tile_of_round(round);
+  }
 }
 
 template <typename Traits>
@@ -123,8 +133,15 @@ FASTATTN_DEVICE void produce_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const
                                        const AttentionFwdMaps& maps, int row_tiles) {
   FwdProducer<Traits> producer{smem, args, maps};
   FwdWalk<Traits> walk(smem.entries);
-  for (int round = 0; walk.reaches(args, row_tile_of_round(round), row_tiles); ++round) {
-    const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, walk, row_tile_of_round(round));
+  for (int round = 0;; ++round) {
+    int place;
+    if constexpr (Traits::kPacked) {
+      place = smem.places.take(round, args.next_place);
+    } else {
+      place = row_tile_of_round(round);
+    }
+    if (!walk.reaches(args, place, row_tiles)) break;
+    const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, walk, place);
     MaskTileReader<!Traits::kHasMask> visible(args.mask_tiles, work.at.batch, work.at.tile_head, work.at.row_tile,
                                               work.keys.end);
     int tile = visible.next(work.keys.begin);
@@ -173,8 +190,10 @@ FASTATTN_DEVICE void clear_value_tails(AttentionFwdSm90Smem<Traits>& smem, const
   RingPosition<Traits::kStages> v_at;
   uint32_t parities = 0;  // a bit a stage
   FwdWalk<Traits> walk(smem.entries);
-  for (int round = 0; walk.reaches(args, row_tile_of_round(round), row_tiles); ++round) {
-    const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, walk, row_tile_of_round(round));
+  for (int round = 0;; ++round) {
+    const int place = next_place(smem, round);
+    if (!walk.reaches(args, place, row_tiles)) break;
+    const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, walk, place);
     if (work.keys.end == work.keys.begin) continue;
     const int last_key = (work.keys.end - 1) * Traits::kBlockK;
     v_at.count += static_cast<uint32_t>(work.keys.end - work.keys.begin);
@@ -418,8 +437,10 @@ FASTATTN_DEVICE void consume_fwd_tiles(AttentionFwdSm90Smem<Traits>& smem, const
   MaskRingPosition mask_at;
   if (group == Traits::kGroups - 1) give_products_turn<Traits>(0);
   FwdWalk<Traits> walk(smem.entries);
-  for (int round = 0; walk.reaches(args, row_tile_of_round(round), row_tiles); ++round, ++q_at.count) {
-    const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, walk, row_tile_of_round(round));
+  for (int round = 0;; ++round, ++q_at.count) {
+    const int place = next_place(smem, round);
+    if (!walk.reaches(args, place, row_tiles)) break;
+    const FwdTileWork<Traits> work = fwd_tile_work<Traits>(args, walk, place);
     // Of three warpgroups' registers none is left to keep what is made of the lane.
     constexpr bool kMakesAnew = Traits::kOwnLengths && Traits::kGroups == 3;
     const int first_row = work.first_row + 64 * group + 16 * (warp % 4) + (kMakesAnew ? opaque(lane) : lane) / 4;
@@ -469,6 +490,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       mbarrier_init(&smem.v_empty[stage], kWarps);
       if (Traits::kOwnLengths) mbarrier_init(&smem.v_arrived[stage], 1);
     }
+    if constexpr (Traits::kPacked) smem.places.init(kWarps + 1);  // and the warp that clears
     fence_mbarrier_init();
   }
   __syncthreads();

@@ -69,6 +69,7 @@ struct AttentionFwdSm90Smem {
   uint64_t mask_full[kMaxMaskStages][kGroups], mask_empty[kMaxMaskStages][kGroups];
   uint64_t v_arrived[kStages];  // with rows behind a sequence's last key; it is full when they are cleared
   PackedEntry entries[Traits::kOwnLengths ? Traits::kThreads / 32 : 1];
+  PlaceRing<Traits::kPacked> places;
 
   FASTATTN_DEVICE uint8_t* out(int group, bool has_tile) {
     return has_tile ? optional + Traits::kOptionalBytes - Traits::kOutBytes + group * kQBytes : q[group];

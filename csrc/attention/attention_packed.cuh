@@ -108,7 +108,8 @@ struct ClearGapsArgs {
   static constexpr int kMostTensors = 3;
   PackedTensor tensors[kMostTensors];
   int64_t batch = 0;
-  float* lse = nullptr;  // (heads, total) of the first tensor: -inf
+  float* lse = nullptr;       // (heads, total) of the first tensor: -inf
+  int* next_place = nullptr;  // also set to 0, if not null, for the kernel that is launched next
 };
 
 constexpr int kClearGapsThreads = 256;
@@ -118,6 +119,7 @@ constexpr int kLastGapBlocks = 32;
 // A tensor in y, a gap between two sequences or a part of the last gap in x.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads) clear_gaps_kernel(const __grid_constant__ ClearGapsArgs args) {
+  if (args.next_place != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *args.next_place = 0;
   const PackedTensor& packed = args.tensors[blockIdx.y];
   const int64_t block = blockIdx.x, gap = block < args.batch ? block : args.batch;
   const IndexRange rows = packed_gap(packed.rows, gap, args.batch, packed.longest);
@@ -141,12 +143,13 @@ inline const char* launch_clear_gaps(const ClearGapsArgs& args, int tensors, cud
   return launch_kernel(clear_gaps_kernel<kClearGapsThreads>, grid, kClearGapsThreads, 0, stream, args);
 }
 
-inline const char* clear_forward_gaps(const AttentionParams& p, cudaStream_t stream) {
+inline const char* clear_forward_gaps(const AttentionParams& p, int* next_place, cudaStream_t stream) {
   if (!is_packed(p)) return nullptr;
   ClearGapsArgs args;
   args.tensors[0] = {p.out, p.packed_q, p.seqlen_q, p.heads, p.head_dim_v};
   args.batch = p.batch;
   args.lse = static_cast<float*>(p.lse);
+  args.next_place = next_place;
   return launch_clear_gaps(args, 1, stream);
 }
 

@@ -3,7 +3,8 @@
 //
 // Order: sequences one after another, each with the row tiles that it has, so that no place is empty. Only the device
 //        knows the lengths: each warp finds the sequence of a place by itself, 32 sequences at a time, from where it
-//        found the last.
+//        found the last. Row tiles take any time, so a block takes its next place from a counter when the copies of its
+//        last tile have started.
 // Edges: q and k     rows behind the end are read; results of such queries are not stored, scores of such keys hidden
 //        v           they are cleared in shared memory (clear_value_tails)
 //        out         the last rows are stored by threads
@@ -58,6 +59,48 @@ struct EntryPlace<true> {
 };
 
 // ---- which row tile is next
+
+// Places that the copying warp has taken, for the other warps of the block.
+template <bool kPacked>
+struct PlaceRing {};
+
+template <>
+struct PlaceRing<true> {
+  static constexpr int kSlots = 2;
+  int place[kSlots];
+  uint64_t full[kSlots], empty[kSlots];  // of its reader's warps each arrives
+
+  // By one thread, before the others use it.
+  FASTATTN_DEVICE void init(int readers) {
+    for (int slot = 0; slot < kSlots; ++slot) {
+      mbarrier_init(&full[slot], 1);
+      mbarrier_init(&empty[slot], readers);
+    }
+  }
+
+  // By the copying warp: takes a place, which the blocks' first ones are not counted among, and hands it on.
+  FASTATTN_DEVICE int take(int round, int* next_place) {
+    int taken = static_cast<int>(blockIdx.x);
+    if (threadIdx.x % 32 == 0) {
+      if (round > 0) taken = static_cast<int>(gridDim.x) + atomicAdd(next_place, 1);
+      const int slot = round % kSlots;
+      mbarrier_wait(&empty[slot], (round / kSlots + 1) % 2);
+      place[slot] = taken;
+      mbarrier_arrive(&full[slot]);
+    }
+    return __shfl_sync(kFullWarp, taken, 0);
+  }
+
+  // By every warp of the others: what the copying warp took in this round.
+  FASTATTN_DEVICE int read(int round) {
+    const int slot = round % kSlots;
+    mbarrier_wait(&full[slot], round / kSlots % 2);
+    const int taken = place[slot];
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(&empty[slot]);
+    return taken;
+  }
+};
 
 // From a place in the order of all row tiles to the row tile, for one warp. Places are asked for in rising order.
 template <typename Traits, bool kPacked = Traits::kPacked>
