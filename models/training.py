@@ -75,7 +75,8 @@ def choose_parameters(model: nn.Module, tune: str) -> int:
     else:
         raise ValueError(f"tune must be 'all', 'last:N', 'feed_forward' or 'prompt', got {tune!r}.")
     if not keep:
-        raise ValueError(f"tune {tune!r}: {type(model).__name__} has no such parameters.")
+        remedy = "; --prompt-tokens gives it some" if tune == "prompt" else ""
+        raise ValueError(f"tune {tune!r}: {type(model).__name__} has no such parameters{remedy}.")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in keep or name.startswith("classifier"))
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -236,7 +236,7 @@ def test_tuning_changes_only_what_it_should(tune, trained):
 def test_unknown_tuning_is_refused():
     with pytest.raises(ValueError, match="tune must be"):
         choose_parameters(fresh(), "lora")
-    with pytest.raises(ValueError, match="Gpt has no such parameters"):
+    with pytest.raises(ValueError, match="Gpt has no such parameters; --prompt-tokens gives it some"):
         choose_parameters(fresh(), "prompt")
 
 
