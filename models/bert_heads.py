@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,6 +33,17 @@ class BertForPreTraining(nn.Module):
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """States that the heads read: (batch, seqlen, hidden_size)."""
         return self.bert(input_ids, input_ids != self.bert.config.pad_token_id, token_type_ids)
+
+    def train_for(self, objectives: Sequence[str]) -> None:
+        """Leaves untrained what no objective reads: it gets no gradient, which data parallelism would wait for."""
+        heads = {
+            "masked": (*self.transform.parameters(), *self.norm.parameters(), self.words.bias),
+            "next": tuple(self.next_sentence.parameters()),
+            "replaced": tuple(self.replaced.parameters()),
+        }
+        for objective, parameters in heads.items():
+            for parameter in parameters:
+                parameter.requires_grad_(objective in objectives)
 
     def word_logits(self, states: Tensor) -> Tensor:
         """(..., hidden_size) to (..., vocab_size)."""
@@ -67,26 +80,34 @@ def replace_words(
     return replaced, torch.where(words, (replaced != input_ids).long(), IGNORED)
 
 
-def pretraining_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The sum of the losses that ``batch`` has labels for.
+def pretraining_losses(model: nn.Module, batch: dict[str, Tensor]) -> list[tuple[Tensor, int]]:
+    """Of each objective that ``batch`` has labels for, the mean loss and how many labels it is the mean of.
 
     Fields: input_ids, token_type_ids (optional), and of word_labels (batch, seqlen), sentence_labels (batch,) and
-    replaced_labels (batch, seqlen) those wanted.
+    replaced_labels (batch, seqlen) those wanted. A small batch may hold no label: the loss is 0 then.
     """
     heads: BertForPreTraining = getattr(model, "module", model)  # type: ignore[assignment]
     states = model(batch["input_ids"], batch.get("token_type_ids"))
-    total = states.new_zeros(())
+    sums = []
     if "word_labels" in batch:
         asked = batch["word_labels"] != IGNORED
         # The widest matrix of the model meets only the words that are asked about.
-        total = total + F.cross_entropy(at_least_float32(heads.word_logits(states[asked])), batch["word_labels"][asked])
+        logits, labels = at_least_float32(heads.word_logits(states[asked])), batch["word_labels"][asked]
+        sums.append((F.cross_entropy(logits, labels, reduction="sum"), len(labels)))
     if "sentence_labels" in batch:
-        total = total + F.cross_entropy(at_least_float32(heads.next_sentence(states[:, 0])), batch["sentence_labels"])
+        logits, labels = at_least_float32(heads.next_sentence(states[:, 0])), batch["sentence_labels"]
+        sums.append((F.cross_entropy(logits, labels, reduction="sum"), len(labels)))
     if "replaced_labels" in batch:
         asked = batch["replaced_labels"] != IGNORED
         logits = at_least_float32(heads.replaced(states)[..., 0][asked])
-        total = total + F.binary_cross_entropy_with_logits(logits, batch["replaced_labels"][asked].to(logits.dtype))
-    return total
+        labels = batch["replaced_labels"][asked].to(logits.dtype)
+        sums.append((F.binary_cross_entropy_with_logits(logits, labels, reduction="sum"), len(labels)))
+    return [(total / max(count, 1), count) for total, count in sums]
+
+
+def pretraining_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The sum of the losses that ``batch`` has labels for, as ``pretraining_losses`` takes it."""
+    return torch.stack([loss for loss, _ in pretraining_losses(model, batch)]).sum()
 
 
 class BertClassifier(nn.Module):
@@ -96,12 +117,12 @@ class BertClassifier(nn.Module):
     adapt an encoder that stays as it is.
     """
 
-    def __init__(self, encoder: BertEncoder, num_classes: int, prompt_tokens: int = 0, dropout: float = 0.1) -> None:
+    def __init__(self, encoder: BertEncoder, num_classes: int, prompt_tokens: int = 0) -> None:
         super().__init__()
         hidden = encoder.config.hidden_size
         self.bert = encoder
         self.prompt = nn.Parameter(torch.randn(prompt_tokens, hidden) * 0.02) if prompt_tokens else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(encoder.config.hidden_dropout_prob)
         self.classifier = nn.Linear(hidden, num_classes)
 
     def forward(self, input_ids: Tensor) -> Tensor:

@@ -18,16 +18,17 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     """Writes model.safetensors and training.safetensors; an interruption, whenever it comes, leaves two of one step
     (see `finish_saving`)."""
     folder.mkdir(parents=True, exist_ok=True)
-    state: dict[str, Tensor] = {"rng": torch.get_rng_state()}
-    for device in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        state[f"rng.cuda.{device}"] = torch.cuda.get_rng_state(device)
+    state: dict[str, Tensor] = {}
     for index, values in optimizer.state_dict()["state"].items():
         state |= {f"optimizer.{index}.{name}": tensor.contiguous() for name, tensor in values.items()}
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     metadata = {"step": str(step), "scaler": json.dumps(scaler.state_dict()), "trained": json.dumps(trained)}
     files = {"model.safetensors": (unique_tensors(model), {}), "training.safetensors": (state, metadata)}
     for name, (tensors, facts) in files.items():
-        save_file(tensors, folder / f"{name}.partial", facts)
+        try:
+            save_file(tensors, folder / f"{name}.partial", facts)
+        except SafetensorError as error:  # what a full disk raises
+            raise OSError(f"{folder / name} cannot be written: {error}.") from error
     # Both are whole before either replaces its predecessor, the model first.
     for name in files:
         os.replace(folder / f"{name}.partial", folder / name)
@@ -89,12 +90,7 @@ def resume_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Opt
     saved = optimizer.state_dict()
     entries: dict[int, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        kind, _, rest = name.partition(".")
-        if kind == "optimizer":
-            index, _, field = rest.partition(".")
-            entries.setdefault(int(index), {})[field] = tensor
-        elif name.startswith("rng.cuda."):
-            torch.cuda.set_rng_state(tensor, int(name.rsplit(".", 1)[1]))
+        index, _, field = name.removeprefix("optimizer.").partition(".")
+        entries.setdefault(int(index), {})[field] = tensor
     optimizer.load_state_dict({**saved, "state": entries})
-    torch.set_rng_state(state["rng"])
     return int(metadata["step"])

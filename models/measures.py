@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections import Counter
@@ -13,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from models import data
-from models.bert_heads import IGNORED, classification_scores, mask_words, pretraining_loss, replace_words
+from models.bert_heads import IGNORED, classification_scores, mask_words, pretraining_losses, replace_words
 from models.gpt import causal_lm_loss
 from models.training import Batch
 from models.transformer import Transformer, translation_loss
@@ -24,62 +23,56 @@ Measure = Callable[[nn.Module], dict[str, float]]
 
 
 @torch.no_grad()
-def mean_loss(
-    model: nn.Module,
-    loss: Callable[[nn.Module, Batch], Tensor],
-    batches: Iterable[Batch],
-    tokens: Callable[[Batch], int],
-    most: int = 50,
-) -> float:
-    """The mean over the tokens of the first ``most`` batches; ``loss`` is the mean over one batch's ``tokens``."""
+def mean_losses(
+    model: nn.Module, losses: Callable[[nn.Module, Batch], list[tuple[Tensor, int]]], batches: Iterable[Batch]
+) -> list[float]:
+    """The means over all that is asked in ``batches``; ``losses`` gives means of one batch, and of how many answers."""
     device = next(model.parameters()).device
-    total, count = 0.0, 0
-    for batch in itertools.islice(batches, most):
-        weight = tokens(batch)
-        total += weight * loss(model, {name: tensor.to(device) for name, tensor in batch.items()}).item()
-        count += weight
-    return total / count
+    measured = [losses(model, {name: tensor.to(device) for name, tensor in batch.items()}) for batch in batches]
+    return [
+        sum(count * mean.item() for mean, count in objective) / max(sum(count for _, count in objective), 1)
+        for objective in zip(*measured, strict=True)
+    ]
 
 
 def language_measure(validation: data.TokenStream) -> Measure:
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return causal_lm_loss(model, batch["input_ids"])
+    def losses(model: nn.Module, batch: Batch) -> list[tuple[Tensor, int]]:
+        return [(causal_lm_loss(model, batch["input_ids"]), batch["input_ids"][:, 1:].numel())]
 
     def measure(model: nn.Module) -> dict[str, float]:
-        value = mean_loss(model, loss, validation.in_order(), lambda batch: batch["input_ids"][:, 1:].numel())
+        (value,) = mean_losses(model, losses, validation.in_order())
         return {"validation_loss": value, "perplexity": math.exp(min(value, 100.0))}
 
     return measure
 
 
 def pretraining_measure(validation: data.Examples, corrupt: Callable[[Batch, torch.Generator], Batch]) -> Measure:
+    """The sum over the objectives; what is hidden or replaced depends on the size of the batches of ``validation``."""
+
     def measure(model: nn.Module) -> dict[str, float]:
         generator = torch.Generator().manual_seed(0)
         batches = (corrupt(batch, generator) for batch in validation.in_order())
-        # Each objective asks about a number of its own, all in proportion to the tokens read.
-        return {
-            "validation_loss": mean_loss(model, pretraining_loss, batches, lambda batch: batch["input_ids"].numel())
-        }
+        return {"validation_loss": sum(mean_losses(model, pretraining_losses, batches))}
 
     return measure
 
 
-def translation_measure(validation: data.Examples, tokenizer: Tokenizer, most: int = 100) -> Measure:
-    """The loss, and BLEU of the greedy translations of the first ``most`` pairs."""
+def translation_measure(validation: data.Examples, tokenizer: Tokenizer) -> Measure:
+    """The loss, and BLEU of the greedy translations."""
 
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return translation_loss(model, batch["source"], batch["target"], data.PAD, 0.0)
-
-    def tokens(batch: Batch) -> int:
-        return int((batch["target"][:, 1:] != data.PAD).sum())
+    def losses(model: nn.Module, batch: Batch) -> list[tuple[Tensor, int]]:
+        tokens = int((batch["target"][:, 1:] != data.PAD).sum())
+        return [(translation_loss(model, batch["source"], batch["target"], data.PAD, 0.0), tokens)]
 
     def measure(model: nn.Module) -> dict[str, float]:
         whole: Transformer = getattr(model, "module", model)  # type: ignore[assignment]
-        sources, targets = (validation.fields[name][:most] for name in ("source", "target"))
-        ids = data.pad(sources).to(whole.positions.device)
-        found = [tokenizer.decode(tokens) for tokens in whole.translate(ids, whole.config.max_positions)]
-        score = bleu(found, [tokenizer.decode(tokens) for tokens in targets])
-        return {"validation_loss": mean_loss(model, loss, validation.in_order(), tokens), "bleu": score}
+        found, wanted = [], []
+        for batch in validation.in_order():
+            found += whole.translate(batch["source"].to(whole.positions.device), whole.config.max_positions)
+            wanted += batch["target"].tolist()
+        score = bleu(*([tokenizer.decode(tokens) for tokens in texts] for texts in (found, wanted)))
+        (value,) = mean_losses(model, losses, validation.in_order())
+        return {"validation_loss": value, "bleu": score}
 
     return measure
 
@@ -103,10 +96,6 @@ def bleu(candidates: Sequence[str], references: Sequence[str], longest: int = 4)
     brevity = min(0.0, 1 - lengths[1] / lengths[0])
     precision = sum(math.log(hit / count) for hit, count in zip(hits, counts, strict=True)) / longest
     return 100 * math.exp(brevity + precision)
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+|[^\w\s]", text)
 
 
 def classification_measure(validation: data.Examples, num_classes: int) -> Measure:

@@ -26,6 +26,8 @@ from models.training import Batch
 from models.transformer import Transformer, TransformerConfig, translation_loss
 
 Batches = Callable[[torch.Generator], Batch]
+# Fixed, so that `train` and `evaluate` hide the same words of held-out text.
+HELD_OUT_BATCH = 16
 
 
 @dataclass
@@ -85,11 +87,12 @@ def bert(
     tokenizer = data.train_tokenizer(training, vocab_size, framed=True)
     config = _bert_config(tokenizer, context, options)
     corrupt = partial(measures.corrupted, objectives=objectives, vocab_size=config.vocab_size)
-    source, validation = (
-        measures.pretraining_data(tokenizer, part, context, batch_size) for part in (training, held_out)
-    )
+    source = measures.pretraining_data(tokenizer, training, context, batch_size)
+    validation = measures.pretraining_data(tokenizer, held_out, context, HELD_OUT_BATCH)
+    model = BertForPreTraining(config)
+    model.train_for(objectives)
     return Task(
-        "bert", BertForPreTraining(config), config, tokenizer,
+        "bert", model, config, tokenizer,
         lambda generator: corrupt(source(generator), generator), pretraining_loss,
         measures.pretraining_measure(validation, corrupt), {"context": context, "objectives": list(objectives)},
     )  # fmt: skip
@@ -149,7 +152,7 @@ def classifier(
             raise data.DataError(f"the data has the classes {classes}; the teacher knows {taught}.")
         check_room(teacher, context + describe(teacher)["prompt_tokens"], teacher_model.bert.config)
     elif start is not None:
-        encoder, tokenizer = _pretrained_encoder(start)
+        encoder, tokenizer = _pretrained_encoder(start, options["hidden_dropout_prob"])
     else:
         tokenizer = data.train_tokenizer((text for text, _ in training), vocab_size, framed=True)
     if encoder is not None:
@@ -175,16 +178,22 @@ def classifier(
     )  # fmt: skip
 
 
-def _pretrained_encoder(start: Path) -> tuple[BertEncoder, Tokenizer]:
+def _pretrained_encoder(start: Path, dropout: float) -> tuple[BertEncoder, Tokenizer]:
     if str(start) != "minilm":
         model, tokenizer = load(start, "bert")
-        return model.bert, tokenizer
-    folder = find_weights()
-    if folder is None:
+        trained = model.bert
+    elif (folder := find_weights()) is not None:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()  # it would cut at 128 tokens, whatever the context
+        trained = BertEncoder.from_pretrained(folder)
+    else:
         raise data.DataError("minilm is not installed: run make build")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_padding()
-    return BertEncoder.from_pretrained(folder), tokenizer
+    # The same weights, with the dropout asked for.
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    encoder = BertEncoder(dataclasses.replace(trained.config, **rates))
+    encoder.load_state_dict(trained.state_dict())
+    return encoder, tokenizer
 
 
 def check_room(source: Path | None, tokens: int, config: BertConfig) -> None:
@@ -216,12 +225,12 @@ def open_folder(folder: Path, task: Task, *, resume: bool, write: bool = True) -
             raise data.DataError(
                 f"{folder} was trained otherwise ({reason}): --resume needs the same options and data."
             )
-    elif resume:
+    elif resume and write:
         print(f"{folder} holds no checkpoint yet: training starts from the beginning.")
     if write:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-        task.tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer.json").write_text(task.tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
 def load(folder: Path, kind: str) -> tuple[Any, Tokenizer]:
@@ -276,10 +285,10 @@ def describe(folder: Path) -> dict[str, Any]:
     return description
 
 
-def held_out_measure(folder: Path, path: Path | None, tokenizer: Tokenizer, batch_size: int = 16) -> measures.Measure:
+def held_out_measure(folder: Path, path: Path | None, tokenizer: Tokenizer) -> measures.Measure:
     """The measure that training reported for the model of ``folder``, on the held-out part of the data at ``path``."""
     description = describe(folder)
-    kind, sizes = description["kind"], (description["context"], batch_size)
+    kind, sizes = description["kind"], (description["context"], HELD_OUT_BATCH)
     if kind == "translation":
         held_out = data.split(data.load_pairs(path, description.get("language", "de")))[1]
         return measures.translation_measure(measures.translation_data(tokenizer, held_out, *sizes), tokenizer)

@@ -21,6 +21,7 @@ from models.checkpoints import finish_saving, resume_checkpoint, save_checkpoint
 
 Batch = dict[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
+_OVERFLOWS_IN_A_ROW = 10
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,7 +54,7 @@ class TrainingConfig:
 
 
 def choose_parameters(model: nn.Module, tune: str) -> int:
-    """Freezes what ``tune`` leaves out and returns how many numbers are trained.
+    """Freezes what ``tune`` leaves out and returns how many numbers are trained; what is frozen already stays so.
 
     Args:
         tune: "all"; "last:N", the last N layers; "feed_forward"; "prompt", learned vectors in front of the input. New
@@ -62,7 +63,7 @@ def choose_parameters(model: nn.Module, tune: str) -> int:
     """
     kind, _, count = tune.partition(":")
     layers = _layers(model)
-    if kind == "last" and count.isdigit():
+    if kind == "last" and count.isdecimal():
         chosen = {f"{name}." for name in layers[len(layers) - min(int(count), len(layers)) :]}
         keep = [name for name, _ in model.named_parameters() if any(name.startswith(prefix) for prefix in chosen)]
     elif tune == "feed_forward":
@@ -78,7 +79,7 @@ def choose_parameters(model: nn.Module, tune: str) -> int:
         remedy = "; --prompt-tokens gives it some" if tune == "prompt" else ""
         raise ValueError(f"tune {tune!r}: {type(model).__name__} has no such parameters{remedy}.")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in keep or name.startswith("classifier"))
+        parameter.requires_grad_(parameter.requires_grad and (name in keep or name.startswith("classifier")))
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -116,6 +117,10 @@ class Processes:
         dist.all_reduce(total)
         return total.item() / self.world
 
+    def any(self, value: bool) -> bool:
+        """Whether it is true of any process: all get the same answer."""
+        return self.mean(float(value)) > 0
+
 
 # --- The loop --------------------------------------------------------------------------------------------------------
 
@@ -142,7 +147,7 @@ def train(
         resume: go on from the checkpoint in ``folder``, if there is one, to the very weights that an uninterrupted run
             ends with.
         report: called with each row.
-        stop: asked after each step whether to end there, with a checkpoint.
+        stop: asked after each step whether to end there, with a checkpoint; one process that says so ends all.
     """
     processes = processes or Processes()
     device = processes.device
@@ -154,7 +159,6 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
     dtype = PRECISIONS[config.precision]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    torch.manual_seed(config.seed + processes.rank)
     first, rows = 0, []
     if resume and folder is not None:
         finish_saving(folder)
@@ -163,12 +167,15 @@ def train(
             rows = _read_log(folder / "log.csv", first)
     parallel = nn.parallel.DistributedDataParallel(model) if processes.world > 1 else model
 
+    overflows = 0
     for step in range(first, config.steps):
+        # What a step draws, and each batch of it below, depends on these numbers alone, not on what came before: a run
+        # that resumes draws what it would have drawn, in every process.
+        torch.manual_seed(hash((config.seed, step, processes.rank)) % 2**63)
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step)
         total = 0.0
         for micro in range(config.accumulation):
-            # A generator of its own for each batch: what is drawn depends on nothing but these numbers.
             seed = hash((config.seed, step, micro, processes.rank)) % 2**63
             batch = {name: t.to(device) for name, t in batches(torch.Generator().manual_seed(seed)).items()}
             last = micro + 1 == config.accumulation
@@ -191,9 +198,8 @@ def train(
             model.train()
         rows.append(row)
         report(row)
-        if not math.isfinite(total) and dtype != torch.float16:
-            raise FloatingPointError(f"train: the loss of step {done} is {total}; try a smaller learning_rate.")
-        ends = done == config.steps or stop()
+        overflows = _check_finite(row, overflows, dtype)
+        ends = done == config.steps or processes.any(stop())
         if folder is not None and processes.rank == 0 and (ends or _due(done, config.save_every)):
             # The log first: of one that reaches further than the checkpoint, resuming takes what it needs.
             _write_log(folder / "log.csv", rows)
@@ -202,6 +208,20 @@ def train(
             break
     model.eval()
     return rows
+
+
+def _check_finite(row: dict[str, float], overflows: int, dtype: torch.dtype | None) -> int:
+    """How many steps in a row were not finite, after ``overflows`` of them. Raises: FloatingPointError if too many."""
+    half = dtype == torch.float16
+    broken = next((name for name in (("loss",) if half else ("loss", "norm")) if not math.isfinite(row[name])), None)
+    overflows = overflows + 1 if broken else 0
+    # In float16 a step that overflows is left out, and the next ones are scaled down.
+    if overflows <= (_OVERFLOWS_IN_A_ROW if half else 0) and math.isfinite(row.get("validation_loss", 0.0)):
+        return overflows
+    broken = broken or "validation_loss"
+    raise FloatingPointError(
+        f"train: the {broken} of step {row['step']:.0f} is {row[broken]}; try a smaller learning_rate."
+    )
 
 
 def _due(step: int, every: int) -> bool:

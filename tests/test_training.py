@@ -200,9 +200,25 @@ def test_the_rate_warms_up_and_decays():
     assert config.rate(110) == pytest.approx(0.1)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
-    with pytest.raises(FloatingPointError, match="the loss of step 1 is nan"):
-        train(fresh(), lambda model, batch: lm_loss(model, batch) * math.nan, periodic, TrainingConfig(steps=3))
+@pytest.mark.parametrize("precision, step", [("float32", 1), ("bfloat16", 1), ("float16", 11)])
+def test_a_loss_that_is_not_finite_stops_the_run(precision, step):
+    """In float16 not at once: a step that overflows is left out."""
+    config = TrainingConfig(steps=20, precision=precision)
+    with pytest.raises(FloatingPointError, match=f"the loss of step {step} is nan"):
+        train(fresh(), lambda model, batch: lm_loss(model, batch) * math.nan, periodic, config)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_weights_that_are_lost_are_not_saved_as_a_model(precision, tmp_path):
+    """The last step of all spoils them: no loss of training shows it."""
+
+    def spoil() -> dict[str, float]:
+        return {"validation_loss": math.nan}
+
+    config = TrainingConfig(steps=1, precision=precision)
+    with pytest.raises(FloatingPointError, match="the validation_loss of step 1 is nan"):
+        train(fresh(), lm_loss, periodic, config, evaluate=spoil, folder=tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
@@ -284,13 +300,48 @@ def test_each_objective_is_learned(objective):
     assert rows[-1]["loss"] < 0.4 * rows[0]["loss"]
 
 
-def test_held_out_loss_is_a_mean_over_tokens():
-    model = torch.nn.Linear(1, 1)
-    batches = [{"values": torch.tensor(values)} for values in ([1.0, 2.0, 3.0], [6.0], [100.0])]
-    measured = measures.mean_loss(
-        model, lambda _, b: b["values"].mean(), batches, lambda b: b["values"].numel(), most=2
+def test_held_out_loss_is_a_mean_over_all_tokens():
+    batches = [{"values": torch.tensor(values)} for values in ([1.0, 2.0, 3.0], [6.0], *[[10.0]] * 60)]
+    measured = measures.mean_losses(
+        torch.nn.Linear(1, 1),
+        lambda _, b: [(b["values"].mean(), b["values"].numel()), (b["values"].sum() * 0, 0)],
+        batches,
     )
-    assert measured == pytest.approx(12.0 / 4)
+    assert measured == pytest.approx([612.0 / 64, 0.0])
+
+
+def test_all_held_out_pairs_are_measured():
+    """More than there were room for: of 60 batches, and of 100 pairs."""
+    tokenizer = data.train_tokenizer(["one two three"], 300, framed=True)
+    pairs = [("one", "two")] * 110 + [("one two three", "three two one")] * 10
+    validation = measures.translation_data(tokenizer, pairs, 16, batch_size=2)
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        vocab_size=tokenizer.get_vocab_size(), max_positions=16, dim=16, num_encoder_layers=1, num_decoder_layers=1,
+        num_heads=2, hidden_dim=16,
+    )  # fmt: skip
+    model = Transformer(config).eval()
+    values = measures.translation_measure(validation, tokenizer)(model)
+    rows = validation.rows(range(len(validation)))
+    expected = translation_loss(model, rows["source"], rows["target"], data.PAD, 0.0).item()
+    assert values["validation_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["masked", "next", "replaced"])
+def test_a_batch_that_asks_nothing_trains_nothing(objective):
+    """Not NaN: of the few words of a small batch, none may be hidden."""
+    model = tiny_models()["bert"][0]
+    model.train_for([objective])
+    ids = torch.tensor([[5, 6, 7]])
+    nothing = {"masked": ("word_labels", (1, 3)), "next": ("sentence_labels", (1,)),
+               "replaced": ("replaced_labels", (1, 3))}  # fmt: skip
+    name, shape = nothing[objective]
+    labels = torch.zeros(shape, dtype=torch.long) if objective == "next" else torch.full(shape, IGNORED)
+    loss = pretraining_loss(model, {"input_ids": ids, name: labels})
+    loss.backward()
+    assert loss.isfinite() and (objective == "next" or loss == 0)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, parameter in model.named_parameters() if parameter.grad is None}
 
 
 def test_distillation_follows_the_teacher():
