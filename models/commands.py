@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from torch import nn
 from models.data import DataError, encode
 from models.layers import BACKENDS, set_backend
 
+# Of what torch says where a tensor has no room, or more elements than there are numbers.
+_TOO_LARGE = ("can't allocate memory", "out of memory", "overflow")
 # Enough for the kernels to be at their speed; beam search keeps several hypotheses of each.
 _TEXTS_AT_ONCE = 32
 
@@ -37,20 +40,24 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        return text if action.default in (None, False, argparse.SUPPRESS) else super()._get_help_string(action) or ""
+        # `in` would take 0 for False.
+        if any(action.default is nothing for nothing in (None, False, argparse.SUPPRESS)):
+            return text
+        return super()._get_help_string(action) or ""
 
 
 # --- Limits of options -----------------------------------------------------------------------------------------------
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number from ``least`` on."""
+def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """The type of an option that is a whole number in [least, most]."""
 
     def read(text: str) -> int:
         if not text.lstrip("+-").isdecimal():
             raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
-        if not least <= int(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        if not least <= int(text) <= most:
+            limit = f" and at most {most}" if most < 2**63 - 1 else ""
+            raise argparse.ArgumentTypeError(f"must be at least {least}{limit}, got {text}")
         return int(text)
 
     return read
@@ -113,6 +120,8 @@ def run(command: Callable[[argparse.Namespace], None], options: argparse.Namespa
     """Runs a command; what its user can mend ends it with one line and exit status 2."""
     # nn.TransformerEncoder's own, about what it does by itself with padded batches.
     warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by models/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         command(options)
     except BrokenPipeError:
@@ -121,6 +130,12 @@ def run(command: Callable[[argparse.Namespace], None], options: argparse.Namespa
         raise SystemExit(1) from None
     except (DataError, ValueError, NotImplementedError, OSError, FloatingPointError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in _TOO_LARGE):
+            raise
+        reason = " ".join(str(error).split())
+        print(f"error: this needs more memory than there is, choose smaller sizes: {reason}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as interrupt:
         print(f"interrupted{interrupt}", file=sys.stderr)

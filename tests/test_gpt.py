@@ -87,6 +87,12 @@ def test_a_stopped_sequence_stays_stopped():
     assert stop in tokens[0]
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-60, 5e-324])
+def test_at_a_temperature_close_to_0_the_likeliest_token_is_sampled(temperature):
+    logits = torch.tensor([[1.0, 3.0, 2.0], [-1e30, -2e30, -torch.inf]])
+    assert sample(logits, temperature).tolist() == [1, 0]
+
+
 def test_sampling_keeps_to_top_k_and_top_p():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, 4)
     assert sample(logits, top_k=2).unique().tolist() == [0, 1]
