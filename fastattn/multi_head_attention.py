@@ -32,7 +32,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
     - A query that may attend to nothing gives 0 before the output projection, and its weights and gradients are 0;
       torch gives NaN for it if ``need_weights`` is set.
     - ``is_causal`` may be given without ``attn_mask``; with one, it promises that ``attn_mask`` is the causal mask,
-      which is then not read if it is square.
+      which is then not read if it is square, needs no gradient, and no keys are appended. Where ``add_bias_kv`` or
+      ``add_zero_attn`` appends keys, every query sees them; torch hides them with ``need_weights=False``.
     - Masks are combined in the smallest shape that holds them: key padding stays (batch, 1, 1, seqlen_k).
     - Wrong input raises ValueError or TypeError with the remedy, where torch raises AssertionError or RuntimeError.
 
