@@ -6,17 +6,22 @@
 
 #include "emulator/sanitizers.h"
 
-#if !defined(__x86_64__)
+#if defined(__x86_64__) || (defined(__aarch64__) && defined(__linux__))
+#define FASTATTN_EMULATOR_OWN_SWITCH 1
+#else
 #include <ucontext.h>
 #endif
 
 namespace fastattn::emu {
 
+#if defined(FASTATTN_EMULATOR_OWN_SWITCH)
+
+// Puts the registers that a callee must preserve on the stack, stores the stack pointer, and undoes it all on the other
+// stack. The floating-point control words are the same in every fiber and stay as they are.
+extern "C" void fastattn_emulator_switch(void** save_stack_pointer, void* new_stack_pointer);
+
 #if defined(__x86_64__)
 
-// Pushes the registers that a callee must preserve, stores the stack pointer, and undoes it all on the other stack.
-// The floating-point control words are the same in every fiber and stay as they are.
-extern "C" void fastattn_emulator_switch(void** save_stack_pointer, void* new_stack_pointer);
 asm(R"(
 .text
 .globl fastattn_emulator_switch
@@ -49,6 +54,66 @@ static void* initial_stack_pointer(void* stack, size_t stack_bytes, void (*entry
   for (int saved_register = 0; saved_register < 6; ++saved_register) *--slot = nullptr;
   return slot;
 }
+
+#else  // AArch64
+
+asm(R"(
+.text
+.hidden fastattn_emulator_start
+.type fastattn_emulator_start,%function
+fastattn_emulator_start:
+  mov x16, x19
+  mov x30, xzr
+  br x16
+.size fastattn_emulator_start, .-fastattn_emulator_start
+
+.globl fastattn_emulator_switch
+.hidden fastattn_emulator_switch
+.type fastattn_emulator_switch,%function
+fastattn_emulator_switch:
+  sub sp, sp, #160
+  stp x19, x20, [sp]
+  stp x21, x22, [sp, #16]
+  stp x23, x24, [sp, #32]
+  stp x25, x26, [sp, #48]
+  stp x27, x28, [sp, #64]
+  stp x29, x30, [sp, #80]
+  stp d8, d9, [sp, #96]
+  stp d10, d11, [sp, #112]
+  stp d12, d13, [sp, #128]
+  stp d14, d15, [sp, #144]
+  mov x9, sp
+  str x9, [x0]
+  mov sp, x1
+  ldp x19, x20, [sp]
+  ldp x21, x22, [sp, #16]
+  ldp x23, x24, [sp, #32]
+  ldp x25, x26, [sp, #48]
+  ldp x27, x28, [sp, #64]
+  ldp x29, x30, [sp, #80]
+  ldp d8, d9, [sp, #96]
+  ldp d10, d11, [sp, #112]
+  ldp d12, d13, [sp, #128]
+  ldp d14, d15, [sp, #144]
+  add sp, sp, #160
+  ret
+.size fastattn_emulator_switch, .-fastattn_emulator_switch
+)");
+
+// Goes to x19 as a function without a caller.
+extern "C" void fastattn_emulator_start();
+
+static void* initial_stack_pointer(void* stack, size_t stack_bytes, void (*entry)(), void*) {
+  constexpr int kX19 = 0, kX30 = 11, kSavedRegisters = 20;
+  const uintptr_t top = (reinterpret_cast<uintptr_t>(stack) + stack_bytes) & ~uintptr_t{63};
+  void** slots = reinterpret_cast<void**>(top) - kSavedRegisters;
+  for (int slot = 0; slot < kSavedRegisters; ++slot) slots[slot] = nullptr;
+  slots[kX19] = reinterpret_cast<void*>(entry);
+  slots[kX30] = reinterpret_cast<void*>(fastattn_emulator_start);
+  return slots;
+}
+
+#endif
 
 static void switch_stacks(Fiber& from, Fiber& to) { fastattn_emulator_switch(&from.stack_pointer, to.stack_pointer); }
 static void* os_thread_context(void*) { return nullptr; }
