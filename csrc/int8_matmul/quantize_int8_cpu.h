@@ -24,7 +24,7 @@ FASTATTN_INLINE void store_int8(Vec<float> x, int8_t* q, int n) {
     std::memcpy(q, &bytes, static_cast<size_t>(n));
   }
 #else
-  for (int i = 0; i < n && i < Vec<float>::kLanes; ++i) q[i] = static_cast<int8_t>(__builtin_irintf(x.v[i]));
+  for (int i = 0; i < n && i < Vec<float>::kLanes; ++i) q[i] = static_cast<int8_t>(__builtin_lrintf(x.v[i]));
 #endif
 }
 
