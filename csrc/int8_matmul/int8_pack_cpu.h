@@ -19,8 +19,8 @@ FASTATTN_INLINE uint32_t load_group(const int8_t* row, int64_t k, int64_t depth)
   return group;
 }
 
-#if defined(__AVX512F__)
 // Transposes 16 rows of 16 groups: group g of row r goes to target + g * kPanelColumnGroup + r * 4.
+#if defined(__AVX512F__)
 inline void transpose_groups(const int8_t* rows, int64_t stride, int8_t* target) {
   __m512i r[16], pairs[16], quads[16];
   unroll<16>(FASTATTN_LAMBDA(i) { r[i] = _mm512_loadu_si512(rows + i * stride); });
@@ -46,6 +46,14 @@ inline void transpose_groups(const int8_t* rows, int64_t stride, int8_t* target)
     _mm512_storeu_si512(target + (12 + j) * kPanelColumnGroup, _mm512_shuffle_i32x4(odd_low, odd_high, 0xDD));
   });
 }
+#else
+inline void transpose_groups(const int8_t* rows, int64_t stride, int8_t* target) {
+  for (int64_t r = 0; r < 16; ++r) {
+    for (int64_t g = 0; g < 16; ++g) {
+      std::memcpy(target + g * kPanelColumnGroup + r * kGroupDepth, rows + r * stride + g * kGroupDepth, kGroupDepth);
+    }
+  }
+}
 #endif
 
 // panel[g][c][0..4) = b[c][4g..4g+4) for `columns` (1 to 32) rows of b, zero elsewhere.
@@ -56,13 +64,11 @@ inline void pack_b_panel(const int8_t* b, int64_t stride_b, int64_t columns, int
   for (int64_t first = 0; first < groups; first += kVisit) {
     const int64_t last = min_of(first + kVisit, groups);
     int8_t* target = panel + first * kPanelColumnGroup;
-#if defined(__AVX512F__)
     if (columns == kPanelColumns && (first + kVisit) * kGroupDepth <= depth) {
       transpose_groups(b + first * kGroupDepth, stride_b, target);
       transpose_groups(b + first * kGroupDepth + 16 * stride_b, stride_b, target + 64);
       continue;
     }
-#endif
     for (int64_t c = 0; c < kPanelColumns; ++c) {
       for (int64_t g = first; g < last; ++g) {
         const uint32_t group = c < columns ? load_group(b + c * stride_b, g * kGroupDepth, depth) : 0;
