@@ -241,7 +241,7 @@ def torch_flags(torch) -> list[str]:
     from torch.utils import cpp_extension
 
     includes = [*cpp_extension.include_paths(), sysconfig.get_path("include"), pybind11.get_include()]
-    return [*(f"-isystem{path}" for path in includes), "-DTORCH_EXTENSION_NAME=_C", "-fopenmp",
+    return [*(f"-isystem{path}" for path in includes), "-DTORCH_EXTENSION_NAME=_C",
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             f'-DFASTATTN_TORCH_VERSION="{torch.__version__}"']  # fmt: skip
 
@@ -280,9 +280,9 @@ def units(torch, cuda: Cuda | None, sanitize: bool) -> Iterator[Unit]:
 def link_flags(cuda: Cuda | None, sanitize: bool) -> list[str]:
     from torch.utils import cpp_extension
 
-    # torch's own libgomp is loaded by the time _C is: same soname, so the process has one OpenMP runtime.
+    # No -fopenmp: what common/parallel.cpp calls is found in the OpenMP runtime that libtorch_cpu itself is linked to.
     flags = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch", "-ltorch_cpu",
-             "-ltorch_python", "-fopenmp", "-pthread", *(SANITIZER_FLAGS if sanitize else [])]  # fmt: skip
+             "-ltorch_python", "-pthread", *(SANITIZER_FLAGS if sanitize else [])]  # fmt: skip
     if cuda is not None:
         # CUDA's static runtime is what every toolkit with an nvcc has, and shares torch's streams and contexts.
         flags += [*(f"-L{path}" for path in cuda.library_paths), "-lc10_cuda", "-lcudart_static", "-ldl", "-lrt"]
@@ -354,6 +354,8 @@ class NinjaBuild(build_ext):
 
     def build(self, output: Path) -> str | None:
         """Builds with nvcc, else with the emulator; returns why not with nvcc."""
+        if platform.system() != "Linux":
+            raise BuildFailure(f"the kernels are built on Linux alone, and this is {platform.system()}")
         torch = find_torch()
         if torch is None:
             raise BuildFailure("torch was not installed when fastattn was built; install torch, then fastattn again")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulated import HOST_FLAGS, host_compiler
 
 from fastattn import _extension
 
@@ -109,6 +112,14 @@ print(sum(any(name in library for name in ("libgomp", "libomp", "libiomp")) for 
 
 
 @needs_extension
+def test_extension_is_linked_to_no_openmp_runtime():
+    """It uses the one that torch is linked to, whichever that is and whatever the compiler's own would be."""
+    library = Path(_extension.extension.__file__).read_bytes()
+    assert b"GOMP_parallel" in library
+    assert re.findall(rb"lib(?:g|i|)omp[-\w.]*\.so", library) == []
+
+
+@needs_extension
 def test_isa_builds_share_no_code():
     """The linker keeps one copy of a weak symbol (an inline function that was not inlined). Outside the build's own
     namespace that copy could be AVX-512 code, serving a machine that has none."""
@@ -126,6 +137,48 @@ def test_isa_builds_share_no_code():
             if name == "DW.ref.__gxx_personality_v0":
                 continue
             assert kind not in "WVu" or f"isa_{isa}::" in name, f"{path.name} exports shared inline code: {name}"
+
+
+def includes_torch(header: Path) -> bool:
+    text = header.read_text()
+    ours = [ROOT / "csrc" / name for name in re.findall('#include "(.*)"', text)]
+    return re.search("#include <(ATen|c10|pybind11|torch)/", text) is not None or any(map(includes_torch, ours))
+
+
+def find_clang() -> str | None:
+    """Of the versions that are known to compile the kernels. Debian's have theirs in the name."""
+    for name in filter(shutil.which, ["clang++", *(f"clang++-{version}" for version in range(19, 30))]):
+        version = subprocess.run([name, "-dumpversion"], capture_output=True, text=True).stdout
+        if int(version.partition(".")[0] or 0) >= 19:
+            return name
+    return None
+
+
+AVX512_BF16 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni",
+               "-mavx512bf16"]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern, fewest", [("*.h", 40), ("*.cuh", 50)])
+@pytest.mark.parametrize("compiler", [host_compiler(), find_clang()], ids=["host", "clang"])
+def test_headers_agree_and_define_nothing_that_two_sources_may_not(tmp_path, compiler, pattern, fewest):
+    """All in one source: no two mean different things by a name, and none makes a symbol that the linker would find
+    twice. GCC keeps a constexpr specialisation of a variable template to its source, as Clang does not."""
+    if compiler is None or shutil.which("nm") is None:
+        pytest.skip("needs the compiler (of Clang 19 or newer), and nm")
+    headers = [path for path in sorted((ROOT / "csrc").rglob(pattern)) if not includes_torch(path)]
+    if pattern == "*.h":
+        # Those of the emulator take the names of CUDA's intrinsics.
+        headers = [path for path in headers if path.parent.name != "emulator"]
+    assert len(headers) > fewest
+    has_avx512 = platform.machine().lower() in ("x86_64", "amd64")
+    flags = [*HOST_FLAGS, "-DFASTATTN_ISA=isa", *(AVX512_BF16 if has_avx512 and pattern == "*.h" else [])]
+    command = [*shlex.split(compiler), *flags, "-w", "-x", "c++", "-c", "-", "-o", tmp_path / "all.o"]
+    source = "".join(f'#include "{path}"\n' for path in headers)
+    compiled = subprocess.run(command, input=source, text=True, capture_output=True)
+    assert compiled.returncode == 0, compiled.stderr
+    symbols = subprocess.run(["nm", "-C", "--defined-only", tmp_path / "all.o"], capture_output=True, text=True).stdout
+    # Capitals are what other objects see; V, W and u may be in several.
+    assert not [line for line in symbols.splitlines() if re.search(" [A-UX-Z] ", line)]
 
 
 def test_package_without_extension_runs_eager_and_says_why(tmp_path):
@@ -165,6 +218,15 @@ def test_failing_compiler_leaves_a_package_that_says_so(tmp_path, compiler):
         assert "/nonexistent/c++: " in printed
     log = Path(printed.rpartition(" are in ")[2].strip())
     assert log.is_absolute() and log.exists()
+
+
+def test_a_system_other_than_linux_gets_a_package_that_says_so(tmp_path):
+    copy_sources(tmp_path)
+    pretend = "import platform, runpy, sys, torch; platform.system = lambda: 'Darwin'"
+    build = "sys.argv[1:] = ['build_ext', '--inplace']; runpy.run_path('setup.py', run_name='__main__')"
+    run_python(f"{pretend}; {build}", tmp_path)
+    printed = run_python("import fastattn; print(fastattn.available_backends()['cpu'])", tmp_path)
+    assert printed.strip().endswith("missing: the kernels are built on Linux alone, and this is Darwin")
 
 
 def test_sdist_has_all_that_it_is_built_from(tmp_path):

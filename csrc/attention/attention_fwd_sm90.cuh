@@ -54,7 +54,7 @@ FASTATTN_DEVICE int next_place(AttentionFwdSm90Smem<Traits>& smem, int round) {
 template <typename Traits>
 FASTATTN_DEVICE FwdTileWork<Traits> fwd_tile_work(const AttentionFwdArgs& args, const FwdWalk<Traits>& walk,
                                                   int place) {
-  FwdTileWork<Traits> work{walk.work(args, place), walk.entry()};
+  FwdTileWork<Traits> work{walk.work(args, place), walk.entry(), 0, 0, {}};
   work.first_row = work.at.row_tile * Traits::kBlockQ;
   const QueryRows rows = Traits::query_rows(args, 0, 0);
   work.head_kv = rows.group > 1 ? work.at.tile_head : work.at.tile_head / (args.heads / args.heads_kv);

@@ -19,7 +19,7 @@ template <typename Operand>
 constexpr int kTerms = 1;
 #if defined(__AVX512BF16__)
 template <>
-constexpr int kTerms<BFloat16Pair> = 2;
+inline constexpr int kTerms<BFloat16Pair> = 2;
 #endif
 
 template <typename Operand>

@@ -10,7 +10,7 @@ namespace fastattn {
 
 constexpr int64_t int8_aligned_stride(int64_t depth) { return (depth + 15) / 16 * 16; }
 
-__global__ void __launch_bounds__(256)
+static __global__ void __launch_bounds__(256)
     int8_align_rows_kernel(const int8_t* source, int64_t stride, int64_t rows, int64_t depth, int8_t* aligned) {
   const int64_t pieces = int8_aligned_stride(depth) / 16, index = int64_t{blockIdx.x} * 256 + threadIdx.x;
   const int64_t row = index / pieces, first = index % pieces * 16;

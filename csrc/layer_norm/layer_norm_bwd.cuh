@@ -42,10 +42,10 @@ struct RowMoments {
 };
 
 // dx = rstd * (dout * weight - dy_mean) - d_scale * d, from the sums of dy = dout * weight and of dy * d.
-struct RowTerms {
+struct NormRowTerms {
   float dy_mean, d_scale;
 
-  FASTATTN_DEVICE RowTerms(const LayerNormBwdParams& p, const RowMoments& moments, float sum_dy, float sum_dy_d) {
+  FASTATTN_DEVICE NormRowTerms(const LayerNormBwdParams& p, const RowMoments& moments, float sum_dy, float sum_dy_d) {
     const float inverse_n = 1.0f / static_cast<float>(p.cols);
     dy_mean = p.rms ? 0.0f : sum_dy * inverse_n;
     d_scale = sum_dy_d * inverse_n * moments.rstd * moments.rstd * moments.rstd;
@@ -151,14 +151,14 @@ struct BwdBlock {
     sum_over_row<Shape::kThreads>(sums, scratch);
   }
 
-  FASTATTN_DEVICE RowTerms row_terms(const BwdRow<Traits>& row, Scratch& scratch) const {
+  FASTATTN_DEVICE NormRowTerms row_terms(const BwdRow<Traits>& row, Scratch& scratch) const {
     float sums[2];
     sum_row(row, sums, scratch);
     return {p, row.moments, sums[0], sums[1]};
   }
 
   // Writes the gradients of a row, whose share of dweight and dbias joins the sums.
-  FASTATTN_DEVICE void finish_row(const BwdRow<Traits>& row, int64_t row_index, const RowTerms& terms) {
+  FASTATTN_DEVICE void finish_row(const BwdRow<Traits>& row, int64_t row_index, const NormRowTerms& terms) {
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       const auto weight = load_weight(chunk);

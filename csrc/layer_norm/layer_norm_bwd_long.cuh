@@ -71,7 +71,7 @@ struct LongBwdBlock {
         const int64_t row = rows_begin + r;
         if (row >= p.rows) continue;
         const RowMoments moments(p, row);
-        const RowTerms terms(p, moments, sums[r], sums[kRows + r]);
+        const NormRowTerms terms(p, moments, sums[r], sums[kRows + r]);
         const auto x = x_chunk(row, column), dout = dout_chunk(row, column);
         Floats<kChunk> gradient;
 #pragma unroll
