@@ -16,6 +16,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from compiled import nvcc_kernels
 from devices import new_tensors_for, pytest_runtest_makereport  # noqa: F401  (a hook)
 from emulated import Mode
 
@@ -33,6 +34,14 @@ if available_backends()["emulated"] is None:
     extension.configure_emulator(os_threads=1)
 
 _ISAS = extension.usable_cpu_isas() if extension else []
+
+
+@pytest.fixture(scope="session", autouse=os.environ.get("FASTATTN_TEST_NVCC") == "1")
+def kernels_of_nvcc() -> Iterator[None]:
+    """``FASTATTN_TEST_NVCC=1``: backend "emulated" runs the PTX that nvcc makes of the kernels, each translated at its
+    first launch, which takes seconds."""
+    with nvcc_kernels("*"):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import IntEnum
@@ -125,6 +125,7 @@ class EmulatedLibrary(KernelLibrary):
 
     def __init__(self, path: Path):
         super().__init__(path, "cpu")
+        self.path = path
         self._library.fastattn_emulator_switches.restype = ctypes.c_uint64
 
     def configure(self, mode: Mode) -> None:
@@ -162,11 +163,18 @@ def _c_argument(value: object):
     return ctypes.c_int(value)
 
 
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Keeps other test processes out of what is made under the file ``path``."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def ninja(directory: Path, text: str) -> None:
     """Runs ninja in ``directory``; several test processes may ask for the same build at once."""
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with exclusive(directory / "lock"):
         file = directory / "build.ninja"
         if not file.exists() or file.read_text() != text:
             file.write_text(text)

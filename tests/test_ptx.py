@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+from collections.abc import Iterator
 
 import pytest
 import torch
+from compiled import nvcc_test_kernels, why_no_nvcc_kernels
 from emulated import MODES, PTX_TESTS, KernelLibrary, device_library, emulated_library, host_compiler
 
-WHERE = [*MODES, *(["cuda"] if torch.cuda.is_available() else [])]
+# "nvcc": its PTX, on the emulator.
+WHERE = [*MODES, "nvcc", *(["cuda"] if torch.cuda.is_available() else [])]
 LANES = torch.arange(32)
 G, T = LANES // 4, LANES % 4  # the manual's groupID and threadID_in_group
 
@@ -26,27 +29,34 @@ def _why_no_device(capability: tuple[int, int]) -> str | None:
     return None
 
 
-def library_for(where: object, source: str, capability: tuple[int, int]) -> KernelLibrary:
+def library_for(where: object, source: str, capability: tuple[int, int]) -> Iterator[KernelLibrary]:
     if where == "cuda":
         reason = _why_no_device(capability)
         if reason:
             pytest.skip(reason)
-        return device_library(PTX_TESTS / source)
-    if host_compiler() is None:
-        pytest.skip("no C++ compiler on PATH")
+        yield device_library(PTX_TESTS / source)
+        return
+    reason = why_no_nvcc_kernels() if where == "nvcc" else None if host_compiler() else "no C++ compiler on PATH"
+    if reason:
+        pytest.skip(reason)
     library = emulated_library()
-    library.configure(where)
-    return library
+    if where == "nvcc":
+        library.configure(MODES[1])
+        with nvcc_test_kernels():
+            yield library
+    else:
+        library.configure(where)
+        yield library
 
 
 @pytest.fixture(params=WHERE, ids=str)
-def sm80(request: pytest.FixtureRequest) -> KernelLibrary:
-    return library_for(request.param, "ptx_sm80.cu", (8, 0))
+def sm80(request: pytest.FixtureRequest) -> Iterator[KernelLibrary]:
+    yield from library_for(request.param, "ptx_sm80.cu", (8, 0))
 
 
 @pytest.fixture(params=WHERE, ids=str)
-def sm90(request: pytest.FixtureRequest) -> KernelLibrary:
-    return library_for(request.param, "ptx_sm90.cu", (9, 0))
+def sm90(request: pytest.FixtureRequest) -> Iterator[KernelLibrary]:
+    yield from library_for(request.param, "ptx_sm90.cu", (9, 0))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the wrappers run emulated only")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ needs_compiler = pytest.mark.skipif(host_compiler() is None, reason="no C++ comp
 
 
 @pytest.fixture(params=WHERE, ids=str)
-def clusters(request: pytest.FixtureRequest) -> KernelLibrary:
-    return library_for(request.param, "ptx_cluster_sm90.cu", (9, 0))
+def clusters(request: pytest.FixtureRequest) -> Iterator[KernelLibrary]:
+    yield from library_for(request.param, "ptx_cluster_sm90.cu", (9, 0))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_impossible_clusters_are_refused(grid, cluster, message):
 @needs_compiler
 @pytest.mark.parametrize("os_threads", [1, 3])
 def test_clusters_are_shared_out_between_os_threads(os_threads):
-    library = library_for(Mode(os_threads=os_threads), "ptx_cluster_sm90.cu", (9, 0))
+    (library,) = library_for(Mode(os_threads=os_threads), "ptx_cluster_sm90.cu", (9, 0))
     values = random_int32(7, 2, THREADS, 1)
     loaded, stored = torch.zeros_like(values), torch.zeros_like(values)
     library.call("ptx_cluster_exchange", values, loaded, stored, 1, 14, 2)

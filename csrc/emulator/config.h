@@ -38,7 +38,7 @@ struct Config {
 
 Config& config();
 
-constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kStackBytes = 256 * 1024;         // those of compiled.h keep thousands of registers there
 constexpr size_t kUnaskedSharedBytes = 48 * 1024;  // what a block has, static and dynamic, that asks for nothing
 constexpr size_t kStaticSharedBytes = 8 * 1024;    // room for static shared memory
 constexpr uint32_t kSharedBase = 1024;             // 32-bit shared address of the block's first byte; 0 stays invalid

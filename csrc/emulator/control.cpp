@@ -19,3 +19,7 @@ FASTATTN_EXPORT void fastattn_emulator_declare_global(const void* begin, uint64_
 FASTATTN_EXPORT void fastattn_emulator_forget_globals() { fastattn::emu::forget_globals(); }
 
 FASTATTN_EXPORT uint64_t fastattn_emulator_switches() { return fastattn::emu::switches_of_last_launch(); }
+
+FASTATTN_EXPORT void fastattn_emulator_ask_for_compiled(fastattn::emu::CompiledKernels compiled_kernels) {
+  fastattn::emu::ask_for_compiled_kernels(compiled_kernels);
+}

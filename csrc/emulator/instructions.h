@@ -91,7 +91,8 @@ struct WgmmaOperands {
   const uint32_t* a_registers;  // null: A is read through a_descriptor
   uint64_t a_descriptor;
   uint64_t b_descriptor;
-  bool accumulates;  // D += A B, else D = A B
+  bool accumulates;      // D += A B, else D = A B
+  bool at_once = false;  // of PTX, whose registers have no address that a late result could go to
 };
 void wgmma_fence(Site site);
 void wgmma_mma_async(void* d, const WgmmaOperands& operands, Site site);

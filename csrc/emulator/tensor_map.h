@@ -5,7 +5,7 @@
 
 namespace fastattn::emu {
 
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {  // as CUtensorMap since CUDA 13; 64 before
   static constexpr uint32_t kMagic = 0x7E450A11;
   uint64_t base;
   uint64_t dim[5];           // innermost first

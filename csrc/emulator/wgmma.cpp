@@ -232,7 +232,7 @@ void wgmma_mma_async(void* d, const WgmmaOperands& operands, Site site) {
       if (operands.a_registers == nullptr) continue;
       std::memcpy(op->a_registers[lane], lanes[lane]->operands->a_registers, sizeof op->a_registers[lane]);
     }
-    if (warp.wgmmas.empty() && !completes_late()) {
+    if (operands.at_once || (warp.wgmmas.empty() && !completes_late())) {
       run(warp, *op);
       return;
     }
