@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 # Read when torch loads OpenMP: test processes share the cores, and threads that spin while they wait would take them.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -16,7 +17,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from compiled import nvcc_kernels
+from compiled import nvcc_kernels, why_no_nvcc_kernels
 from devices import new_tensors_for, pytest_runtest_makereport  # noqa: F401  (a hook)
 from emulated import Mode
 
@@ -36,11 +37,20 @@ if available_backends()["emulated"] is None:
 _ISAS = extension.usable_cpu_isas() if extension else []
 
 
-@pytest.fixture(scope="session", autouse=os.environ.get("FASTATTN_TEST_NVCC") == "1")
+# Compiled here, where no test's time limit counts.
+_nvcc_kernels = None
+if os.environ.get("FASTATTN_TEST_NVCC") == "1":
+    _why_not = available_backends()["emulated"] or why_no_nvcc_kernels()
+    if _why_not:
+        raise pytest.UsageError(f"FASTATTN_TEST_NVCC=1: {_why_not}")
+    _nvcc_kernels = nvcc_kernels("*")
+
+
+@pytest.fixture(scope="session", autouse=_nvcc_kernels is not None)
 def kernels_of_nvcc() -> Iterator[None]:
     """``FASTATTN_TEST_NVCC=1``: backend "emulated" runs the PTX that nvcc makes of the kernels, each translated at its
     first launch, which takes seconds."""
-    with nvcc_kernels("*"):
+    with _nvcc_kernels or nullcontext():
         yield
 
 
