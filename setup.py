@@ -413,6 +413,7 @@ def torch_requirement() -> str:
 
 
 setup(
+    license="BSD-3-Clause",
     ext_modules=[Extension("fastattn._C", sources=[], optional=False)],
     cmdclass={"build_ext": NinjaBuild},
     setup_requires=[] if find_torch() else [FALLBACK_TORCH],
