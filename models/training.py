@@ -59,12 +59,14 @@ def choose_parameters(model: nn.Module, tune: str) -> int:
     Args:
         tune: "all"; "last:N", the last N layers; "feed_forward"; "prompt", learned vectors in front of the input. New
             heads (parameters whose name begins with "classifier") are trained in every case.
-    Raises: ValueError for an unknown choice, or one that leaves nothing to train.
+    Raises: ValueError for an unknown choice, for more layers than there are, or for one that leaves nothing to train.
     """
     kind, _, count = tune.partition(":")
     layers = _layers(model)
     if kind == "last" and count.isdecimal():
-        chosen = {f"{name}." for name in layers[len(layers) - min(int(count), len(layers)) :]}
+        if int(count) > len(layers):
+            raise ValueError(f"tune {tune!r}: {type(model).__name__} has {len(layers)} layers; 'all' trains all of it.")
+        chosen = {f"{name}." for name in layers[len(layers) - int(count) :]}
         keep = [name for name, _ in model.named_parameters() if any(name.startswith(prefix) for prefix in chosen)]
     elif tune == "feed_forward":
         marks = ("feed_forward.", ".linear1.", ".linear2.")

@@ -303,6 +303,7 @@ def test_mistakes_get_one_line(command, arguments, message, trained, tmp_path, c
     ("--accumulation 0", "argument --accumulation: must be at least 1"),
     ("--seed 99999999999999999999", "argument --seed: must be at least 0"),
     ("--precision int4", "argument --precision: invalid choice: 'int4'"),
+    ("--tune last:9", "tune 'last:9': Gpt has 2 layers; 'all' trains all of it"),
     ("--tune lora", "tune must be 'all', 'last:N', 'feed_forward' or 'prompt', got 'lora'"),
     ("--kv-heads 0", "argument --kv-heads: must be at least 1"),
     ("--share-layers 3", "num_layers 2 must be a multiple of share_layers 3"),
