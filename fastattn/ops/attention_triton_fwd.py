@@ -98,7 +98,9 @@ def _visit_keys(acc, row_max, row_sum, q_tile, q, first_row, k, v, start, stop, 
 
         scores, _ = cap_scores(dots, scoring, OPTIONS)
         scores = mask_scores(scores, first_row, first_col, row[:, None], col[None, :], scoring, OPTIONS, BOUNDARY)
-        p, correction, row_max, row_sum = online_softmax(scores, row_max, row_sum, scoring.unit, OPTIONS.MASK)
+        p, correction, row_max, row_sum = online_softmax(
+            scores, row_max, row_sum, scoring.unit, OPTIONS.MASK, q.ptr.dtype.element_ty == tl.float32
+        )
         if OPTIONS.DROPOUT:
             p = tl.where(kept(dropout, first_row + row, first_col, BLOCK_K), p, 0.0)
 

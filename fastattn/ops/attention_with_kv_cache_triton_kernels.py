@@ -300,7 +300,9 @@ def attention_cached_kernel(
             v = _load_rows(v_rows, there, HEAD_DIM_V, BLOCK_DV, part != 1)
             scores, _ = cap_scores(dots, scoring, OPTIONS)
             scores = mask_scores(scores, 0, first_col, query[:, None], col[None, :], scoring, OPTIONS, part != 1)
-            p, correction, row_max, row_sum = online_softmax(scores, row_max, row_sum, unit, MASK_NONE)
+            p, correction, row_max, row_sum = online_softmax(
+                scores, row_max, row_sum, unit, MASK_NONE, q_ptr.dtype.element_ty == tl.float32
+            )
             acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
 
     seen_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
