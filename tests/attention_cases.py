@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, ulp
-from devices import device_for
+from devices import device_for, triton_is_slow
 from torch import Tensor
 
 import fastattn
 from fastattn import dispatch
-from fastattn._triton import is_interpreted
 
 # Every backend that has a kernel and that this machine can run; eager is what they are compared with. Interpreted
 # Triton would take minutes at these shapes: test_attention_triton.py runs the same features at smaller ones.
@@ -22,7 +21,7 @@ KERNEL_BACKENDS = [
     for kernel in dispatch.TABLE["attention"]
     if kernel.backend != "eager"
     and fastattn.available_backends()[kernel.backend] is None
-    and not (kernel.backend == "triton" and is_interpreted())
+    and not (kernel.backend == "triton" and triton_is_slow())
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INF = float("inf")

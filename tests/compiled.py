@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from emulated import BUILD, HOST_FLAGS, PTX_TESTS, ROOT, emulated_library, exclusive, host_compiler
 from ptx_to_cpp import entry_names, translate
@@ -31,6 +32,7 @@ class CompiledKernel(ctypes.Structure):
 
 
 _ASKED = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(CompiledKernel))
+_running: dict[Path, list[Any]] = {}  # those that each library was given, outermost first
 
 
 def _run(command: Sequence[object]) -> str:
@@ -78,6 +80,27 @@ def _readable(names: Sequence[str]) -> list[str]:
 def _functions(library: Path) -> dict[str, int]:
     """Where a library has its functions, by mangled name."""
     return {name: int(at, 16) for at, name in re.findall(r"^([0-9a-f]+) [tTwW] (\S+)$", _run(["nm", library]), re.M)}
+
+
+@cache
+def _headers_hash() -> str:
+    headers = sorted((ROOT / "csrc" / "emulator").glob("*.h"))
+    return hashlib.sha256(b"".join(each.read_bytes() for each in headers)).hexdigest()
+
+
+def library_of(code: str, ptx_name: str, emulator: Path) -> ctypes.CDLL:
+    """What PTX was turned into, compiled for the emulator that the library ``emulator`` holds."""
+    version = hashlib.sha256(f"{code}{emulator}{_headers_hash()}".encode()).hexdigest()[:16]
+    COMPILED.mkdir(parents=True, exist_ok=True)
+    library = COMPILED / f"{ptx_name.removesuffix('.ptx')}.{version}.so"
+    with exclusive(library.with_suffix(".lock")):
+        if not library.exists():
+            source, made = library.with_suffix(".cpp"), library.with_suffix(".part")
+            source.write_text(code)
+            define = f'-DFASTATTN_COMPILED_FILE="{ptx_name}"'
+            _run([host_compiler(), *CODE_FLAGS, define, source, emulator, "-o", made])
+            made.rename(library)
+    return ctypes.CDLL(str(library))
 
 
 class NvccKernels:
@@ -131,27 +154,20 @@ class NvccKernels:
     def _translate(self, ptx: Path, names: Sequence[str]) -> dict[str, CompiledKernel]:
         symbols = {name: f"compiled_{i}" for i, name in enumerate(names)}
         code, kernels = translate(self._edit(ptx.read_text()), symbols)
-        version = hashlib.sha256(f"{code}{self.library}{_sources_hash()}".encode()).hexdigest()[:16]
-        library = COMPILED / f"{ptx.stem}.{version}.so"
-        with exclusive(library.with_suffix(".lock")):
-            if not library.exists():
-                source, made = library.with_suffix(".cpp"), library.with_suffix(".part")
-                source.write_text(code)
-                define = f'-DFASTATTN_COMPILED_FILE="{ptx.name}"'
-                _run([host_compiler(), *CODE_FLAGS, define, source, self.library, "-o", made])
-                made.rename(library)
-        loaded = ctypes.CDLL(str(library))
+        loaded = library_of(code, ptx.name, self.library)
         bodies = {name: ctypes.cast(getattr(loaded, symbol), ctypes.c_void_p) for name, symbol in symbols.items()}
         return {name: CompiledKernel(body, kernels[name].parameter_bytes) for name, body in bodies.items()}
 
     def __enter__(self) -> NvccKernels:
+        _running.setdefault(self.library, [None]).append(self._asked)
         self._loaded.fastattn_emulator_ask_for_compiled(self._asked)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._loaded.fastattn_emulator_ask_for_compiled(None)
+        _running[self.library].pop()
+        self._loaded.fastattn_emulator_ask_for_compiled(_running[self.library][-1])
 
 
 @cache

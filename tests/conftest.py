@@ -13,13 +13,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
-# Read when Triton's kernels are defined: without a GPU they run in Triton's interpreter, on CPU tensors.
+# Read when Triton's kernels are defined: without a GPU they run on CPU tensors, in Triton's interpreter or, compiled
+# for the GPU that FASTATTN_TEST_TRITON names, on the emulator.
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "0" if os.environ.get("FASTATTN_TEST_TRITON") else "1")
 
 from compiled import nvcc_kernels, why_no_nvcc_kernels
 from devices import new_tensors_for, pytest_runtest_makereport  # noqa: F401  (a hook)
-from emulated import Mode
+from emulated import MODES, Mode
 
 import fastattn
 from fastattn._extension import extension, missing_reason
@@ -44,6 +45,11 @@ if os.environ.get("FASTATTN_TEST_NVCC") == "1":
     if _why_not:
         raise pytest.UsageError(f"FASTATTN_TEST_NVCC=1: {_why_not}")
     _nvcc_kernels = nvcc_kernels("*")
+
+if "FASTATTN_TEST_TRITON" in os.environ:
+    from triton_compiled import CompiledTriton
+
+    CompiledTriton(os.environ["FASTATTN_TEST_TRITON"], MODES[1]).install()
 
 
 @pytest.fixture(scope="session", autouse=_nvcc_kernels is not None)

@@ -10,10 +10,17 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from fastattn import _triton
+
 
 def device_for(backend: str) -> str:
     """Where ``backend`` runs here: Triton on the GPU, or, in its interpreter, on the CPU."""
     return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+
+
+def triton_is_slow() -> bool:
+    """Whether Triton's interpreter runs its kernels, thousands of times slower than a GPU: at small shapes."""
+    return _triton.is_interpreted() and "FASTATTN_TEST_TRITON" not in os.environ
 
 
 def dtype_for(backend: str) -> torch.dtype:

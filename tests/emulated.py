@@ -228,6 +228,12 @@ def _emulated(name: str, kernels: Sequence[Path]) -> EmulatedLibrary:
 
 
 @cache
+def emulator_alone() -> EmulatedLibrary:
+    """For kernels that come from elsewhere."""
+    return _emulated("emulator", [])
+
+
+@cache
 def emulated_library() -> EmulatedLibrary:
     """The emulator with every kernel of tests/ptx, and what asks for the orders of attention's tiles and for tiles."""
     faces = [*sorted(KERNEL_FACES.glob("attention_*order.cu")), KERNEL_FACES / "attention_tiles.cu"]

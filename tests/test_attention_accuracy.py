@@ -13,11 +13,10 @@ import pytest
 import torch
 from accuracy import allowed_error, max_error
 from attention_cases import KERNEL_BACKENDS, Case, dtype_id, run
-from devices import device_for
+from devices import device_for, triton_is_slow
 from emulated import MODES, Mode
 
 import fastattn
-from fastattn._triton import is_interpreted
 
 # Interpreted, at small shapes.
 BACKENDS = [
@@ -27,7 +26,7 @@ HALF = [torch.bfloat16, torch.float16]
 
 
 def check_strictly(case: Case, dtype: torch.dtype, backend: str, names: Iterable[str], slack: float = 1.0) -> None:
-    if backend == "triton" and is_interpreted():
+    if backend == "triton" and triton_is_slow():
         small = {"seqlen_q": min(case.seqlen_q, 37), "seqlen_k": min(case.seqlen_k, 70)}
         case = dataclasses.replace(case, batch=1, **small, head_dim=min(case.head_dim, 32))
     inputs, device = case.inputs(dtype), device_for(backend)

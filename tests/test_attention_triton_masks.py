@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import Case, check
-from devices import device_for
+from devices import device_for, triton_is_slow
 
 import fastattn
 
@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(
 )
 DEVICE = device_for("triton")
 INF = float("inf")
+TILE = 32 if triton_is_slow() else 128  # the largest, of rows and of keys
 
 
 @pytest.fixture(autouse=True)
@@ -27,32 +28,33 @@ def documents(seqlen: int, length: int) -> torch.Tensor:
     return document[:, None] == document[None, :]
 
 
-DOCUMENTS = documents(96, 32)
+DOCUMENTS = documents(3 * TILE, TILE)
 FAR_APART = DOCUMENTS.clone()
-FAR_APART[:32, 64:] = True
+FAR_APART[:TILE, 2 * TILE :] = True
+AFTER_THE_FIRST, SECOND = slice(TILE, 3 * TILE), slice(TILE, 2 * TILE)
 LISTED = {
-    # Those of 96 positions that the first tile of rows does not see; the mask's tiles lie in between, too.
-    "documents": ({"attn_mask": DOCUMENTS}, slice(32, 96)),
-    "hidden_in_between": ({"attn_mask": FAR_APART}, slice(32, 64)),
-    "float": ({"attn_mask": torch.zeros(96, 96).masked_fill(~FAR_APART, -INF)}, slice(32, 64)),
-    "float_per_head": (
-        {"attn_mask": torch.randn(2, 96, 96).masked_fill(~FAR_APART, -INF)}, slice(32, 64),
-    ),
-    "causal": ({"attn_mask": DOCUMENTS, "is_causal": True}, slice(32, 96)),
-    "window": ({"attn_mask": FAR_APART, "window": (80, 80)}, slice(32, 64)),
-    "several_features": ({"attn_mask": FAR_APART, "softcap": 3.0, "dropout_p": 0.3}, slice(32, 64)),
-    "per_head": ({"attn_mask": torch.stack([FAR_APART] * 2)}, slice(32, 64)),
-}  # fmt: skip
+    # The positions of three tiles that the first tile of rows does not see; the mask's tiles lie in between, too.
+    "documents": ({"attn_mask": DOCUMENTS}, AFTER_THE_FIRST),
+    "hidden_in_between": ({"attn_mask": FAR_APART}, SECOND),
+    "float": ({"attn_mask": torch.zeros(FAR_APART.shape).masked_fill(~FAR_APART, -INF)}, SECOND),
+    "float_per_head": ({"attn_mask": torch.randn(2, *FAR_APART.shape).masked_fill(~FAR_APART, -INF)}, SECOND),
+    "causal": ({"attn_mask": DOCUMENTS, "is_causal": True}, AFTER_THE_FIRST),
+    "window": ({"attn_mask": FAR_APART, "window": (5 * TILE // 2, 5 * TILE // 2)}, SECOND),
+    "several_features": ({"attn_mask": FAR_APART, "softcap": 3.0, "dropout_p": 0.3}, SECOND),
+    "per_head": ({"attn_mask": torch.stack([FAR_APART] * 2)}, SECOND),
+}
 
 
 @pytest.mark.parametrize("head_dim", [16, 160])
 @pytest.mark.parametrize("name", LISTED)
-def test_tiles_that_a_mask_hides_are_not_visited(name, head_dim):
+def test_tiles_that_a_mask_hides_are_not_visited(name, head_dim, monkeypatch):
     """Neither the keys, by the first rows, nor the rows behind them, by the first keys: all of those are NaN."""
+    from fastattn.ops import attention_triton_mask as masks
+
+    monkeypatch.setattr(masks, "_LISTED_ELEMENTS", 0)  # small masks have lists, too
     options, hidden = LISTED[name]
     options = {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
-    q, k, v = (torch.randn(1, 2, 96, head_dim) for _ in range(3))
-    dout = torch.randn(1, 2, 96, head_dim)
+    q, k, v, dout = (torch.randn(1, 2, 3 * TILE, head_dim) for _ in range(4))
     expected = _first_rows(q, k, v, dout, options)
     for tensor in (q, k, v, dout):
         tensor[:, :, hidden] = float("nan")
@@ -62,11 +64,11 @@ def test_tiles_that_a_mask_hides_are_not_visited(name, head_dim):
 
 
 def _first_rows(q, k, v, dout, options) -> list[torch.Tensor]:
-    """The first 32 rows of the output and of the gradients."""
+    """The first tile's rows of the output and of the gradients."""
     torch.manual_seed(1)
     leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
     out = fastattn.attention(*leaves, **options, backend="triton")
-    return [tensor[:, :, :32] for tensor in (out, *torch.autograd.grad(out, leaves, dout))]
+    return [tensor[:, :, :TILE] for tensor in (out, *torch.autograd.grad(out, leaves, dout))]
 
 
 def _block_sparse(shape: tuple[int, ...]) -> torch.Tensor:
@@ -143,20 +145,20 @@ def test_tiles_that_a_long_mask_of_one_row_hides_are_not_visited(dtype, monkeypa
     from fastattn.ops import attention_triton_mask as masks
 
     monkeypatch.setattr(masks, "_LISTED_ELEMENTS_OF_ONE_ROW", 0)
-    q, k, v, dout = torch.randn(4, 2, 2, 96, 16)
-    visible = torch.ones(2, 1, 1, 96, dtype=torch.bool)
-    visible[..., 32:64] = False
+    q, k, v, dout = torch.randn(4, 2, 2, 3 * TILE, 16)
+    visible = torch.ones(2, 1, 1, 3 * TILE, dtype=torch.bool)
+    visible[..., SECOND] = False
     mask = visible if dtype == torch.bool else torch.zeros(visible.shape).masked_fill(~visible, -INF)
 
     def gradients(k, v):
         leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
         out = fastattn.attention(*leaves, mask, backend="triton")
         dq, dk, dv = torch.autograd.grad(out, leaves, dout)
-        assert not dk[:, :, 32:64].any() and not dv[:, :, 32:64].any()
+        assert not dk[:, :, SECOND].any() and not dv[:, :, SECOND].any()
         return out, dq, dk, dv
 
     expected = gradients(k, v)
-    k[:, :, 32:64] = v[:, :, 32:64] = float("nan")
+    k[:, :, SECOND] = v[:, :, SECOND] = float("nan")
     for actual, wanted in zip(gradients(k, v), expected, strict=True):
         assert torch.equal(actual, wanted) and wanted.isfinite().all()
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulated import Mode
 from test_attention_bounds import ROOT, guarded
+from triton_compiled import CompiledTriton
 
 import fastattn
 from fastattn import _triton
@@ -75,4 +77,6 @@ def test_kernels_stay_inside_their_tensors():
 
 
 if __name__ == "__main__":
+    if "FASTATTN_TEST_TRITON" in os.environ:
+        CompiledTriton(os.environ["FASTATTN_TEST_TRITON"], Mode()).install()
     run_cases()

@@ -42,8 +42,9 @@ SHARED_MEMORY = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (9, 0): 
 # Tiles are tuned with Triton 3.9, where nothing spills. Of the widest norms' gradients, which take every register that
 # 16 warps have, 3.7 spills a few: up to 48 bytes a thread.
 TOLERATED_SPILL = 0 if tuple(map(int, version("triton").split(".")[:2])) >= (3, 9) else 64
-_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
-             torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1"}  # fmt: skip
+_POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+             torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8",
+             torch.bool: "*i1"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def capability_of(gpu: str) -> tuple[int, int]:
 def _typed(value: Any, specialized: bool) -> tuple[str, bool]:
     """(type in Triton's signature, whether it counts as divisible by 16), as Triton's launcher has them."""
     if isinstance(value, torch.Tensor):
-        return _POINTERS[value.dtype], True  # PyTorch's allocator aligns to 512 bytes
+        return _POINTERS[value.dtype], value.is_meta or value.data_ptr() % 16 == 0
     if hasattr(value, "block_shape"):  # a descriptor for TMA
         return f"tensordesc<{_POINTERS[value.base.dtype].removeprefix('*')}{list(value.block_shape)}>", False
     if isinstance(value, float):

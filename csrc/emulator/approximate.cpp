@@ -1,6 +1,6 @@
-// Approximate mathematics (PTX ISA, "ex2", "lg2", "rcp", "tanh"): exact, or off by up to what the manual allows. Of ex2
-// and rcp it gives 2 and 1 ulp, for which 2^-22 and 2^-23 of the result stand here: as much just above a power of two,
-// up to twice as much below the next.
+// Approximate mathematics (PTX ISA, "ex2", "lg2", "rcp", "tanh", "div"): exact, or off by up to what the manual allows.
+// Of ex2 and rcp it gives 2 and 1 ulp, for which 2^-22 and 2^-23 of the result stand here: as much just above a power
+// of two, up to twice as much below the next.
 #include <bit>
 
 #include "emulator/config.h"
@@ -45,6 +45,12 @@ float rcp_approx(float x) {
 float tanh_approx(float x) {
   const float exact = std::tanh(x);
   return std::fabs(x) < 0x1p-126f ? exact : approximation('t', x, exact, 0x1p-11 * exact);
+}
+
+// Keeps denormals. Off by up to 2 ulp; how far, here, depends on the dividend.
+float div_full(float a, float b) {
+  const float exact = a / b;
+  return std::fabs(exact) < 0x1p-126f ? exact : approximation('d', a, exact, 0x1p-22 * std::fabs(exact));
 }
 
 }  // namespace fastattn::emu

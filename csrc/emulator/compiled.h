@@ -2,6 +2,7 @@
 // thread alone. Registers are unsigned integers that hold bits; as<T> reads them, put writes them.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <bit>
 #include <cmath>
@@ -165,6 +166,18 @@ T op_bfi(T field, T base, T position, T length) {
   const T mask = op_shl(static_cast<T>(op_shl(T{1}, bits) - 1), at_bit);
   return static_cast<T>((base & ~mask) | (op_shl(field, at_bit) & mask));
 }
+template <typename T>
+T op_bfe(T a, uint32_t position, uint32_t length) {
+  constexpr uint32_t kTop = 8 * sizeof(T) - 1;
+  position &= 0xFF, length &= 0xFF;
+  const bool sign = std::is_signed_v<T> && length > 0 && (a >> std::min(position + length - 1, kTop) & 1) != 0;
+  std::make_unsigned_t<T> result = 0;
+  for (uint32_t i = 0; i <= kTop; ++i) {
+    const bool bit = i < length && position + i <= kTop ? (a >> (position + i) & 1) != 0 : sign;
+    result |= std::make_unsigned_t<T>{bit} << i;
+  }
+  return static_cast<T>(result);
+}
 inline uint32_t bfind_shiftamt(uint32_t a) { return a == 0 ? 0xFFFFFFFFu : static_cast<uint32_t>(std::countl_zero(a)); }
 inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = uint64_t{b} << 32 | a;
@@ -177,9 +190,10 @@ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 template <typename Wide, typename T>
-uint32_t high_product(T a, T b) {
-  return static_cast<uint32_t>(static_cast<Wide>(a) * static_cast<Wide>(b) >> 32);
+T high_product(T a, T b) {
+  return static_cast<T>(static_cast<Wide>(a) * static_cast<Wide>(b) >> 8 * sizeof(T));
 }
+inline int32_t max_relu(int32_t a, int32_t b) { return std::max({a, b, 0}); }
 inline int32_t dp4a(int32_t a, int32_t b, int32_t sum) { return __dp4a(a, b, sum); }
 
 // ---- floating point
@@ -214,6 +228,7 @@ template <typename T>
 T op_rzi(T a) {
   return std::trunc(a);
 }
+inline float ex2_approx_of_denormals(float a) { return a < -126.0f ? std::exp2(a) : ex2_approx(a); }
 inline float saturate(float a) { return std::isnan(a) ? 0.0f : std::fmin(std::fmax(a, 0.0f), 1.0f); }
 template <typename T, typename F>
 T to_integer(F whole) {
@@ -223,8 +238,34 @@ T to_integer(F whole) {
   if (static_cast<long double>(whole) >= static_cast<long double>(Limits::max())) return Limits::max();
   return static_cast<T>(whole);
 }
+// Rounded to odd, so that rounding it again, to 16 bits, rounds it once.
+inline float fma_for_16_bits(float a, float b, float c) {
+  const double exact = std::fma(static_cast<double>(a), static_cast<double>(b), static_cast<double>(c));
+  const float nearest = static_cast<float>(exact);
+  const bool is_odd = (std::bit_cast<uint32_t>(nearest) & 1) != 0;
+  if (is_odd || static_cast<double>(nearest) == exact || !std::isfinite(nearest)) return nearest;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  return std::nextafter(nearest, static_cast<double>(nearest) < exact ? kInfinity : -kInfinity);
+}
 inline float half_to_float(uint16_t bits) { return __half2float(std::bit_cast<__half>(bits)); }
 inline float bfloat16_to_float(uint16_t bits) { return __bfloat162float(std::bit_cast<__nv_bfloat16>(bits)); }
+inline __half add_half(uint16_t a, uint16_t b) { return __float2half_rn(half_to_float(a) + half_to_float(b)); }
+inline __nv_bfloat16 add_bfloat16(uint16_t a, uint16_t b) {
+  return __float2bfloat16_rn(bfloat16_to_float(a) + bfloat16_to_float(b));
+}
+// Of pairs, each by itself.
+template <auto add>
+uint32_t add_pairs(uint32_t a, uint32_t b) {
+  const auto low = std::bit_cast<uint16_t>(add(static_cast<uint16_t>(a), static_cast<uint16_t>(b)));
+  const auto high = std::bit_cast<uint16_t>(add(static_cast<uint16_t>(a >> 16), static_cast<uint16_t>(b >> 16)));
+  return uint32_t{high} << 16 | low;
+}
+inline __half fma_half(uint16_t a, uint16_t b, uint16_t c) {
+  return __float2half_rn(fma_for_16_bits(half_to_float(a), half_to_float(b), half_to_float(c)));
+}
+inline __nv_bfloat16 fma_bfloat16(uint16_t a, uint16_t b, uint16_t c) {
+  return __float2bfloat16_rn(fma_for_16_bits(bfloat16_to_float(a), bfloat16_to_float(b), bfloat16_to_float(c)));
+}
 
 // ---- comparisons; those with a u are true of NaN, of the others only nan is
 
@@ -272,6 +313,15 @@ inline int32_t load_acquire(uint8_t* pointer) {
 inline uint32_t shfl(Shuffle kind, uint32_t mask, uint32_t value, uint32_t operand, uint32_t bounds, Site site) {
   if ((bounds & 31) != (kind == Shuffle::kUp ? 0u : 31u)) fail(site, "a bound of %u", bounds & 31);
   return shuffle(kind, mask, value, static_cast<int>(operand), 32 - static_cast<int>(bounds >> 8 & 31), site);
+}
+// Of a whole warp.
+template <typename T, typename Fn>
+T redux(uint32_t mask, T value, Fn fn, Site site) {
+  if (mask != 0xFFFFFFFFu) fail(site, "of the lanes %x; a whole warp is known", mask);
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    value = fn(value, as<T>(shuffle(Shuffle::kXor, mask, static_cast<uint32_t>(value), distance, kWarpSize, site)));
+  }
+  return value;
 }
 
 }  // namespace fastattn::emu::compiled

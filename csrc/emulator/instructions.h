@@ -27,6 +27,7 @@ float ex2_approx(float x);
 float lg2_approx(float x);
 float rcp_approx(float x);
 float tanh_approx(float x);
+float div_full(float a, float b);
 
 // ---- barriers
 void bar_sync(int id, int threads, Site site);

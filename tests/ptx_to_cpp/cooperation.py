@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from ptx_to_cpp.parser import split_operands
-from ptx_to_cpp.writer import Operands, Statement, Suffixes, Writer, true_or_false
+from ptx_to_cpp.writer import CPP_TYPES, Operands, Statement, Suffixes, Writer, true_or_false
 
 
 class Cooperation(Writer):
@@ -86,6 +86,13 @@ class Cooperation(Writer):
             target, f"shfl(Shuffle::{kinds[suffixes[1]]}, {mask}, {value}, {operand}, {bounds}, {self.site})"
         )
 
+    def do_redux(self, suffixes: Suffixes, operands: Operands) -> Statement:
+        if suffixes[0] != "sync" or suffixes[1] not in ("add", "min", "max") or suffixes[2:] not in (["s32"], ["u32"]):
+            return None
+        value, mask = self.value(operands[1], suffixes[2]), self.value(operands[2], "u32")
+        kind = CPP_TYPES[suffixes[2]]
+        return self.put(operands[0], f"redux({mask}, {value}, op_{suffixes[1]}<{kind}>, {self.site})")
+
     def do_vote(self, suffixes: Suffixes, operands: Operands) -> Statement:
         predicate, mask = self.value(operands[1], "pred"), self.value(operands[2], "u32")
         votes = {
@@ -122,6 +129,8 @@ class Cooperation(Writer):
             "sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": ("f32", "mma_m16n8k16(Element::kFloat16, "),
             "sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": ("f32", "mma_m16n8k16(Element::kBFloat16, "),
             "sync.aligned.m16n8k32.row.col.s32.s8.s8.s32": ("s32", "mma_m16n8k32_s8("),
+            # Sums of products that int32 holds, as these are (kInt8MaxDepth), are the same.
+            "sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32": ("s32", "mma_m16n8k32_s8("),
         }.get(".".join(suffixes), ("", ""))
         if not kind or [len(self.elements(each)) for each in operands] != [4, 4, 2, 4]:
             return None

@@ -1,4 +1,4 @@
-"""Reads PTX as nvcc writes it (PTX ISA, "Syntax"): kernels, what they declare, their instructions one by one."""
+"""Reads PTX as nvcc and Triton write it (PTX ISA, "Syntax"): kernels, what they declare, their instructions."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def label_name(name: str, scope: int) -> str:
 # A brace, a label, a directive that ends with its line, or a statement that ends with a semicolon.
 _TOKEN = re.compile(r"\s*(?:([{}])|([$\w]+:)(?!:)|(\.(?:loc|pragma)[^\n]*)|([^;]+);)")
 _ENTRY = re.compile(r"\.entry (\w+)\(\s*(.*?)\)\s*(?:\.\w+[^\n{]*\s*)*\{", re.S)
-_PARAMETER = re.compile(r"\.param(?: \.align (\d+))? \.(\w+) (\w+)(?:\[(\d+)\])?")
+_PARAMETER = re.compile(r"\.param(?: \.align (\d+))? \.(\w+)(?: \.ptr \.\w+ \.align \d+)? (\w+)(?:\[(\d+)\])?")
 _SHARED = re.compile(r"\.shared \.align (\d+) \.(\w+) ([\w$]+)(?:\[(\d+)\])?")
 _INSTRUCTION = re.compile(r"(?:@(!?[%\w]+) )?([\w.:]+)(?: (.*))?")
 

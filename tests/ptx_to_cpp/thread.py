@@ -13,11 +13,13 @@ class Arithmetic(Writer):
 
     # By name: the roundings that are known, and the function of compiled.h.
     PLAIN: ClassVar = {
-        **{name: [[]] for name in ("add", "sub", "min", "max", "neg", "abs", "and", "or", "xor", "not", "rem", "brev")},
-        **{"popc": [[]], "bfi": [[]], "div": [[], ["rn"]], "rcp": [["rn"]], "sqrt": [["rn"]], "fma": [["rn"], ["rm"]]},
-        "mul": [[], ["lo"]],
+        **{name: [[]] for name in ("min", "max", "neg", "abs", "and", "or", "xor", "not", "rem", "brev", "popc")},
+        **{name: [[], ["rn"]] for name in ("add", "sub", "div")},
+        **{"bfe": [[]], "bfi": [[]], "rcp": [["rn"]], "sqrt": [["rn"]], "fma": [["rn"], ["rm"]]},
+        "mul": [[], ["lo"], ["rn"]],
     }
     APPROXIMATE: ClassVar = {
+        "ex2.approx.f32": "ex2_approx_of_denormals",
         "ex2.approx.ftz.f32": "ex2_approx",
         "lg2.approx.ftz.f32": "lg2_approx",
         "rcp.approx.ftz.f32": "rcp_approx",
@@ -25,12 +27,22 @@ class Arithmetic(Writer):
         "rsqrt.approx.f32": "1.0f / std::sqrt",
         "cvt.sat.f32.f32": "saturate",
     }
-    OF_32_BITS: ClassVar = {
-        "dp4a.s32.s32": "dp4a",
-        "prmt.b32": "prmt",
-        "bfind.shiftamt.u32": "bfind_shiftamt",
-        "mul.hi.s32": "high_product<int64_t>",
-        "mul.hi.u32": "high_product<uint64_t>",
+    # The function, and the type of its operands.
+    BY_NAME: ClassVar = {
+        "dp4a.s32.s32": ("dp4a", "s32"),
+        "prmt.b32": ("prmt", "b32"),
+        "bfind.shiftamt.u32": ("bfind_shiftamt", "u32"),
+        "mul.hi.s32": ("high_product<int64_t>", "s32"),
+        "mul.hi.u32": ("high_product<uint64_t>", "u32"),
+        "div.full.f32": ("div_full", "f32"),
+        "mul.hi.u16": ("high_product<uint32_t>", "u16"),
+        "max.relu.s32": ("max_relu", "s32"),
+        "add.f16": ("add_half", "b16"),
+        "add.f16x2": ("add_pairs<add_half>", "b32"),
+        "add.bf16x2": ("add_pairs<add_bfloat16>", "b32"),
+        "fma.rn.f16": ("fma_half", "b16"),
+        "fma.rn.bf16": ("fma_bfloat16", "b16"),
+        "abs.bf16x2": ("0x7FFF7FFFu & ", "b32"),
     }
 
     def arithmetic(self) -> Statement:
@@ -38,11 +50,16 @@ class Arithmetic(Writer):
         base = name.split(".")[0]
         if name in self.APPROXIMATE:
             return self.put(operands[0], f"{self.APPROXIMATE[name]}({self.value(operands[1], 'f32')})")
-        if name in self.OF_32_BITS:
-            return self.put(operands[0], f"{self.OF_32_BITS[name]}({self.values(operands[1:], suffixes[-1])})")
-        if suffixes[:-1] in self.PLAIN.get(base, []) and suffixes[-1] in CPP_TYPES:
-            function = f"op_{'_'.join([base, *suffixes[:-1]] if base == 'fma' else [base])}"
-            return self.put(operands[0], f"{function}({self.values(operands[1:], suffixes[-1])})")
+        if name in self.BY_NAME:
+            function, kind = self.BY_NAME[name]
+            return self.put(operands[0], f"{function}({self.values(operands[1:], kind)})")
+        *modes, kind = [each for each in suffixes if each != "ftz"] or [""]
+        if modes in self.PLAIN.get(base, []) and kind in CPP_TYPES:
+            function = f"op_{'_'.join([base, *modes] if base == 'fma' else [base])}"
+            if "ftz" not in suffixes:
+                return self.put(operands[0], f"{function}({self.values(operands[1:], kind)})")
+            flushed = ", ".join(f"flush_denormal({self.value(each, kind)})" for each in operands[1:])
+            return self.put(operands[0], f"flush_denormal({function}({flushed}))") if kind == "f32" else None
         return None
 
     def do_shl(self, suffixes: Suffixes, operands: Operands) -> Statement:
@@ -64,6 +81,11 @@ class Arithmetic(Writer):
         return self.put(operands[0], f"{wide}({a}) * {wide}({b})")
 
     def do_mad(self, suffixes: Suffixes, operands: Operands) -> Statement:
+        if suffixes[0] == "wide":
+            wide = CPP_TYPES[f"{suffixes[1][0]}{2 * int(suffixes[1][1:])}"]
+            a, b = (self.value(each, suffixes[1]) for each in operands[1:3])
+            c = self.value(operands[3], f"{suffixes[1][0]}{2 * int(suffixes[1][1:])}")
+            return self.put(operands[0], f"op_add({wide}({a}) * {wide}({b}), {c})")
         if suffixes[0] != "lo":
             return None
         a, b, c = (self.value(each, suffixes[1]) for each in operands[1:])
@@ -138,7 +160,7 @@ class Arithmetic(Writer):
 class Memory(Writer):
     """Loads, stores, atomics."""
 
-    SPACES = ("global", "shared", "shared::cluster", "param")
+    SPACES = ("global", "shared", "shared::cta", "shared::cluster", "param")
 
     def _access(self, suffixes: Suffixes) -> tuple[str, int, str] | None:
         """State space, elements and type of a plain load or store."""
@@ -147,7 +169,7 @@ class Memory(Writer):
         )
         if found is None or found[3] not in CPP_TYPES:
             return None
-        return found[1] or "generic", int(found[2] or 1), CPP_TYPES[found[3]]
+        return (found[1] or "generic").removesuffix("::cta"), int(found[2] or 1), CPP_TYPES[found[3]]
 
     def do_ld(self, suffixes: Suffixes, operands: Operands) -> Statement:
         target, source = operands

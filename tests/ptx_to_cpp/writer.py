@@ -103,7 +103,7 @@ class Writer:
 
     def address(self, operand: str) -> str:
         """``[base+offset]`` as an integer."""
-        found = re.fullmatch(r"\[([%\w$]+)(?:\+(-?\d+))?\]", operand)
+        found = re.fullmatch(r"\[ ?([%\w$]+)(?: ?\+ ?(-?\d+))? ?\]", operand)
         if found is None:
             raise UnknownPtx(f"line {self.here.line}: address {operand}")
         return f"{self.bits(found[1])} + ({found[2] or 0})"
