@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from accuracy import assert_model_as_accurate_as_eager
-from devices import dtype_for
+from devices import dtype_for, triton_is_slow
 
 import fastattn
 from models import data, measures
@@ -34,8 +34,13 @@ def batch_of_ids() -> tuple[torch.Tensor, torch.Tensor]:
     return source, target
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("pre_norm", [False, True])
+# Interpreted, a model takes many seconds.
+QUICK_KERNELS = [backend for backend in KERNELS if backend != "triton" or not triton_is_slow()]
+
+
+@pytest.mark.parametrize(
+    "pre_norm, backend", [(True, backend) for backend in KERNELS] + [(False, backend) for backend in QUICK_KERNELS]
+)
 def test_kernels_are_as_accurate_as_eager(pre_norm, backend):
     source, target = batch_of_ids()
     outcomes = []

@@ -19,15 +19,18 @@ from attention_cases import FEATURES, Case, check
 from emulated import KernelError, host_compiler
 
 ROOT = Path(__file__).parent.parent
-GPUS = ("80", "90")
-# Run in a process in which Triton compiles instead of interpreting, with those of this file.
-TESTS = [
-    "test_attention_triton.py::test_feature_matches_eager[causal]",
-    "test_attention_triton.py::test_half_precision[everything-bfloat16]",
-    "test_kv_cache_triton.py::test_options[window-16]",
-    "test_layer_norm_triton.py::test_half_precision[add_rms_norm-bfloat16]",
-    "test_int8_matmul_triton.py::test_quantising_inside_the_product_changes_no_bit[torch.bfloat16-1]",
-]
+# By GPU: run in a process in which Triton compiles instead of interpreting, with those of this file.
+TESTS = {
+    "80": [
+        "test_attention_triton.py::test_feature_matches_eager[causal]",
+        "test_kv_cache_triton.py::test_options[window-16]",
+        "test_layer_norm_triton.py::test_half_precision[add_rms_norm-bfloat16]",
+    ],
+    "90": [
+        "test_attention_triton.py::test_half_precision[everything-bfloat16]",
+        "test_int8_matmul_triton.py::test_quantising_inside_the_product_changes_no_bit[torch.bfloat16-1]",
+    ],
+}
 HERE = "FASTATTN_TEST_TRITON" in os.environ
 in_that_process = pytest.mark.skipif(not HERE, reason="test_kernels_compiled_for runs it")
 
@@ -36,14 +39,14 @@ in_that_process = pytest.mark.skipif(not HERE, reason="test_kernels_compiled_for
 @pytest.mark.skipif(host_compiler() is None, reason="no C++ compiler on PATH")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")
 @pytest.mark.skipif(HERE, reason="this is the process that it starts")
-@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("gpu", TESTS)
 def test_kernels_compiled_for(gpu):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", f"tests/{Path(__file__).name}"]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "FASTATTN_TEST_TRITON": gpu}
-    run = subprocess.run([*command, *(f"tests/{each}" for each in TESTS)], cwd=ROOT, env=environment,
+    run = subprocess.run([*command, *(f"tests/{each}" for each in TESTS[gpu])], cwd=ROOT, env=environment,
                          capture_output=True, text=True)  # fmt: skip
     assert run.returncode == 0, f"{run.stdout[-6000:]}\n{run.stderr[-2000:]}"
-    assert f" {len(TESTS) + len(SHAPES) + len(WRONG)} passed" in run.stdout, run.stdout[-6000:]
+    assert f" {len(TESTS[gpu]) + len(SHAPES) + len(WRONG)} passed" in run.stdout, run.stdout[-6000:]
 
 
 # Several tiles of queries and keys; the whole product of 64 rows that wgmma takes.
