@@ -25,6 +25,7 @@ KERNEL_BACKENDS = [
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INF = float("inf")
+TRITON_TILE = 32 if triton_is_slow() else 128  # the largest, of rows and of keys
 
 
 def dtype_id(dtype: object) -> str | None:

@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "0" if os.environ.get("FASTATTN_TEST_TRITON") else "1")
 
 from compiled import nvcc_kernels, why_no_nvcc_kernels
-from devices import new_tensors_for, pytest_runtest_makereport  # noqa: F401  (a hook)
+from devices import new_tensors_for, pytest_runtest_makereport, triton_compiled_for  # noqa: F401  (a hook)
 from emulated import MODES, Mode
 
 import fastattn
@@ -46,10 +46,10 @@ if os.environ.get("FASTATTN_TEST_NVCC") == "1":
         raise pytest.UsageError(f"FASTATTN_TEST_NVCC=1: {_why_not}")
     _nvcc_kernels = nvcc_kernels("*")
 
-if "FASTATTN_TEST_TRITON" in os.environ:
+if _gpu := triton_compiled_for():
     from triton_compiled import CompiledTriton
 
-    CompiledTriton(os.environ["FASTATTN_TEST_TRITON"], MODES[1]).install()
+    CompiledTriton(_gpu, MODES[1]).install()
 
 
 @pytest.fixture(scope="session", autouse=_nvcc_kernels is not None)

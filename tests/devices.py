@@ -18,9 +18,14 @@ def device_for(backend: str) -> str:
     return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
 
 
+def triton_compiled_for() -> str | None:
+    """The GPU, "80" or "90", whose kernels of Triton run on the emulator (tests/triton_compiled.py)."""
+    return os.environ.get("FASTATTN_TEST_TRITON")
+
+
 def triton_is_slow() -> bool:
     """Whether Triton's interpreter runs its kernels, thousands of times slower than a GPU: at small shapes."""
-    return _triton.is_interpreted() and "FASTATTN_TEST_TRITON" not in os.environ
+    return _triton.is_interpreted() and triton_compiled_for() is None
 
 
 def dtype_for(backend: str) -> torch.dtype:

@@ -12,8 +12,8 @@ import types
 import pytest
 import torch
 from attention_cases import FEATURES, Case, check, dtype_id, run
+from attention_cases import TRITON_TILE as TILE
 from attention_triton_cases import HEAD_DIMS, launches
-from devices import triton_is_slow
 from torch._dynamo.testing import CompileCounter
 
 import fastattn
@@ -27,7 +27,6 @@ pytestmark = pytest.mark.skipif(
 DEVICE = "cpu" if _triton.is_interpreted() else "cuda"
 INF = float("inf")
 HALF = [torch.float16, torch.bfloat16]
-TILE = 32 if triton_is_slow() else 128  # the largest, of rows and of keys
 
 
 @pytest.fixture(autouse=True)

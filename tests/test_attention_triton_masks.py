@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_cases import TRITON_TILE as TILE
 from attention_cases import Case, check
-from devices import device_for, triton_is_slow
+from devices import device_for
 
 import fastattn
 
@@ -14,7 +15,6 @@ pytestmark = pytest.mark.skipif(
 )
 DEVICE = device_for("triton")
 INF = float("inf")
-TILE = 32 if triton_is_slow() else 128  # the largest, of rows and of keys
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated import Mode
+from devices import triton_compiled_for
 from test_attention_bounds import ROOT, guarded
-from triton_compiled import CompiledTriton
 
 import fastattn
 from fastattn import _triton
@@ -77,6 +76,9 @@ def test_kernels_stay_inside_their_tensors():
 
 
 if __name__ == "__main__":
-    if "FASTATTN_TEST_TRITON" in os.environ:
-        CompiledTriton(os.environ["FASTATTN_TEST_TRITON"], Mode()).install()
+    if gpu := triton_compiled_for():
+        from emulated import Mode
+        from triton_compiled import CompiledTriton
+
+        CompiledTriton(gpu, Mode()).install()
     run_cases()

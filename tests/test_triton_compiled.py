@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from attention_cases import FEATURES, Case, check
-from emulated import KernelError, host_compiler
+from devices import triton_compiled_for
+from emulated import ROOT, KernelError, host_compiler
 
-ROOT = Path(__file__).parent.parent
 # By GPU: run in a process in which Triton compiles instead of interpreting, with those of this file.
 TESTS = {
     "80": [
@@ -31,7 +31,7 @@ TESTS = {
         "test_int8_matmul_triton.py::test_quantising_inside_the_product_changes_no_bit[torch.bfloat16-1]",
     ],
 }
-HERE = "FASTATTN_TEST_TRITON" in os.environ
+HERE = triton_compiled_for() is not None
 in_that_process = pytest.mark.skipif(not HERE, reason="test_kernels_compiled_for runs it")
 
 

@@ -8,6 +8,11 @@ from typing import ClassVar
 from ptx_to_cpp.writer import CPP_TYPES, Operands, Statement, Suffixes, Writer
 
 
+def _doubled(kind: str) -> str:
+    """The type of twice as many bits."""
+    return f"{kind[0]}{2 * int(kind[1:])}"
+
+
 class Arithmetic(Writer):
     """Instructions of one thread that leave memory alone."""
 
@@ -75,21 +80,20 @@ class Arithmetic(Writer):
     def do_mul(self, suffixes: Suffixes, operands: Operands) -> Statement:
         if suffixes[0] != "wide":
             return None
-        kind = suffixes[1]
-        wide = CPP_TYPES[f"{kind[0]}{2 * int(kind[1:])}"]
-        a, b = (self.value(each, kind) for each in operands[1:])
-        return self.put(operands[0], f"{wide}({a}) * {wide}({b})")
+        return self.put(operands[0], self._wide_product(suffixes[1], operands[1:]))
 
     def do_mad(self, suffixes: Suffixes, operands: Operands) -> Statement:
         if suffixes[0] == "wide":
-            wide = CPP_TYPES[f"{suffixes[1][0]}{2 * int(suffixes[1][1:])}"]
-            a, b = (self.value(each, suffixes[1]) for each in operands[1:3])
-            c = self.value(operands[3], f"{suffixes[1][0]}{2 * int(suffixes[1][1:])}")
-            return self.put(operands[0], f"op_add({wide}({a}) * {wide}({b}), {c})")
+            c = self.value(operands[3], _doubled(suffixes[1]))
+            return self.put(operands[0], f"op_add({self._wide_product(suffixes[1], operands[1:3])}, {c})")
         if suffixes[0] != "lo":
             return None
         a, b, c = (self.value(each, suffixes[1]) for each in operands[1:])
         return self.put(operands[0], f"op_add(op_mul({a}, {b}), {c})")
+
+    def _wide_product(self, kind: str, factors: Operands) -> str:
+        a, b = (f"{CPP_TYPES[_doubled(kind)]}({self.value(each, kind)})" for each in factors)
+        return f"{a} * {b}"
 
     def do_setp(self, suffixes: Suffixes, operands: Operands) -> Statement:
         if len(suffixes) != 2 or len(operands) != 3:
