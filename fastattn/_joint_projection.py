@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastattn.modules import Int8Linear
+from fastattn.modules import Int8Linear, changes_are_counted
 
 _Key = list[tuple[int, int]]
 
@@ -26,6 +26,7 @@ class JointProjection:
     def __init__(self) -> None:
         self._layer: Int8Linear | None = None
         self._key: _Key | None = None
+        self._sources: list[Tensor] = []
 
     def __reduce__(self) -> tuple[type[JointProjection], tuple[()]]:
         return JointProjection, ()
@@ -47,13 +48,15 @@ class JointProjection:
         key = _key(layers)
         if key is not None and (self._layer is None or key != self._key):
             self._layer, self._key = _join(layers), key
+            # Aliases keep the memory, so that other values cannot come to its addresses and pass for these.
+            self._sources = [tensor.detach() for layer in layers for tensor in _contents(layer)]
         return None if key is None else self._layer
 
 
 def _key(layers: Sequence[Int8Linear]) -> _Key | None:
     """Identifies what the layers hold. None if they are to be called one by one: off the CPU, because nothing would
-    tell of a change (inference mode), for the gradients of their biases, or because somebody watches one of them or has
-    made its bias an attribute (a parametrization, FSDP)."""
+    tell of a change, for the gradients of their biases, or because somebody watches one of them or has made its bias an
+    attribute (a parametrization, FSDP)."""
     first, key = layers[0], []
     for layer in layers:
         watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
@@ -61,18 +64,20 @@ def _key(layers: Sequence[Int8Linear]) -> _Key | None:
             return None
         if "bias" not in layer._parameters:
             return None
-        bias = layer._parameters["bias"]
-        if (bias is None) != (first._parameters["bias"] is None):
+        if (layer._parameters["bias"] is None) != (first._parameters["bias"] is None):
             return None
-        for tensor in (layer._buffers["weight"], layer._buffers["weight_scale"], bias):
-            if tensor is None:
-                continue
-            if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
+        for tensor in _contents(layer):
+            if type(tensor) not in (Tensor, nn.Parameter) or not changes_are_counted(tensor):
                 return None
             if tensor.requires_grad and torch.is_grad_enabled():
                 return None
             key.append((tensor.data_ptr(), tensor._version))
     return key
+
+
+def _contents(layer: Int8Linear) -> list[Tensor]:
+    tensors = layer._buffers["weight"], layer._buffers["weight_scale"], layer._parameters["bias"]
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 @torch.inference_mode(False)

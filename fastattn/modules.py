@@ -19,12 +19,20 @@ from fastattn.ops.layer_norm import layer_norm, rms_norm
 from fastattn.ops.linear import backend_of, gather_weight, linear
 
 
+def changes_are_counted(tensor: Tensor) -> bool:
+    """Whether the address and the version of ``tensor`` tell that it has changed: not those of one made in inference
+    mode, nor of one that a ``torch.func`` transform has wrapped, which has no address."""
+    return not tensor.is_inference() and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def _packing_key(weight: Tensor) -> tuple[int, int] | None:
     """Identifies the contents of an int8 weight, or None for one that is not to be packed: because the CPU kernel does
-    not run it, or because nothing would tell that it has changed (tensors made in inference mode)."""
-    if type(weight) is not Tensor or weight.device.type != "cpu" or weight.is_inference() or extension is None:
+    not run it, or because nothing would tell that it has changed."""
+    if type(weight) is not Tensor or weight.device.type != "cpu" or extension is None:
         return None
-    return (weight.data_ptr(), weight._version) if weight.shape[1] <= int8_matmul_compiled.MAX_DEPTH else None
+    if not changes_are_counted(weight) or weight.shape[1] > int8_matmul_compiled.MAX_DEPTH:
+        return None
+    return weight.data_ptr(), weight._version
 
 
 class Int8Linear(nn.Module):
@@ -85,6 +93,7 @@ class Int8Linear(nn.Module):
         self.register_parameter("bias", None if values is None else nn.Parameter(values))
         self._packed: Tensor | None = None
         self._packed_key: tuple[int, int] | None = None
+        self._packed_source: Tensor | None = None
 
     @classmethod
     @torch.inference_mode(False)
@@ -111,14 +120,15 @@ class Int8Linear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         # At one row the general way costs half of what the product does. This is the shortcut for the usual case: the
         # weight is packed, and nobody asked for another backend than the CPU's. The op checks its arguments.
-        if self._packed is not None and not torch.compiler.is_compiling() and dispatch.takes_cpu(self.backend):
+        packed = self._packed  # read once: another thread may be packing anew
+        if packed is not None and not torch.compiler.is_compiling() and dispatch.takes_cpu(self.backend):
             activation_name = int8_ops.ACTIVATIONS.get(self.activation)
             buffers: dict[str, Any] = self._buffers
             parameters: dict[str, Any] = self._parameters
             # A parametrization, FSDP or a replica makes the bias an attribute, which the general way finds.
             if activation_name is not None and "bias" in parameters:
                 out = int8_matmul_compiled.int8_linear_if_packed(
-                    input, self._packed, buffers["weight"], buffers["weight_scale"], parameters["bias"],
+                    input, packed, buffers["weight"], buffers["weight_scale"], parameters["bias"],
                     activation_name,
                 )  # fmt: skip
                 if out is not None:
@@ -154,18 +164,22 @@ class Int8Linear(nn.Module):
     # --- The packed weight: made whenever the weight is replaced, so that compiled code, which cannot, finds it ---
 
     def _pack(self) -> None:
-        self._packed, self._packed_key = None, _packing_key(self.weight)
+        self._packed, self._packed_key, self._packed_source = None, _packing_key(self.weight), None
         if self._packed_key is not None:
             with unseen_by_jit():
+                # The alias keeps the memory, so that another weight cannot come to its address and pass for it.
+                self._packed_source = self.weight.detach()
                 self._packed = int8_matmul_compiled.pack_weight(self.weight)
                 gather_weight(self._packed)
 
     @torch.inference_mode(False)
     def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
-        scale = self.weight_scale
+        weight, scale = self.weight, self.weight_scale
         super()._apply(fn, recurse)
+        # .half() and the like convert every floating tensor, .type() every tensor; the scale keeps its precision.
+        if self.weight.dtype != torch.int8:
+            self.weight = weight.to(self.weight.device)
         if self.weight_scale.dtype != torch.float32:
-            # .half() and the like convert every floating tensor; the scale keeps its precision.
             self.weight_scale = scale.to(self.weight_scale.device)
         self._pack()
         return self
@@ -181,10 +195,13 @@ class Int8Linear(nn.Module):
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.weight_scale.dtype != torch.float32:
+            # With assign=True the state dict's tensor takes the place of ours.
+            self.weight_scale = self.weight_scale.float()
         self._pack()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None, "_packed_key": None}
+        return {**self.__dict__, "_packed": None, "_packed_key": None, "_packed_source": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

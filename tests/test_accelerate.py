@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -485,6 +486,34 @@ def test_int8_self_attention_projects_jointly_what_its_layers_hold_now(change, b
     assert (attention._joint_projection._layer is joint) == (change in (None, "eager", "hooked"))
     assert "joint" not in "".join(attention.state_dict())
     assert "_joint_projection" not in fastattn.restore(attention).__dict__
+
+
+@pytest.mark.parametrize("name", ["weight", "weight_scale", "bias"])
+def test_no_tensor_comes_to_the_address_of_one_that_was_joined(name):
+    attention, x = self_attention()
+    if fastattn.available_backends()["cpu"] is not None:
+        pytest.skip("projects one by one without the CPU's kernels")
+    layer = attention.k_proj
+    memory = getattr(layer, name).numpy().copy()
+    kept = weakref.ref(memory)
+    joined = torch.from_numpy(memory)
+    setattr(layer, name, nn.Parameter(joined, requires_grad=False) if name == "bias" else joined)
+    attention(x, x, x)  # makes the joint layer
+    setattr(layer, name, copy.deepcopy(getattr(layer, name)))
+    del memory, joined
+    assert kept() is not None
+    attention(x, x, x)
+    assert kept() is None
+
+
+def test_int8_self_attention_maps_over_its_weights():
+    (attention, x), (other, _) = self_attention(), self_attention()
+
+    def one(parameters, buffers, x):
+        return torch.func.functional_call(attention, (parameters, buffers), (x, x, x))[0]
+
+    out = torch.func.vmap(one, in_dims=(0, 0, None))(*torch.func.stack_module_state([attention, other]), x)
+    torch.testing.assert_close(out, torch.stack([attention(x, x, x)[0], other(x, x, x)[0]]), rtol=1e-4, atol=1e-4)
 
 
 def test_int8_self_attention_gives_its_biases_their_gradients():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 import fastattn
-from fastattn import Int8Linear
+from fastattn import Int8Linear, dispatch
 from fastattn._extension import extension, missing_reason
 
 needs_cpu = pytest.mark.skipif(extension is None, reason=str(missing_reason))
@@ -83,7 +84,26 @@ def test_float_weights_are_not_cut_to_int8():
     assert torch.equal(model[0].weight, before)
 
 
-@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.half)])
+def test_a_scale_loaded_in_halves_is_widened():
+    module = make()
+    state = {name: value.half() if value.is_floating_point() else value for name, value in module.state_dict().items()}
+    for assign in (False, True):
+        module.load_state_dict(state, assign=assign)
+        assert module.weight_scale.dtype == torch.float32
+        assert torch.equal(module.weight_scale, state["weight_scale"].float())
+        module(torch.randn(3, 70))
+
+
+CONVERSIONS = {
+    "half": nn.Module.half,
+    "bfloat16": nn.Module.bfloat16,
+    "double": nn.Module.double,
+    "to": lambda module: module.to(torch.half),
+    "type": lambda module: module.type(torch.half),
+}
+
+
+@pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=CONVERSIONS)
 def test_conversion_leaves_weight_and_scale(convert):
     module = make()
     scale, x = module.weight_scale.clone(), torch.randn(3, 70)
@@ -142,6 +162,43 @@ def test_packed_weight_follows_the_weight(change, cpu_isa):
             module.bias.zero_()
     assert torch.equal(module(x), expected(module, x))
     assert not torch.equal(module(x), before)
+
+
+@needs_cpu
+def test_no_weight_comes_to_the_address_of_the_packed_one():
+    module, x = make(), torch.randn(3, 70)
+    memory = module.weight.numpy().copy()
+    kept = weakref.ref(memory)
+    module.weight = torch.from_numpy(memory)
+    module(x)
+    module.weight = module.weight.neg()
+    del memory
+    assert kept() is not None
+    module(x)
+    assert kept() is None
+
+
+@needs_cpu
+def test_another_thread_may_pack_meanwhile(monkeypatch):
+    module, x = make(), torch.randn(3, 70)
+
+    def takes_cpu(backend):
+        module._packed = None  # what another thread that packs does first
+        return True
+
+    monkeypatch.setattr(dispatch, "takes_cpu", takes_cpu)
+    assert torch.equal(module(x), expected(module, x))
+
+
+def test_an_ensemble_maps_over_the_weights():
+    modules, x = [make(), make()], torch.randn(2, 3, 70)
+
+    def one(parameters, buffers, x):
+        return torch.func.functional_call(modules[0], (parameters, buffers), x)
+
+    out = torch.func.vmap(one)(*torch.func.stack_module_state(modules), x)
+    torch.testing.assert_close(out, torch.stack([module(x) for module, x in zip(modules, x, strict=True)]))
+    assert torch.equal(modules[0](x), expected(modules[0], x))
 
 
 @needs_cpu
