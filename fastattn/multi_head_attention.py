@@ -70,6 +70,9 @@ class MultiHeadAttention(nn.MultiheadAttention):
     ) -> None:
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check_configuration(embed_dim, num_heads, num_kv_heads, dropout, window, backend)
+        _check_features(kdim, vdim)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"MultiHeadAttention: dtype must be a floating-point torch.dtype, got {dtype!r}.")
         # Not MultiheadAttention.__init__: num_kv_heads changes which parameters there are.
         nn.Module.__init__(self)
         self.embed_dim = embed_dim
@@ -476,3 +479,13 @@ def _check_configuration(
     check_probability("MultiHeadAttention", "dropout", dropout)
     window_sides("MultiHeadAttention", window)
     check_name("MultiHeadAttention", backend)
+
+
+def _check_features(kdim: int | None, vdim: int | None) -> None:
+    for name, size in (("kdim", kdim), ("vdim", vdim)):
+        if size is None:
+            continue
+        if not isinstance(size, (int, Integral)):
+            raise TypeError(f"MultiHeadAttention: {name} must be an int or None, got {size!r}.")
+        if size < 0:
+            raise ValueError(f"MultiHeadAttention: {name} must not be negative, got {size}.")

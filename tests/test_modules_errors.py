@@ -24,11 +24,26 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype
             r"window must be .*, two integers >= -1, .*; got \(-2, 0\)",
         ),
         ((16, 4), {"backend": "tpu"}, "backend must be 'auto' or one of .*, got 'tpu'"),
+        ((16, 4), {"kdim": -1}, "kdim must not be negative, got -1"),
+        ((16, 4), {"vdim": -1}, "vdim must not be negative, got -1"),
     ],
 )
 def test_rejects_bad_configurations(args, options, message):
     with pytest.raises(ValueError, match=message):
         fastattn.MultiHeadAttention(*args, **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"kdim": 1.5}, "kdim must be an int or None, got 1.5"),
+        ({"vdim": "16"}, "vdim must be an int or None, got '16'"),
+        ({"dtype": torch.int8}, "dtype must be a floating-point torch.dtype, got torch.int8"),
+    ],
+)
+def test_rejects_configurations_of_other_types(options, message):
+    with pytest.raises(TypeError, match=message):
+        fastattn.MultiHeadAttention(EMBED, HEADS, **options)
 
 
 @pytest.mark.parametrize(
