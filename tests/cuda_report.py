@@ -2,7 +2,8 @@
 no GPU.
 
 ``python tests/cuda_report.py [--arch 80 --arch 90a] [attention ...]``: words select sources by a part of their path.
-Fails if a kernel spills registers or nvcc warns. Compiles only what changed since the last run.
+Fails if a kernel spills registers, nvcc warns, or machine code for Hopper touches registers that are not its own
+(tests/machine_code.py, with Triton's disassembler). Compiles only what changed since the last run.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from cuda_occupancy import LaunchSize, launch_sizes, resident_warps
 from emulated import BUILD, ROOT, ninja
+from machine_code import Report, report_on_all, tool
 from rich.console import Console
 from rich.table import Table
 from setup_script import setup_script
@@ -170,6 +172,16 @@ def table(uses: Sequence[KernelUse], wanted: Sequence[str], sources: Sequence[Pa
     return view
 
 
+def machine_code_of(objects: Sequence[Path]) -> Report:
+    """For sm_90a, where registers belong to products in flight and to other warps."""
+    if tool("nvdisasm") is None:
+        print("sm_90a: machine code was not read: no nvdisasm, which Triton's package has")
+        return Report()
+    report = report_on_all(objects)
+    print(f"sm_90a: {report}", *report.faults, sep="\n")
+    return report
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("words", nargs="*", help="parts of the sources' paths; default: every csrc/**/*.cu")
@@ -191,7 +203,8 @@ def main() -> None:
     spilling = [use for use in uses if use.spill_bytes]
     print(f"{len(uses)} kernels, {len(spilling)} spill registers, {len(warnings)} warnings")
     print("\n".join(warnings), end="\n" if warnings else "")
-    raise SystemExit(bool(warnings or spilling))
+    machine_code = machine_code_of([each.object for each in compilations if each.architecture == "90a"])
+    raise SystemExit(bool(warnings or spilling or machine_code.faults))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import cuda_occupancy
 import cuda_report
+import machine_code
 import pytest
 from emulated import PTX_TESTS, ROOT, host_compiler
 
@@ -44,6 +45,12 @@ def test_nvcc_compiles_without_warnings(source, architecture):
     assert uses
     if source in KERNELS:
         assert not [use for use in uses if use.spill_bytes], log
+    if source in KERNELS and architecture == "90a":
+        if machine_code.tool("nvdisasm") is None:
+            pytest.skip("its machine code was not read: no nvdisasm, which Triton's package has")
+        report = machine_code.report_on(compilation.object)
+        assert not report.faults, report.faults
+        assert report.products > 0 or "layer_norm" in source.name
 
 
 def test_a_source_that_is_left_out_has_a_twin():

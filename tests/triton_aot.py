@@ -4,7 +4,7 @@
 
 prints registers, spills and shared memory of every kernel of fastattn in every default configuration, and fails if one
 spills, asks for more shared memory than its GPU has, was compiled to nothing, or for sm_90 does not use wgmma where it
-multiplies matrices of 64 rows or more.
+multiplies matrices of 64 rows or more or touches registers of products in flight (tests/machine_code.py).
 Every module of tests named in MODULES has ``aot_cases(capability, quick)``, which yields ``(name, Launch)``, and
 ``aot_candidates(capability)``, which yields what tuning tries (``fastattn.set_autotune``) instead of the defaults.
 
@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from fastattn.ops.triton_launch import AMD, Launch
+from tests import machine_code
 
 MODULES = ("tests.attention_triton_cases", "tests.kv_cache_triton_cases", "tests.norm_int8_triton_cases")
 # wgmma multiplies 64 rows at a time: smaller tiles take mma.
@@ -60,6 +61,7 @@ class Compiled:
     has_wide_dot: bool
     has_wgmma: bool
     stores: bool
+    faults: tuple[str, ...]  # of machine code for sm_90
     seconds: float
 
     def complaints(self) -> list[str]:
@@ -73,6 +75,7 @@ class Compiled:
             found.append(f"asks for {self.shared_bytes} bytes of shared memory of {limit}")
         if self.gpu == "sm_90" and self.has_wide_dot and not self.has_wgmma:
             found.append("multiplies matrices without wgmma")
+        found += self.faults
         return found
 
     def __str__(self) -> str:
@@ -132,17 +135,22 @@ def compile_launch(name: str, launch: Launch, gpu: str) -> Compiled:
     start = time.perf_counter()
     compiled = triton.compile(source, target=target, options=options)
     seconds = time.perf_counter() - start
+    faults: list[str] = []
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
         registers, spilled = _amd_usage(text)
         stores = "global_store" in text or "buffer_store" in text
     else:
         gpu, text = f"sm_{gpu}", compiled.asm["ptx"]
-        registers, spilled = _resource_usage(compiled.asm["cubin"])
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            registers, spilled = _resource_usage(file.name)
+            faults = machine_code.report_on(Path(file.name)).faults if gpu == "sm_90" else []
         stores = "st.global" in text
     return Compiled(
         name, gpu, registers, spilled, compiled.metadata.shared, launch.options["num_warps"],
-        _has_wide_dot(compiled.asm["ttir"]), "wgmma.mma_async" in text, stores, seconds,
+        _has_wide_dot(compiled.asm["ttir"]), "wgmma.mma_async" in text, stores, tuple(faults), seconds,
     )  # fmt: skip
 
 
@@ -152,15 +160,10 @@ def _has_wide_dot(ttir: str) -> bool:
     return any(int(rows) >= WGMMA_ROWS and (dtype != "f32" or "tf32" in options) for options, dtype, rows in dots)
 
 
-def _resource_usage(cubin: bytes) -> tuple[int, int]:
+def _resource_usage(cubin: str) -> tuple[int, int]:
     """(registers, bytes of local memory) a thread: a Triton kernel has local memory only for what it spills."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        run = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    command = [machine_code.tool("cuobjdump"), "--dump-resource-usage", cubin]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", run.stdout)}
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import re
 import struct
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -27,6 +29,9 @@ MULTIPROCESSORS = 2  # small inputs, too, give each more than one tile
 # Pointers at the end of the parameters, to memory that no kernel here asks for.
 SCRATCH_POINTERS = 2
 _FORMATS = {"i32": "i", "i64": "q", "fp32": "f"}  # else a pointer
+# Where wgmma reads what cp.async has copied, which counts as ordinary stores, PTX asks for a fence between. Triton has
+# it from 3.7.1 on (its pull request 10537); before, the emulator would refuse nearly everything for that alone.
+_LEAVES_OUT_FENCES = tuple(map(int, version("triton").split(".")[:3])) < (3, 7, 1)
 
 
 class CompiledTriton:
@@ -78,7 +83,10 @@ class CompiledTriton:
         made = triton.compile(source, target=GPUTarget("cuda", int(self.gpu), 32), options=dict(launch.options))
         about = made.metadata
         assert (about.num_ctas, about.global_scratch_size, about.profile_scratch_size) == (1, 0, 0)
-        body, kernel = self._translated(self.edit(made.asm["ptx"]))
+        ptx = self.edit(made.asm["ptx"])
+        if _LEAVES_OUT_FENCES and self.gpu == "90":
+            ptx = re.sub(r"cp\.async\.wait_group\s+\d+;", r"\g<0> fence.proxy.async.shared::cta;", ptx)
+        body, kernel = self._translated(ptx)
         arguments = [(kind, launch.arguments[name]) for name, kind in signature.items() if kind != "constexpr"]
         parameters = _parameters(kernel, arguments)
         self._library.configure(self.mode)
