@@ -256,6 +256,21 @@ def test_dropout_uses_the_generator_only_when_it_drops(backend):
     assert torch.equal(fastattn.attention(q, q, q, dropout_p=0.5, backend=backend), first)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_dropout_that_drops_nothing_still_scales(backend):
+    """A p below 2^-17 is rounded to a threshold of 0; what is kept, all of it, is divided by 1 - p everywhere."""
+    if fastattn.available_backends()[backend] is not None:
+        pytest.skip(fastattn.available_backends()[backend])
+    p, (q, k, v, dout) = 7e-6, (torch.randn(1, 2, 65, 8, dtype=torch.float64, requires_grad=True) for _ in range(4))
+    results = []
+    for dropout_p, factor in ((p, 1.0), (0.0, 1 / (1 - p))):
+        each = attention_and_weights(q, k, v, None, dropout_p, average_heads=False, backend=backend)
+        out, weights = (factor * x for x in each)
+        dweights = torch.autograd.grad(weights.square().sum(), (q, k), retain_graph=True)
+        results.append((out, weights, *torch.autograd.grad(out, (q, k, v), dout), *dweights))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
 @each_backend
 def test_dropout_of_everything_is_zero_and_leaves_the_lse(backend):
     q, k, v = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))

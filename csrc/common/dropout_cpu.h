@@ -12,7 +12,8 @@ struct Dropout {
   // 1 / (1 - p): what kept values are multiplied by. p = 1 keeps nothing, so its factor may be anything.
   double keep_scale = 1.0;
 
-  FASTATTN_INLINE bool active() const { return threshold != 0; }
+  // Also where p is so small that the threshold is 0 and nothing is dropped: what is kept is multiplied all the same.
+  FASTATTN_INLINE bool active() const { return keep_scale != 1.0; }
   FASTATTN_INLINE uint64_t kept_columns(uint32_t batch_head, uint32_t row, int64_t first_column) const;
 };
 
