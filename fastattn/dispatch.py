@@ -53,16 +53,28 @@ def never_refuses(call: Any) -> None:
     return None
 
 
+def within_transform() -> bool:
+    """Whether torch.func transforms this code. torch.compile asks while it traces the transforms, and guards them."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler, for seconds.
+within_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _refuses_transforms() -> str | None:
-    """Why no kernel but eager's runs at all at this moment; None outside of transforms. Not for compiled code."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    """Why no kernel but eager's runs at all at this moment; None outside of transforms."""
+    if within_transform():
         return "its kernels have no rules for torch.func transforms (vmap, grad, jvp)"
-    return "its kernels have no forward-mode derivatives" if forward_ad._current_level >= 0 else None
+    # Compiled code knows forward mode from torch.func alone.
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return None
+    return "its kernels have no forward-mode derivatives"
 
 
 def _refuses(kernel: Kernel, call: Any) -> str | None:
     """Why ``kernel`` does not run ``call``, on a machine that has it."""
-    reason = None if kernel.backend == "eager" or torch.compiler.is_compiling() else _refuses_transforms()
+    reason = None if kernel.backend == "eager" else _refuses_transforms()
     return kernel.refuses(call) if reason is None else reason
 
 

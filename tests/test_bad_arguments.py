@@ -248,6 +248,45 @@ def test_transforms_run_where_they_have_rules(op):
     torch.testing.assert_close(out.tangent.double(), slope, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_transforms_compile(op):
+    function = FUNCTIONS[op]
+    for transformed in (
+        torch.func.grad(lambda x: function(x).square().sum()),
+        torch.func.vmap(torch.func.grad(lambda x: function(x[None]).square().sum())),
+        lambda x: torch.func.jvp(function, (x,), (x.cos(),))[1],
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(X), transformed(X))
+
+
+@pytest.mark.skipif(fastattn.available_backends()["cpu"] is not None, reason="the extension was not built")
+def test_compiled_code_beside_transforms_runs_kernels():
+    calls = []
+
+    def step(x):
+        return fastattn.attention(x, x, x) + torch.func.vmap(lambda each: fastattn.attention(each, each, each))(x)
+
+    def count(graph, _):
+        calls.append(graph.code.count("torch.ops.fastattn.attention("))
+        return graph
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend=count)(X), step(X))
+    assert calls == [1]
+
+
+def test_int8_linear_has_gradients_in_compiled_transforms():
+    def gradient(x):
+        return torch.func.grad(lambda x: fastattn.int8_linear(x, INT8, SCALE).square().sum())(x)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")(ROWS)
+    torch.testing.assert_close(compiled, gradient(ROWS))
+    assert compiled.any()
+
+
 def test_int8_layer_under_transforms_gives_its_gradient():
     layer = fastattn.Int8Linear.from_linear(torch.nn.Linear(8, 5))
     x = ROWS.clone().requires_grad_()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.dispatch import within_transform
 from fastattn.ops.calls import Int8LinearCall, Int8MatmulCall, QuantizeInt8Call
 from fastattn.ops.linear import ACTIVATION_FUNCTIONS
 
@@ -56,6 +57,15 @@ class _StraightThrough(torch.autograd.Function):
         return None if dinput is None else dinput.float() @ (weight.float() * weight_scale.unsqueeze(1)).T
 
 
+def _straight_through(input: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    if not (torch.compiler.is_compiling() and within_transform()):
+        return _StraightThrough.apply(input, weight, weight_scale)  # type: ignore[no-any-return]
+    # Within torch.func's transforms torch.compile traces the forward of a Function alone, and its gradient would be 0.
+    out = _StraightThrough.forward(input, weight, weight_scale)
+    linear = input.float() @ (weight.float() * weight_scale.unsqueeze(1)).T
+    return out + (linear - linear.detach())
+
+
 def quantize_int8(call: QuantizeInt8Call) -> tuple[Tensor, Tensor]:
     return quantize(call.input)
 
@@ -68,7 +78,7 @@ def int8_matmul(call: Int8MatmulCall) -> Tensor:
 
 
 def int8_linear(call: Int8LinearCall) -> Tensor:
-    out: Tensor = _StraightThrough.apply(call.input, call.weight, call.weight_scale)
+    out = _straight_through(call.input, call.weight, call.weight_scale)
     if call.bias is not None:
         out = out + call.bias.float()
     return ACTIVATION_FUNCTIONS[call.activation](out).to(call.input.dtype)
