@@ -116,5 +116,8 @@ def check_empty(backend, dtype):
             assert not out.any() and (lse == -float("inf")).all()
     out, lse = call(cache=cache[:, :0], cache_seqlens=lengths, block_table=table)
     assert not out.any() and (lse == -float("inf")).all()
-    assert call(query=query[:, :0], cache_seqlens=lengths)[0].shape == (2, 0, 4, 16)
+    angles = torch.zeros(2, 4)
+    for rotation in ({}, {"rotary_cos": angles, "rotary_sin": angles}):
+        for length in (lengths, 0):
+            assert call(query=query[:, :0], cache_seqlens=length, **rotation)[0].shape == (2, 0, 4, 16)
     assert call(query=query[:0], cache=cache[:, :0], cache_seqlens=lengths[:0])[0].shape == (0, 1, 4, 16)

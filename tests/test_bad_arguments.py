@@ -198,6 +198,16 @@ def test_a_window_wider_than_any_integer_is_no_window(backend):
     assert torch.equal(out, fastattn.attention(X, X, X, window=(-1, -1), backend=backend))
 
 
+def test_lengths_may_be_numpy_integers():
+    packed, starts = X.flatten(0, 1).transpose(0, 1).contiguous(), torch.tensor([0, X.shape[2]])
+    longest = numpy.int64(X.shape[2])
+    out = fastattn.varlen_attention(packed, packed, packed, starts, starts, longest, longest)
+    torch.testing.assert_close(out.transpose(0, 1), fastattn.attention(X, X, X).flatten(0, 1))
+    rows = X.transpose(1, 2).contiguous()
+    short = fastattn.attention_with_kv_cache(rows, rows, rows, cache_seqlens=numpy.int32(3))
+    assert torch.equal(short, fastattn.attention_with_kv_cache(rows, rows, rows, cache_seqlens=3))
+
+
 def test_windows_of_numpy_integers_make_modules():
     x = torch.randn(1, 4, 8)
     module = fastattn.MultiHeadAttention(8, 2, batch_first=True, window=(numpy.int64(1), numpy.int64(0)))

@@ -416,6 +416,7 @@ BAD_INPUTS = [
     ({"max_seqlen_k": 4}, ValueError, "max_seqlen_k is 4, but sequence 1 of cu_seqlens_k has 5 rows"),
     ({"max_seqlen_q": torch.tensor(5)}, TypeError, r"max_seqlen_q must be an int >= 0.*\.item\(\)"),
     ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q must be an int >= 0, got -1"),
+    ({"max_seqlen_k": 2**63}, ValueError, r"max_seqlen_k must be an int >= 0 and below 2\^63, got 9223372036854775808"),
     ({"cu_seqlens_q": torch.tensor([0, 8])}, ValueError, "cu_seqlens_q has 2 entries but cu_seqlens_k has 3"),
     ({"cu_seqlens_q": torch.tensor([0.0, 3, 8])}, TypeError, "cu_seqlens_q must be an int32 or int64 Tensor, got fl"),
     ({"cu_seqlens_q": [0, 3, 8]}, TypeError, "cu_seqlens_q must be an int32 or int64 Tensor, got list"),

@@ -71,6 +71,14 @@ def flag(op: str, name: str, value: Any) -> None:
         raise TypeError(f"{op}: {name} must be True or False, got {type(value).__name__}.")
 
 
+def whole_number(value: Any) -> Any:
+    """An int for what stands for one: NumPy's integers, and compiled code's symbolic ones as they are. None for others,
+    and for bool."""
+    if isinstance(value, (int, torch.SymInt)):
+        return None if isinstance(value, bool) else value
+    return int(value) if isinstance(value, Integral) else None
+
+
 def options(
     op: str, head_dim: int, dropout_p: float, scale: float | None, softcap: float, window: Any, alignment: str
 ) -> tuple[float, int, int]:

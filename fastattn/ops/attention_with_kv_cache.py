@@ -121,18 +121,17 @@ def _prepare(
     )
     _check_caches(op, query, key_cache, value_cache, block_table)
     _check_new(op, query, key_cache, value_cache, key, value)
-    _check_lengths(op, query, cache_seqlens)
+    cache_seqlens = _checked_lengths(op, query, cache_seqlens)
     rotary = _checked_rotary(op, query, rotary_cos, rotary_sin)
-    differentiable = (query, key_cache, value_cache, key, value)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
-        raise NotImplementedError(f"{op}: it has no gradients; call it under torch.no_grad().")
-
     heads, head_dim = query.shape[2:]
     scale, left, right = checks.options(op, head_dim, 0.0, scale, softcap, window, "bottom_right")
     if alibi_slopes is not None:
         alibi_slopes = checks.alibi_slopes(op, alibi_slopes, query, (query.shape[0], heads))
     if sinks is not None:
         sinks = checks.sinks(op, sinks, query, heads)
+    differentiable = (query, key_cache, value_cache, key, value, alibi_slopes, sinks, *(rotary or ()))
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
+        raise NotImplementedError(f"{op}: it has no gradients; call it under torch.no_grad().")
     return KvCacheCall(
         query, key_cache, value_cache, key, value, cache_seqlens, block_table, rotary, bool(rotary_interleaved),
         alibi_slopes, sinks, bool(is_causal), scale, left, right, float(softcap),
@@ -160,7 +159,7 @@ def _check_caches(op: str, query: Tensor, key_cache: Tensor, value_cache: Tensor
             )
 
 
-def _check_lengths(op: str, query: Tensor, cache_seqlens: Any) -> None:
+def _checked_lengths(op: str, query: Tensor, cache_seqlens: Any) -> int | Tensor:
     batch = query.shape[0]
     if isinstance(cache_seqlens, Tensor):
         checks.integers_on_device(op, "cache_seqlens", cache_seqlens, query)
@@ -168,8 +167,13 @@ def _check_lengths(op: str, query: Tensor, cache_seqlens: Any) -> None:
             raise ValueError(
                 f"{op}: cache_seqlens must be an int or (batch,) = ({batch},), got shape {tuple(cache_seqlens.shape)}."
             )
-    elif not isinstance(cache_seqlens, (int, torch.SymInt)) or isinstance(cache_seqlens, bool):
+        return cache_seqlens
+    length = checks.whole_number(cache_seqlens)
+    if length is None:
         raise TypeError(f"{op}: cache_seqlens must be an int or a Tensor, got {type(cache_seqlens).__name__}.")
+    if not -(2**63) <= length < 2**63:
+        raise ValueError(f"{op}: cache_seqlens must be below 2^63, and is {length}.")
+    return length  # type: ignore[no-any-return]
 
 
 def _check_new(op: str, query: Tensor, key_cache: Tensor, value_cache: Tensor, key: Any, value: Any) -> None:
@@ -249,7 +253,7 @@ def _(cache_seqlens, block_table, new, rotated, capacity, block_size, blocks, po
 def _rotate(x: Tensor, first: int | Tensor, rotary: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
     """Rotates x (batch, seqlen, heads, head_dim), whose row i is at position ``first + i``; first may be (batch, 1)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    position = (first + torch.arange(x.shape[1], device=x.device)).view(-1, x.shape[1])
+    position = torch.atleast_2d(first + torch.arange(x.shape[1], device=x.device))
     cos, sin = (t.to(dtype)[position.clamp(max=t.shape[0] - 1)][:, :, None, :] for t in rotary)
     rotary_dim = 2 * cos.shape[-1]
     rotated, rest = x[..., :rotary_dim].to(dtype), x[..., rotary_dim:]
@@ -316,7 +320,7 @@ def _append(cache: Tensor, rows: Tensor, lengths: int | Tensor, table: Tensor | 
     if table is None and not isinstance(lengths, Tensor):
         cache[:, lengths : lengths + new] = rows
         return
-    token = (lengths + torch.arange(new, device=rows.device)).view(-1, new).expand(batch, new)
+    token = (lengths + torch.arange(new, device=rows.device)).expand(batch, new)
     if table is None:
         cache.index_put_((torch.arange(batch, device=rows.device)[:, None], token), rows)
     else:

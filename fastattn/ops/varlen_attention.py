@@ -110,11 +110,8 @@ def _prepare(
             f"{op}: cu_seqlens_q has {cu_seqlens_q.shape[0]} entries but cu_seqlens_k has {cu_seqlens_k.shape[0]}; "
             "both must have one more than there are sequences."
         )
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if not isinstance(longest, (int, torch.SymInt)):
-            raise TypeError(f"{op}: {name} must be an int >= 0, got {longest!r}; call .item() on a tensor.")
-        if longest < 0:
-            raise ValueError(f"{op}: {name} must be an int >= 0, got {longest}.")
+    max_seqlen_q = _checked_longest(op, "max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = _checked_longest(op, "max_seqlen_k", max_seqlen_k)
     checks.flag(op, "is_causal", is_causal)
     heads = query.shape[1]
     scale, left, right = checks.options(op, query.shape[2], dropout_p, scale, softcap, window, alignment)
@@ -126,6 +123,15 @@ def _prepare(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, sinks, None,
         float(dropout_p), bool(is_causal), scale, left, right, alignment == "bottom_right", float(softcap),
     )  # fmt: skip
+
+
+def _checked_longest(op: str, name: str, longest: Any) -> int:
+    number = checks.whole_number(longest)
+    if number is None:
+        raise TypeError(f"{op}: {name} must be an int >= 0, got {longest!r}; call .item() on a tensor.")
+    if not 0 <= number < 2**63:
+        raise ValueError(f"{op}: {name} must be an int >= 0{' and below 2^63' if number > 0 else ''}, got {number}.")
+    return number  # type: ignore[no-any-return]
 
 
 # --- Packed to padded and back ---------------------------------------------------------------------------------------
