@@ -277,6 +277,40 @@ def test_cache_without_lengths_is_full_and_needs_no_grad_mode():
         flash_attn.flash_attn_with_kvcache(q, cache, cache, block_table=table, cache_batch_idx=table[:, 0])
 
 
+_TOKEN = torch.zeros(2, 1, 4, 16)
+_ANGLES = torch.ones(20, 4)
+
+
+@pytest.mark.parametrize("change, error, message", [
+    ({"cache_leftpad": [0, 0]}, TypeError, "cache_leftpad must be an int32 or int64 Tensor, got list"),
+    ({"cache_leftpad": torch.tensor([1])}, ValueError, r"cache_leftpad must be \(batch,\) = \(2,\), got shape \(1,\)"),
+    ({"cache_leftpad": torch.tensor([1, -1])}, ValueError, "cache_leftpad must be >= 0, got -1"),
+    ({"cache_batch_idx": [0, 1]}, TypeError, "cache_batch_idx must be an int32 or int64 Tensor, got list"),
+    ({"cache_batch_idx": torch.tensor([1])}, ValueError, r"cache_batch_idx must be \(batch,\) = \(2,\)"),
+    ({"window_size": 3}, ValueError, r"window must be \(left, right\)"),
+    # With left padding the tokens are appended here, in front of the op.
+    ({"v": None}, TypeError, "key and value must be given together"),
+    ({"k": torch.ones(2, 1, 1, 16)}, ValueError, "key must be"),
+    ({"rotary_cos": _ANGLES}, TypeError, "rotary_cos and rotary_sin must be Tensors and be given together"),
+    ({"cache_seqlens": 3.0}, TypeError, "cache_seqlens must be an int or a Tensor, got float"),
+    ({"alibi_slopes": torch.ones(3)}, ValueError, "alibi_slopes must be"),
+])  # fmt: skip
+def test_rejects_and_writes_nothing(change, error, message):
+    cache = torch.zeros(2, 9, 4, 16)
+    arguments = {"k": _TOKEN + 1, "v": _TOKEN + 1, "cache_seqlens": 4, "cache_leftpad": torch.tensor([1, 0])} | change
+    with pytest.raises(error, match=message):
+        flash_attn.flash_attn_with_kvcache(_TOKEN, cache, cache, **arguments)
+    assert not cache.any()
+
+
+@pytest.mark.parametrize("options", [{"cache_leftpad": torch.tensor([1, 2])}, {}], ids=["left padding", "plain"])
+def test_no_new_tokens_are_as_none(options):
+    cache = torch.randn(2, 9, 4, 16)
+    options = options | {"cache_seqlens": 5, "rotary_cos": _ANGLES, "rotary_sin": _ANGLES}
+    out = flash_attn.flash_attn_with_kvcache(_TOKEN + 1, cache, cache, _TOKEN[:, :0], _TOKEN[:, :0], **options)
+    assert torch.equal(out, flash_attn.flash_attn_with_kvcache(_TOKEN + 1, cache, cache, **options))
+
+
 def test_positions_outside_the_rotation_are_refused():
     q, cache = torch.randn(2, 2, 4, 16), torch.randn(2, 9, 4, 16)
     angles = torch.ones(6, 4)

@@ -22,6 +22,7 @@ What differs from flash-attn:
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ from torch import Tensor
 
 from fastattn.dispatch import select
 from fastattn.ops import attention as attention_ops
+from fastattn.ops import attention_checks as checks
 from fastattn.ops.attention import attention
-from fastattn.ops.attention_with_kv_cache import _append, _rotate, attention_with_kv_cache, kv_cache_positions
+from fastattn.ops.attention_with_kv_cache import _append, _prepare, _rotate, attention_with_kv_cache, kv_cache_positions
 from fastattn.ops.philox import draw_rng_state, dropout_mask
 from fastattn.ops.varlen_attention import varlen_attention
 
@@ -236,21 +238,26 @@ def flash_attn_with_kvcache(
         if k is not None:
             raise ValueError(f"{op}: k is given, so cache_seqlens must say where to append it.")
         cache_seqlens = k_cache.shape[1] if block_table is None else block_table.shape[1] * k_cache.shape[1]
+    if cache_leftpad is not None:
+        cache_leftpad = _checked_leftpad(op, cache_leftpad, q)
     if cache_batch_idx is not None:
+        _check_one_for_each(op, "cache_batch_idx", cache_batch_idx, q)
         # A cache row is one block as long as the cache.
         block_table = cache_batch_idx[:, None]
     elif block_table is None and k_cache.shape[0] > q.shape[0]:
         k_cache, v_cache = k_cache[: q.shape[0]], v_cache[: q.shape[0]]
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes) | {"return_lse": return_softmax_lse}
-    rotary = None if rotary_cos is None or rotary_sin is None else (rotary_cos, rotary_sin)
-    advancing = causal or max(window_size) >= 0 or q.shape[1] == 1
-    if cache_leftpad is None and (rotary is None or advancing):
-        return attention_with_kv_cache(
-            q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, block_table=block_table, rotary_cos=rotary_cos,
-            rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved, **options,
-        )  # fmt: skip
+    arguments = {
+        "cache_seqlens": cache_seqlens, "block_table": block_table, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin,
+        "rotary_interleaved": rotary_interleaved, **options,
+    }  # fmt: skip
+    advancing = causal or options["window"] is not None or q.shape[1] == 1
+    if cache_leftpad is None and (rotary_cos is None or advancing):
+        return attention_with_kv_cache(q, k_cache, v_cache, k, v, **arguments)
 
     # What the op does not do is done before it: it finds the tokens appended, rotated and shifted to the cache's start.
+    # It would object too late, to what is written by then.
+    rotary = _prepare(q, k_cache, v_cache, k, v, **arguments).rotary
     blocks, block_size = k_cache.shape[:2]
     capacity = block_size * (1 if block_table is None else block_table.shape[1])
     lengths = torch.as_tensor(cache_seqlens, device=q.device).expand(q.shape[0])
@@ -284,14 +291,32 @@ def flash_attn_with_kvcache(
 def _options(
     softmax_scale: float | None, causal: bool, window_size: tuple[int, int], softcap: float, alibi_slopes: Tensor | None
 ) -> dict[str, Any]:
-    left, right = (max(side, -1) for side in window_size)
+    # Other negative numbers are no limit, either; what is no window at all is for the ops to name.
+    window: Any = window_size
+    if isinstance(window_size, (tuple, list)) and all(
+        isinstance(side, (Integral, torch.SymInt)) for side in window_size
+    ):
+        window = tuple(max(side, -1) for side in window_size)
     return {
         "scale": softmax_scale,
         "is_causal": causal,
-        "window": None if left == right == -1 else (left, right),
+        "window": None if window == (-1, -1) else window,
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
     }
+
+
+def _check_one_for_each(op: str, name: str, tensor: Any, q: Tensor) -> None:
+    checks.integers_on_device(op, name, tensor, q)
+    if tensor.shape != q.shape[:1]:
+        raise ValueError(f"{op}: {name} must be (batch,) = ({q.shape[0]},), got shape {tuple(tensor.shape)}.")
+
+
+def _checked_leftpad(op: str, cache_leftpad: Any, q: Tensor) -> Tensor:
+    _check_one_for_each(op, "cache_leftpad", cache_leftpad, q)
+    if q.is_cpu and not torch.compiler.is_compiling() and (cache_leftpad < 0).any():
+        raise ValueError(f"{op}: cache_leftpad must be >= 0, got {int(cache_leftpad.min())}.")
+    return cache_leftpad.clamp(min=0)
 
 
 def _with_probabilities(
