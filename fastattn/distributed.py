@@ -99,6 +99,12 @@ def ring_attention(
             "ring_attention: query and key must be (batch, heads, seqlen, head_dim) with parts of equal"
             f"{', even' if zigzag else ''} length, got {tuple(query.shape)} and {tuple(key.shape)}."
         )
+    batch, heads = (max(sizes) for sizes in zip(key.shape[:2], value.shape[:2], strict=True))
+    if query.shape[0] < batch or query.shape[1] < heads:
+        raise ValueError(
+            "ring_attention: query must have the batch and at least the heads of key and value, got "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}; expand it."
+        )
     _check_parts("ring_attention", group, query, key, value)
     options = {"scale": scale, "softcap": softcap, "enable_gqa": enable_gqa, "backend": backend}
     out, lse = _Ring.apply(query, key.contiguous(), value.contiguous(), group, is_causal, zigzag, options)

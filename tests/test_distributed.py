@@ -90,6 +90,9 @@ def check_errors(rank: int) -> None:
         # Each process has another length: none may send, for what came would not fit.
         with pytest.raises(ValueError, match=f"^{name}: all processes must have parts of one shape"):
             operation(*(torch.zeros(1, 6, 4 + 2 * rank, 8) for _ in range(3)))
+    for query, key in ((part[:, :1], part), (part, part.expand(2, -1, -1, -1))):
+        with pytest.raises(ValueError, match=r"^ring_attention: query must have the batch and at least the heads of"):
+            ring_attention(query, key, key)
     with pytest.raises(ValueError, match=r"^unshard_sequence: all processes must have parts of one shape"):
         unshard_sequence(torch.zeros(1, 1, 2 + 2 * rank, 1))
     with pytest.raises(ValueError, match=r"^unshard_sequence: with zigzag a part is two pieces of one length"):
