@@ -91,8 +91,9 @@ def options(
         check_number(op, "scale", scale, "fold a tensor into query", kind="a number or None")
     check_probability(op, "dropout_p", dropout_p)
     check_number(op, "softcap", softcap, "0 switches it off")
-    if not 0.0 <= softcap < float("inf"):
-        raise ValueError(f"{op}: softcap must be a finite number >= 0 (0 = none), got {softcap}.")
+    if softcap != 0.0 and not 1e-37 <= softcap <= 1e38:
+        # Beyond, it or its reciprocal is not finite in float32, in base 2, and the scores would be NaN.
+        raise ValueError(f"{op}: softcap must be 0 (none) or a number from 1e-37 to 1e38, got {softcap}.")
     if alignment != "top_left" and alignment != "bottom_right":
         raise ValueError(f"{op}: alignment must be 'top_left' or 'bottom_right', got {alignment!r}.")
     return float(scale), *window_sides(op, window)
