@@ -21,6 +21,8 @@ from models.layers import BACKENDS, set_backend
 
 # Of what torch says where a tensor has no room, or more elements than there are numbers.
 _TOO_LARGE = ("can't allocate memory", "out of memory", "overflow")
+# Of what it says of a number past float32's.
+_NO_FLOAT = "cannot be converted to type float"
 # Enough for the kernels to be at their speed; beam search keeps several hypotheses of each.
 _TEXTS_AT_ONCE = 32
 
@@ -56,7 +58,7 @@ def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
         if not text.lstrip("+-").isdecimal():
             raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
         if not least <= int(text) <= most:
-            limit = f" and at most {most}" if most < 2**63 - 1 else ""
+            limit = f" and at most {most}" if most < 2**63 - 1 or int(text) > most else ""
             raise argparse.ArgumentTypeError(f"must be at least {least}{limit}, got {text}")
         return int(text)
 
@@ -135,7 +137,10 @@ def run(command: Callable[[argparse.Namespace], None], options: argparse.Namespa
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in _TOO_LARGE):
             raise
         reason = " ".join(str(error).split())
-        print(f"error: this needs more memory than there is, choose smaller sizes: {reason}", file=sys.stderr)
+        cause = "this needs more memory than there is, choose smaller sizes"
+        if _NO_FLOAT in reason:
+            cause = "an option is too large a number"
+        print(f"error: {cause}: {reason}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as interrupt:
         print(f"interrupted{interrupt}", file=sys.stderr)

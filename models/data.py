@@ -81,7 +81,7 @@ def load_labelled(path: Path | None) -> tuple[list[str], list[int], list[str]]:
         rows = _read_table(_read(path, "strict" if own else "replace"), path)
         column = next((name for name in ("sentiment", "label") if rows and name in rows[0]), None)
         if column is None or "text" not in rows[0]:
-            raise DataError(f"{path} must have the columns text and sentiment (or label).")
+            raise DataError(f"{path} must have the columns text and sentiment (or label), and rows.")
         texts, names = [row["text"] for row in rows], [row[column] for row in rows]
     classes = sorted(set(names))
     if len(classes) < 2:

@@ -60,6 +60,11 @@ def gpt(
     make = GptConfig.llama if llama else GptConfig
     # Room for the whole text that `generate` may be asked for.
     config = make(**{"vocab_size": tokenizer.get_vocab_size(), "max_positions": 4 * context} | options)
+    if context + config.prompt_tokens > config.max_positions:
+        raise data.DataError(
+            f"a context of {context} has room for at most {config.max_positions - context} prompt tokens, not "
+            f"{config.prompt_tokens}: choose fewer --prompt-tokens or a longer --context."
+        )
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         if teacher_model is None:

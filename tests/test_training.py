@@ -440,6 +440,7 @@ def test_files_may_begin_with_a_mark_and_have_no_empty_lines(tmp_path):
     (data.load_pairs, b"one\teins\n", "has 1 pairs"),
     (data.load_pairs, b"one\teins\n\n \tzwei\n", ":3: expected source<tab>target, found an empty field"),
     (data.load_labelled, b"", "must have the columns text and sentiment"),
+    (data.load_labelled, b"text,label\n", r"must have the columns text and sentiment \(or label\), and rows"),
     (data.load_labelled, b"text,label\nB\xe4r,1\n", "cannot be read as UTF-8 text"),
     (data.load_labelled, b"text,label\nx,1\ny\n", ":3: expected 2 columns"),
     (data.load_labelled, b"a,b\n1,2\n", "must have the columns text and sentiment"),
