@@ -232,14 +232,21 @@ class use_backend:
         reason = None if name == "auto" else _UNAVAILABLE[name]()
         if reason is not None:
             raise NotImplementedError(f"use_backend: backend {name!r} cannot run here: {reason}.")
-        self._previous = preference()
+        self._name = name
+        # What each block restores that is open. The call itself has begun the first.
+        self._previous = [preference()]
+        self._begun = True
         _set_preference(name)
 
     def __enter__(self) -> use_backend:
+        if not self._begun:
+            self._previous.append(preference())
+        self._begun = False
+        _set_preference(self._name)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        _set_preference(self._previous)
+        _set_preference(self._previous.pop())
 
 
 # --- The choice ------------------------------------------------------------------------------------------------------

@@ -179,6 +179,16 @@ def test_use_backend_nests_and_restores():
     assert select("double", 2).backend == "cpu"
 
 
+def test_use_backend_opens_several_blocks():
+    chosen = fastattn.use_backend("eager")
+    for _ in range(2):
+        with chosen:
+            with chosen:
+                assert select("double", 2).backend == "eager"
+            assert select("double", 2).backend == "eager"
+        assert select("double", 2).backend == "cpu"
+
+
 def test_use_backend_restores_after_an_error():
     with pytest.raises(KeyError), fastattn.use_backend("eager"):
         raise KeyError
