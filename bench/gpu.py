@@ -104,6 +104,13 @@ def why_no_gpu() -> str | None:
     return (run.stdout.strip() or None) if run.returncode == 0 else run.stderr.strip()
 
 
+def why_no_build() -> str | None:
+    """Why a build can have no CUDA kernels: it would only take away what was built for the CPU."""
+    import torch
+
+    return None if torch.version.cuda is not None else "this torch was built without CUDA"
+
+
 def device_name() -> str:
     import torch
 
@@ -142,6 +149,10 @@ class Run:
                 if stage.limit_s < LEAST_S:
                     stage.outcome = "not run: no time left"
                     continue
+            if stage.name == "build" and not rehearse and (reason := why_no_build()) is not None:
+                stage.outcome, self.reason = f"not run: {reason}", reason
+                print(f"gpu: no CUDA backend: {reason}; --rehearse goes through the same without a GPU")
+                break
             try:
                 good = stage.run(log, values)
             finally:

@@ -5,8 +5,8 @@ Each part stands between ``<!-- name -->`` and ``<!-- /name -->``; ``--check`` o
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -105,9 +105,12 @@ def render(text: str) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing: fail if README.md is out of date")
+    check = parser.parse_args().check
     before = README.read_text()
     after = render(before)
-    if "--check" in sys.argv[1:]:
+    if check:
         raise SystemExit(None if before == after else "README.md is out of date: run `python -m bench.readme`.")
     README.write_text(after)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 
 import torch
@@ -22,6 +23,7 @@ def support_table() -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m fastattn", description=__doc__).parse_args()
     print(f"fastattn {fastattn.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     if _extension.extension is not None:
         extension = _extension.extension

@@ -98,6 +98,7 @@ def test_a_run_with_a_limit_leaves_what_does_not_fit(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "MARGIN_S", 1)
     monkeypatch.setattr(gpu, "LEAST_S", 2)
     monkeypatch.setattr(gpu, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(gpu, "why_no_build", lambda: None)
     stages = [python("build", "print('built')"), python("tests", "import time; time.sleep(60)"), python("bench", "")]
     (tmp_path / "run").mkdir()
     archives, make_archive = [], gpu.shutil.make_archive
@@ -115,13 +116,23 @@ def test_a_run_with_a_limit_leaves_what_does_not_fit(tmp_path, monkeypatch):
         assert {"./summary.txt", "./log.txt"} <= set(archive.getnames())
 
 
+def test_without_cuda_in_torch_the_build_that_is_there_stays(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "why_no_build", lambda: "this torch was built without CUDA")
+    stages = [python("build", "print('built')"), python("tests", "print('tested')")]
+    run = gpu.Run(tmp_path, stages, None)
+    run.go(rehearse=False)
+    assert run.reason == "this torch was built without CUDA"
+    assert [stage.outcome for stage in stages] == ["not run: this torch was built without CUDA", "not run"]
+    assert "--rehearse goes through the same without a GPU" in capsys.readouterr().out
+
+
 def test_a_run_that_is_ended_writes_what_it_has_and_leaves_no_child(tmp_path):
     code = f"""
 import signal, sys
 from pathlib import Path
 from bench import gpu
 from bench.gpu_stages import Stage
-gpu.why_no_gpu = lambda: None
+gpu.why_no_gpu = gpu.why_no_build = lambda: None
 slow = "import os, time; print('started', os.getpid(), flush=True); time.sleep(60)"
 stages = [Stage(name, [sys.executable, "-u", "-c", code], 50) for name, code in (("build", "1"), ("tests", slow))]
 signal.signal(signal.SIGTERM, gpu.end_in_order)
