@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastattn.modules import Int8Linear, changes_are_counted
+from fastattn.modules import Int8Linear
 
 _Key = list[tuple[int, int]]
 
@@ -49,14 +49,17 @@ class JointProjection:
         if key is not None and (self._layer is None or key != self._key):
             self._layer, self._key = _join(layers), key
             # Aliases keep the memory, so that other values cannot come to its addresses and pass for these.
-            self._sources = [tensor.detach() for layer in layers for tensor in _contents(layer)]
+            tensors = [(layer.weight, layer.weight_scale, layer.bias) for layer in layers]
+            self._sources = [tensor.detach() for three in tensors for tensor in three if tensor is not None]
         return None if key is None else self._layer
 
 
 def _key(layers: Sequence[Int8Linear]) -> _Key | None:
     """Identifies what the layers hold. None if they are to be called one by one: off the CPU, because nothing would
-    tell of a change, for the gradients of their biases, or because somebody watches one of them or has made its bias an
-    attribute (a parametrization, FSDP)."""
+    tell of a change (inference mode), for the gradients of their biases, or because somebody watches one of them or has
+    made its bias an attribute (a parametrization, FSDP)."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return None  # what a torch.func transform has wrapped has no address
     first, key = layers[0], []
     for layer in layers:
         watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
@@ -64,20 +67,18 @@ def _key(layers: Sequence[Int8Linear]) -> _Key | None:
             return None
         if "bias" not in layer._parameters:
             return None
-        if (layer._parameters["bias"] is None) != (first._parameters["bias"] is None):
+        bias = layer._parameters["bias"]
+        if (bias is None) != (first._parameters["bias"] is None):
             return None
-        for tensor in _contents(layer):
-            if type(tensor) not in (Tensor, nn.Parameter) or not changes_are_counted(tensor):
+        for tensor in (layer._buffers["weight"], layer._buffers["weight_scale"], bias):
+            if tensor is None:
+                continue
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
                 return None
             if tensor.requires_grad and torch.is_grad_enabled():
                 return None
             key.append((tensor.data_ptr(), tensor._version))
     return key
-
-
-def _contents(layer: Int8Linear) -> list[Tensor]:
-    tensors = layer._buffers["weight"], layer._buffers["weight_scale"], layer._parameters["bias"]
-    return [tensor for tensor in tensors if tensor is not None]
 
 
 @torch.inference_mode(False)

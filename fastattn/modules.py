@@ -19,7 +19,7 @@ from fastattn.ops.layer_norm import layer_norm, rms_norm
 from fastattn.ops.linear import backend_of, gather_weight, linear
 
 
-def changes_are_counted(tensor: Tensor) -> bool:
+def _changes_are_counted(tensor: Tensor) -> bool:
     """Whether the address and the version of ``tensor`` tell that it has changed: not those of one made in inference
     mode, nor of one that a ``torch.func`` transform has wrapped, which has no address."""
     return not tensor.is_inference() and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
@@ -30,7 +30,7 @@ def _packing_key(weight: Tensor) -> tuple[int, int] | None:
     not run it, or because nothing would tell that it has changed."""
     if type(weight) is not Tensor or weight.device.type != "cpu" or extension is None:
         return None
-    if not changes_are_counted(weight) or weight.shape[1] > int8_matmul_compiled.MAX_DEPTH:
+    if not _changes_are_counted(weight) or weight.shape[1] > int8_matmul_compiled.MAX_DEPTH:
         return None
     return weight.data_ptr(), weight._version
 
