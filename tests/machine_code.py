@@ -90,10 +90,9 @@ class Instruction:
 
     @cached_property
     def accumulators(self) -> frozenset[int]:
-        """Of a product: 32 bits an element, or two of 16 bits, of 64 rows over 128 threads."""
-        columns = int(re.match(r"\w+\.64x(\d+)x", self.name)[1])
-        count = columns // 4 if ".F16" in self.name.split(".64x")[1][:12] and ".F32" not in self.name else columns // 2
-        return _registers(self.operands[0], count)
+        """Of a product, whose name is like ``HGMMA.64x128x16.F32.BF16``: 128 threads share its 64 rows."""
+        _, shape, accumulator = self.name.split(".")[:3]
+        return _registers(self.operands[0], int(shape.split("x")[1]) // (4 if accumulator == "F16" else 2))
 
     @cached_property
     def fragments(self) -> frozenset[int]:
