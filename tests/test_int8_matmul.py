@@ -271,6 +271,15 @@ def test_activations_are_accurate_over_their_range(backend, activation, low, hig
     assert_as_accurate_as_eager(actual, eager, activation_in_float64(bias.double(), activation).unsqueeze(0))
 
 
+@pytest.mark.parametrize("activation", [each for each in ACTIVATIONS if each is not None])
+def test_activations_vanish_far_below_zero(backend, activation):
+    """Also where exp(-x) has no place in float32."""
+    bias = torch.tensor([-90.0, -1e20, -1e38])
+    a, b = torch.zeros(1, 4, dtype=torch.int8), torch.zeros(3, 4, dtype=torch.int8)
+    out = fastattn.int8_matmul(a, b, torch.ones(1), torch.ones(3), bias, activation=activation, backend=backend)
+    assert torch.equal(out, torch.zeros(1, 3)), out
+
+
 def test_matmul_with_gradient_runs_in_eager(backend):
     a, b, a_scale = random_int8(5, 9), random_int8(4, 9), torch.rand(5, requires_grad=True)
     out = fastattn.int8_matmul(a, b, a_scale, torch.rand(4))

@@ -7,11 +7,12 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// x / (1 + exp(-y)). The exponent is bounded because exp2 is defined up to 127; from there on the result is 0.
+// x / (1 + exp(-y)). exp2 is defined up to 127; from 2^126 on the result is x * 0.
 FASTATTN_INLINE Vec<float> times_sigmoid(Vec<float> x, Vec<float> y) {
   using V = Vec<float>;
-  const V exponent = min(y * V::set1(-1.44269504f), V::set1(126.0f));
-  return x / (V::set1(1.0f) + exp2(exponent));
+  const V exponent = y * V::set1(-1.44269504f), most = V::set1(126.0f);
+  const V product = x / (V::set1(1.0f) + exp2(min(exponent, most)));
+  return select(less(most, exponent), x * V::zero(), product);
 }
 
 // x * Phi(x) = max(x, 0) - |x| * Phi(-|x|), without the cancellation of 1 + erf for negative x.

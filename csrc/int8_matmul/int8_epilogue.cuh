@@ -30,11 +30,8 @@ struct Int8KernelParams {
   int depth_per_split = 0;
 };
 
-// x / (1 + exp(-y)). The exponent is bounded because 1 / 2^127 is denormal, which rcp flushes to 0.
-FASTATTN_DEVICE float times_sigmoid(float x, float y) {
-  const float exponential = ex2_approx(fminf(y * -1.44269504f, 126.0f));
-  return x * rcp_approx(1.0f + exponential);
-}
+// x / (1 + exp(-y)). From 2^126 on, where the reciprocal would be denormal and rcp flushes it, the result is x * 0.
+FASTATTN_DEVICE float times_sigmoid(float x, float y) { return x * rcp_approx(1.0f + ex2_approx(y * -1.44269504f)); }
 
 // x * Phi(x) = max(x, 0) - |x| * Phi(-|x|), without the cancellation of 1 + erf for negative x.
 // Phi(-z) = exp(-z^2 / 2) * P(1 / (1 + 0.3 z)); int8_epilogue_cpu.h says where P comes from. From z = 15 on it is 0.
