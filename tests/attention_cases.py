@@ -123,8 +123,7 @@ def _roundings(case: Case, inputs: dict[str, Tensor], reference: dict[str, Tenso
         elements = gradient.numel() / (gradient.shape[-1] if gradient.dim() == 4 else 1)
         return case.batch * case.heads * case.seqlen_q * case.seqlen_k / max(elements, 1)
 
-    lse = reference["lse"][reference["lse"].isfinite()]
-    probability = 4 * ulp(1.5 * _largest(lse), dtype)
+    probability = rounding_of_probabilities(reference["lse"], dtype)
     return {"lse": probability, "out": ulp(_largest(value), dtype)} | {
         name: factors.get(name, 1.0) * (ds + probability * dp)
         + probability * _largest(dout)
@@ -132,6 +131,11 @@ def _roundings(case: Case, inputs: dict[str, Tensor], reference: dict[str, Tenso
         for name, gradient in reference.items()
         if name.startswith("d")
     }
+
+
+def rounding_of_probabilities(lse: Tensor, dtype: torch.dtype) -> float:
+    """Of the lse, too, by kernels that compute both in base 2, in ``dtype``: the third of ``_roundings``."""
+    return 4 * ulp(1.5 * _largest(lse[lse.isfinite()]), dtype)
 
 
 def _largest(tensor: Tensor) -> float:
