@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastattn.dispatch import within_transform
 from fastattn.modules import Int8Linear
 
 _Key = list[tuple[int, int]]
@@ -58,7 +59,7 @@ def _key(layers: Sequence[Int8Linear]) -> _Key | None:
     """Identifies what the layers hold. None if they are to be called one by one: off the CPU, because nothing would
     tell of a change (inference mode), for the gradients of their biases, or because somebody watches one of them or has
     made its bias an attribute (a parametrization, FSDP)."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if within_transform():
         return None  # what a torch.func transform has wrapped has no address
     first, key = layers[0], []
     for layer in layers:

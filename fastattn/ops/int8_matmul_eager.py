@@ -29,6 +29,10 @@ def int32_product(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() @ b.double().T).float()
 
 
+def _in_floats(weight: Tensor, weight_scale: Tensor) -> Tensor:
+    return weight.float() * weight_scale.unsqueeze(1)
+
+
 class _StraightThrough(torch.autograd.Function):
     """(input quantised by row) @ weight.T, scaled; the gradient ignores the rounding: ``dout @ (weight * scale)``."""
 
@@ -49,12 +53,12 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         weight, weight_scale = ctx.saved_tensors
-        return (dout @ (weight.float() * weight_scale.unsqueeze(1))).to(ctx.input_dtype), None, None
+        return (dout @ _in_floats(weight, weight_scale)).to(ctx.input_dtype), None, None
 
     @staticmethod
     def jvp(ctx: Any, dinput: Tensor | None, *_: Any) -> Tensor | None:  # type: ignore[override]
         weight, weight_scale = ctx.saved_tensors
-        return None if dinput is None else dinput.float() @ (weight.float() * weight_scale.unsqueeze(1)).T
+        return None if dinput is None else dinput.float() @ _in_floats(weight, weight_scale).T
 
 
 def _straight_through(input: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
@@ -62,7 +66,7 @@ def _straight_through(input: Tensor, weight: Tensor, weight_scale: Tensor) -> Te
         return _StraightThrough.apply(input, weight, weight_scale)  # type: ignore[no-any-return]
     # Within torch.func's transforms torch.compile traces the forward of a Function alone, and its gradient would be 0.
     out = _StraightThrough.forward(input, weight, weight_scale)
-    linear = input.float() @ (weight.float() * weight_scale.unsqueeze(1)).T
+    linear = input.float() @ _in_floats(weight, weight_scale).T
     return out + (linear - linear.detach())
 
 
