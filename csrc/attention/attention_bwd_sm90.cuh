@@ -2,7 +2,7 @@
 // ask for another division of the work: attention_bwd_wide_sm90.cuh.
 // Work:    a block owns 128 keys of a key head and visits the visible query tiles of every query head of the group. One
 //          warp feeds it by TMA; two warpgroups have 64 keys each; two more warps add what the block knows of dq to
-//          global memory. README.md draws the timeline.
+//          global memory. attention_sm90.md draws the timeline.
 //            S^T = k q^T, dP^T = v dO^T      keys are the rows of both accumulators, so that
 //            dv += P^T dO, dk += dX^T q      take P^T and dX^T from registers, as they are;
 //            dq  = dX k                      takes dX of both warpgroups from shared memory, each one half of dq.

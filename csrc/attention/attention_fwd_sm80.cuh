@@ -5,7 +5,7 @@
 //          exponentiates and multiplies by v that of the next k; two blocks a multiprocessor fill each other's gaps.
 // Numbers: fp16/bf16 inputs, fp32 scores, softmax and accumulation; probabilities are rounded for the product with v.
 // Order:   what a block works on and copies (FwdBlock, FwdCopies), scores, the way out, the kernel, whose loop is
-//          README.md's picture of the forward. softmax.cuh has the softmax, attention_combine.cuh joins parts.
+//          attention_sm80.md's picture of the forward. softmax.cuh has the softmax, attention_combine.cuh joins parts.
 // Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 1.
 #pragma once
 

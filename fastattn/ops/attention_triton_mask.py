@@ -17,7 +17,7 @@ from fastattn.ops.triton_launch import Launch
 # What attention_mask_states_kernel looks at: the rows and keys of a state, and the states of a program.
 _STATE_Q, _STATE_K, _STATES_Q, _STATES_K = 16, 32, 4, 8
 # Below so many scores of a (batch, head), two more launches cost more than hidden tiles on the way of one program, and
-# below so many of all of them more than those of all programs (floors: csrc/attention/README.md).
+# below so many of all of them more than those of all programs (floors: csrc/attention/attention_sm80.md).
 _LISTED_ELEMENTS, _LISTED_SCORES = 1 << 18, 1 << 26
 # A walk over fewer keys has a tile or two.
 _LISTED_KEYS = 256
