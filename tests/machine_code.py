@@ -148,9 +148,20 @@ class State:
     groups: tuple[frozenset[InFlight], ...] = (frozenset(),) * (GROUPS + 1)
     registers: int = REGISTERS  # a thread has at least so many
 
+    @cached_property
+    def in_flight(self) -> frozenset[InFlight]:
+        return frozenset[InFlight]().union(*self.groups)
+
+    @cached_property
+    def busy(self) -> frozenset[int]:
+        """The registers that products in flight use."""
+        return frozenset(each.register for each in self.in_flight)
+
     def merged(self, other: State) -> State:
-        groups = (a | b for a, b in zip(self.groups, other.groups, strict=True))
-        return State(tuple(groups), min(self.registers, other.registers))
+        # Straight on, states stay one object: what it knows of itself is worked out once.
+        groups = (b if a <= b else a | b for a, b in zip(self.groups, other.groups, strict=True))
+        merged = State(tuple(groups), min(self.registers, other.registers))
+        return other if merged == other else merged
 
     def after(self, here: Instruction) -> State:
         if here.is_product:
@@ -215,7 +226,9 @@ def _fault(here: Instruction, state: State) -> str | None:
         touched, written, read = here.written | here.read, here.written, here.read
     if touched and max(touched) >= state.registers:
         return f"uses R{max(touched)} of {state.registers} registers"
-    for each in frozenset[InFlight]().union(*state.groups):
+    if state.busy.isdisjoint(touched):
+        return None
+    for each in state.in_flight:
         chained = here.is_product and each.accumulates
         if (each.register in written and not chained) or (each.register in read and each.accumulates):
             purpose = "adds to" if each.accumulates else "reads"
