@@ -240,6 +240,42 @@ def test_what_the_model_asks_and_we_lack_is_refused_with_its_name():
     attention_forward(attention, q, k, v, None, block_indices=None, position_ids=torch.zeros(1))
 
 
+def make_bloom(attn_implementation):
+    config = transformers.BloomConfig(vocab_size=61, hidden_size=32, n_layer=1, n_head=4)
+    return transformers.BloomForCausalLM._from_config(config, attn_implementation=attn_implementation)
+
+
+def make_bigbird_pegasus(attn_implementation):
+    """Its encoder computes attention itself; its decoder calls ours, and does not say that it is causal."""
+    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 40))}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = transformers.BigBirdPegasusConfig(vocab_size=61, d_model=32, dropout=0.0, **sizes, **heads)
+    config.attention_type = "original_full"
+    torch.manual_seed(0)
+    model = transformers.BigBirdPegasusForConditionalGeneration._from_config(
+        config, attn_implementation=attn_implementation
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_models_that_compute_attention_themselves_are_refused(padding):
+    """They added the boolean mask to their scores: everything was visible."""
+    inputs, _ = make_inputs("gpt2", padding)
+    with pytest.raises(NotImplementedError, match=r"'bloom' computes attention in code of its own.*'eager'"):
+        make_bloom("fastattn")(**inputs)
+    assert make_bloom("eager")(**inputs).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("padding", ["none", "right"])
+def test_masks_that_code_of_the_model_reads_too_are_numbers(padding):
+    inputs, meant = make_inputs("t5", padding)
+    expected, actual = (make_bigbird_pegasus(name)(**inputs).logits for name in ("eager", "fastattn"))
+    assert_close(actual[meant], expected[meant])
+
+
 @pytest.mark.skipif(extension is None, reason=str(missing_reason))
 def test_compiles_whole_with_dynamic_shapes():
     eager, ours = make_pair("mistral")

@@ -6,13 +6,15 @@
 Both halves of transformers' contract are registered: the attention function and the function that makes its mask (with
 the first alone, models would drop the padding mask). Every feature of a model is computed (padding on either
 side, custom masks, grouped heads, sliding windows, softcap, sinks, position bias, packed sequences, caches, dropout,
-``output_attentions``) or refused with the name of the model.
+``output_attentions``) or refused with the name of the model; so are models that compute attention in code of their own
+and take the mask for numbers to add.
 
 Where ``eager`` gives a query that may attend to nothing, such as left padding, the mean of all values, this gives 0.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, cast
 
@@ -44,22 +46,62 @@ def register(name: str = NAME) -> None:
         raise ImportError(
             "fastattn.integrations.transformers needs transformers >= 4.53: pip install -U transformers"
         ) from error
+    # It reads sys.modules, which compiled code need not follow.
+    torch.compiler.assume_constant_result(_reader_of_masks)
     AttentionInterface.register(name, attention_forward)
     AttentionMaskInterface.register(name, attention_mask)
 
 
 def attention_mask(
     batch_size: int, q_length: int, kv_length: int, *args: Any, mask_function: Callable[..., Any] | None = None,
-    **kwargs: Any,
+    config: Any = None, **kwargs: Any,
 ) -> Tensor | None:  # fmt: skip
     """transformers' mask function: bool (batch, 1, q_length, kv_length), True = attend, or None where causality, or
-    nothing, says it all. Padding without causality is one row that all queries share (stride 0)."""
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+    nothing, says it all. Padding without causality is one row that all queries share (stride 0).
+
+    Raises: NotImplementedError for a model that computes attention in code of its own.
+    """
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask, sdpa_mask
 
     mask_function = causal_mask_function if mask_function is None else mask_function
+    reader = _reader_of_masks(type(config).__module__.rpartition(".")[0])
+    if reader == "model":
+        raise NotImplementedError(
+            f"fastattn in transformers: {getattr(config, 'model_type', None)!r} computes attention in code of its own, "
+            "which cannot be exchanged. Use attn_implementation='eager' for this model."
+        )
+    if reader == "both":
+        return eager_mask(batch_size, q_length, kv_length, *args, mask_function=mask_function, **kwargs)
     rows = 1 if mask_function is bidirectional_mask_function else q_length
     mask = sdpa_mask(batch_size, rows, kv_length, *args, mask_function=mask_function, **kwargs)
     return None if mask is None else mask.expand(-1, -1, q_length, -1)
+
+
+_known_readers: dict[str, str] = {}
+
+
+def _reader_of_masks(package: str) -> str:
+    """Who reads the masks of the models in ``package``, such as "transformers.models.llama".
+
+    "fastattn"; "model": code of its own, to which a boolean mask is ones to add, and None means no causality; "both":
+    either of them, or attention modules that may not say that they are causal. All of them understand eager's numbers.
+    """
+    if package not in _known_readers:
+        modules = [module for name, module in list(sys.modules.items()) if name.startswith(f"{package}.modeling_")]
+        exchanging = [module for module in modules if hasattr(module, "ALL_ATTENTION_FUNCTIONS")]
+        # Models that are made of other packages' models have neither.
+        own = [module for module in modules if module not in exchanging and _classes(module, "Attention")]
+        flags = ("_supports_sdpa", "_supports_attention_backend")
+        declared = any(getattr(each, flag, False) for m in modules for each in _classes(m) for flag in flags)
+        alone = "model" if own and not exchanging else "fastattn"
+        _known_readers[package] = "both" if exchanging and (own or not declared) else alone
+    return _known_readers[package]
+
+
+def _classes(module: Any, ending: str = "") -> list[type]:
+    """The classes that ``module`` defines whose names have this ending."""
+    classes = [each for name, each in vars(module).items() if isinstance(each, type) and name.endswith(ending)]
+    return [each for each in classes if each.__module__ == module.__name__]
 
 
 def attention_forward(
