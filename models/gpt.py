@@ -169,6 +169,8 @@ class Gpt(nn.Module):
         """
         if not prompts or min(map(len, prompts)) == 0:
             raise ValueError("Gpt.stream: prompts must hold at least one sequence, and each at least one token.")
+        if max_new_tokens < 0:
+            raise ValueError(f"Gpt.stream: max_new_tokens must be at least 0, got {max_new_tokens}.")
         device, extra = self.embedding.weight.device, self.config.prompt_tokens
         tokens = torch.tensor([len(prompt) for prompt in prompts], device=device, dtype=torch.int32)
         longest = max(map(len, prompts))
@@ -200,14 +202,24 @@ class Gpt(nn.Module):
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, **options: object) -> Tensor:
         """What ``stream`` yields, (batch, new tokens); same arguments."""
-        return torch.stack(list(self.stream(prompts, max_new_tokens, **options)), dim=1)  # type: ignore[arg-type]
+        tokens = list(self.stream(prompts, max_new_tokens, **options))  # type: ignore[arg-type]
+        none = torch.empty(len(prompts), 0, dtype=torch.long, device=self.embedding.weight.device)
+        return torch.stack(tokens, dim=1) if tokens else none
 
 
 def sample(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """One token a row of (batch, vocab_size) logits: (batch,) int64."""
+    """One token a row of (batch, vocab_size) logits: (batch,) int64; the options are those of ``Gpt.stream``.
+
+    Raises: ValueError for a temperature below 0, a top_k below 1, or a top_p that is no probability.
+    """
+    if not (temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 <= top_p <= 1)):
+        raise ValueError(
+            f"sample: temperature must be at least 0, top_k at least 1 and top_p from 0 to 1, got temperature "
+            f"{temperature}, top_k {top_k} and top_p {top_p}."
+        )
     if temperature == 0:
         return logits.argmax(-1)
     # Of the likeliest 0 is left: however low the temperature, the others fall to -inf at most, and nothing becomes NaN.
@@ -217,8 +229,9 @@ def sample(
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
-        # A token stays if the likelier ones do not reach top_p: the first always does.
+        # A token stays if the likelier ones do not reach top_p, and the first, also where that is 0.
         dropped = probabilities.cumsum(-1) - probabilities >= top_p
+        dropped[:, 0] = False
         logits = torch.empty_like(logits).scatter_(-1, order, ordered.masked_fill(dropped, -torch.inf))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 

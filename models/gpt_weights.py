@@ -11,8 +11,9 @@ from torch import Tensor
 from models.gpt import Gpt, GptConfig
 
 # Fields that change what a Llama computes, with the one value that this decoder knows.
-_LLAMA_ONLY = {"rope_scaling": None, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+_LLAMA_ONLY = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "quantization_config": None}
 _GPT2_ONLY = {
+    "quantization_config": None,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "reorder_and_upcast_attn": False,
@@ -34,13 +35,14 @@ def config_from_dict(values: dict[str, Any]) -> GptConfig:
             vocab_size=values["vocab_size"], max_positions=values["n_positions"], dim=dim,
             num_layers=values["n_layer"], num_heads=values["n_head"], hidden_dim=values.get("n_inner") or 4 * dim,
             eps=values["layer_norm_epsilon"], dropout=values.get("resid_pdrop", 0.1),
+            tie_embeddings=values.get("tie_word_embeddings", True),
         )  # fmt: skip
     if kind == "llama":
-        rope = values.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(
-                f"GptConfig: rope_type {rope['rope_type']!r} is not supported; this decoder has 'default'."
-            )
+        # Older files say rope_scaling, and type.
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type != "default":
+            raise ValueError(f"GptConfig: rope_type {rope_type!r} is not supported; this decoder has 'default'.")
         _require(values, _LLAMA_ONLY)
         head_dim = values["hidden_size"] // values["num_attention_heads"]
         if values.get("head_dim") not in (None, head_dim):

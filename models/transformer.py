@@ -161,7 +161,15 @@ class Transformer(nn.Module):
         self, source: Tensor, max_new_tokens: int, *, beams: int = 1, length_penalty: float = 0.6
     ) -> list[list[int]]:
         """Target ids of each row of ``source``, without the start and stop tokens: greedy, or with ``beams`` > 1 the
-        best hypothesis of a beam search."""
+        best hypothesis of a beam search.
+
+        Raises: ValueError for fewer than no tokens, or no beams.
+        """
+        if max_new_tokens < 0 or beams < 1:
+            raise ValueError(
+                f"Transformer.translate: max_new_tokens must be at least 0 and beams at least 1, got {max_new_tokens} "
+                f"and {beams}."
+            )
         if beams == 1:
             return self.greedy_search(source, max_new_tokens)
         return self.beam_search(source, max_new_tokens, beams, length_penalty)
@@ -172,7 +180,7 @@ class Transformer(nn.Module):
         caches = self._empty_caches(len(source), max_new_tokens)
         token = source.new_full((len(source), 1), self.config.start_id)
         stopped = torch.zeros_like(token, dtype=torch.bool)
-        tokens = []
+        tokens = [token[:, :0]]
         for length in range(max_new_tokens):
             token = self.decode(token, memories, visible, caches, length)[:, -1:].argmax(-1)
             token = token.masked_fill(stopped, self.config.stop_id)
@@ -199,15 +207,18 @@ class Transformer(nn.Module):
         first = torch.arange(batch, device=device)[:, None] * beams
         for length in range(max_new_tokens):
             logits = at_least_float32(self.decode(token, memories, visible, caches, length)[:, -1])
-            candidates = scores[:, :, None] + logits.log_softmax(-1).view(batch, beams, -1)
+            candidates = scores[:, :, None] + logits.log_softmax(-1).view(batch, beams, self.config.vocab_size)
             # Twice as many as beams: even if every beam stops, as many go on.
             best, index = candidates.flatten(1).topk(2 * beams)
             origin, choice = index // self.config.vocab_size, index % self.config.vocab_size
             stops = choice == self.config.stop_id
             penalty = ((6 + length) / 6) ** length_penalty
-            for row, rank in stops[:, :beams].nonzero().tolist():
-                hypothesis = history[row, origin[row, rank]].tolist()
-                finished[row].append((best[row, rank].item() / penalty, hypothesis))
+            # Best first. Beams that are none yet, of probability 0, end nothing; and a sentence that has its hypotheses
+            # takes no more while others of the batch go on.
+            for row, rank in (stops & best.isfinite())[:, :beams].nonzero().tolist():
+                if len(finished[row]) < beams:
+                    hypothesis = history[row, origin[row, rank]].tolist()
+                    finished[row].append((best[row, rank].item() / penalty, hypothesis))
             # The best that go on, in order.
             kept = best.masked_fill(stops, -torch.inf).topk(beams)
             origin, choice = origin.gather(1, kept.indices), choice.gather(1, kept.indices)

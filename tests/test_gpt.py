@@ -103,6 +103,18 @@ def test_sampling_keeps_to_top_k_and_top_p():
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.04, rtol=0)
 
 
+def test_no_tokens_and_no_probability_are_limits_too():
+    model = make(CONFIGS["gpt2"])
+    assert model.generate([[1, 2], [3]], 0).shape == (2, 0)
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(50, 3)
+    assert sample(logits, top_p=0.0).unique().tolist() == [0]
+    for options in ({"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 1.5}):
+        with pytest.raises(ValueError, match="sample: temperature must be at least 0, top_k at least 1 and top_p"):
+            sample(logits, **options)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 0, got -1"):
+        model.generate([[1]], -1)
+
+
 def test_one_seed_gives_one_text():
     model = make(CONFIGS["llama"])
     texts = [model.generate([[1, 2]], 10, generator=torch.Generator().manual_seed(4)) for _ in range(2)]
@@ -166,10 +178,20 @@ def assert_same_logits(theirs: torch.nn.Module) -> None:
         assert_as_accurate_as_eager(ours(ids), expected, exact)
 
 
+def test_reproduces_hugging_face_gpt2_with_a_head_of_its_own():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"vocab_size": 61, "n_positions": 48, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    assert_same_logits(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, tie_word_embeddings=False)).eval())
+
+
 def test_unknown_hugging_face_features_are_refused():
     with pytest.raises(ValueError, match="model_type must be 'gpt2' or 'llama', got 'opt'"):
         config_from_dict({"model_type": "opt"})
     with pytest.raises(ValueError, match="rope_type 'yarn' is not supported"):
         config_from_dict({"model_type": "llama", "rope_parameters": {"rope_type": "yarn"}})
+    with pytest.raises(ValueError, match="rope_type 'linear' is not supported"):
+        config_from_dict({"model_type": "llama", "rope_scaling": {"type": "linear"}})
+    with pytest.raises(ValueError, match=r"quantization_config .*fp8.* is not supported"):
+        config_from_dict({"model_type": "llama", "quantization_config": {"quant_method": "fp8"}})
     with pytest.raises(ValueError, match="activation_function 'relu' is not supported"):
         config_from_dict({"model_type": "gpt2", "activation_function": "relu"})

@@ -131,6 +131,44 @@ def test_beam_search_finds_what_is_at_least_as_likely():
     assert model.translate(source[:1], 5, beams=8) == beams[:1], "the batch changes the search"
 
 
+def beam_search_by_definition(model, source, tokens, beams):
+    """Of one sentence, without a cache."""
+    alive, finished = [(0.0, [])], []
+    for length in range(tokens):
+        candidates = []
+        for score, hypothesis in alive:
+            logits = model(source[None], torch.tensor([[1, *hypothesis]]))[0, -1].log_softmax(-1)
+            candidates += [(score + logit, hypothesis, token) for token, logit in enumerate(logits.tolist())]
+        candidates.sort(key=lambda candidate: -candidate[0])
+        finished += [(s / ((6 + length) / 6) ** 0.6, h) for s, h, token in candidates[:beams] if token == 2]
+        alive = [(s, [*h, token]) for s, h, token in candidates if token != 2][:beams]
+        if len(finished) >= beams:
+            break
+    return max(finished or alive)[1]
+
+
+@pytest.mark.parametrize("seed, vocab_size, beams, tokens", [(4, 4, 8, 5), (8, 5, 2, 4), (2, 9, 3, 6)])
+@torch.no_grad()
+def test_beam_search_is_that_of_each_sentence(seed, vocab_size, beams, tokens):
+    """Sentences that were done went on with others of the batch; beams that were none yet ended a search."""
+    model = make(vocab_size=vocab_size, num_encoder_layers=1, num_decoder_layers=1)
+    torch.manual_seed(seed)
+    model.embedding.weight.normal_()
+    model.embedding.weight[2] *= 1.5
+    source = torch.randint(3, vocab_size, (6, 5))
+    source[1, 3:] = 0
+    expected = [beam_search_by_definition(model, row, tokens, beams) for row in source]
+    assert model.translate(source, tokens, beams=beams) == expected
+
+
+def test_searches_of_no_tokens_find_nothing():
+    model, (source, _) = make(), batch_of_ids()
+    assert model.translate(source, 0) == model.translate(source, 0, beams=2) == [[], [], []]
+    for tokens, beams in ((-1, 2), (3, 0)):
+        with pytest.raises(ValueError, match="max_new_tokens must be at least 0 and beams at least 1"):
+            model.translate(source, tokens, beams=beams)
+
+
 def test_beam_search_is_exhaustive_where_beams_cover_everything():
     model = make(vocab_size=5)
     source = torch.tensor([[3, 4, 3]])
