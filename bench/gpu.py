@@ -37,8 +37,8 @@ DEVICE_TESTS = (
 )  # fmt: skip
 TRITON_TESTS = (
     "tests/test_philox_triton.py", "tests/test_layer_norm_triton.py", "tests/test_int8_matmul_triton.py",
-    "tests/test_attention_triton.py", "tests/test_attention_triton_masks.py", "tests/test_kv_cache_triton.py",
-    "tests/test_triton_bounds.py",
+    "tests/test_attention_triton.py", "tests/test_attention_triton_interface.py",
+    "tests/test_attention_triton_masks.py", "tests/test_kv_cache_triton.py", "tests/test_triton_bounds.py",
 )  # fmt: skip
 # By the names of files and tests: those of kernels' own files, and in the others those of one backend.
 SELECTIONS = {

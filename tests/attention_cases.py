@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -282,3 +282,14 @@ def assert_views_match_contiguous(views, dout):
     assert results[0].transpose(1, 2).is_contiguous(), "a gradient takes the layout of its operand"
     for strided, contiguous in zip(results, gradients([t.contiguous() for t in views]), strict=True):
         assert torch.equal(strided, contiguous)
+
+
+def small_case(feature: str, **changes) -> Case:
+    """One batch (unless the feature is about batches), as few heads as possible, three of the interpreter's tiles."""
+    case = FEATURES[feature]
+    batches = "batch" in feature or "padding" in feature or feature == "gqa_dropout_mask"
+    small = {"batch": 2 if batches else 1, "heads": 4 if case.heads_kv == 2 else 2, "head_dim": 16}
+    small["seqlen_q"], small["seqlen_k"] = (70, 40) if case.seqlen_q > case.seqlen_k else (37, 70)
+    if case.heads_kv is not None:
+        small["heads_kv"] = min(case.heads_kv, 2)
+    return replace(case, **small | changes)

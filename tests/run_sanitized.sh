@@ -22,7 +22,8 @@ arguments=("$@")
 if [ ${#arguments[@]} -eq 0 ]; then
   arguments=(tests/test_attention.py tests/test_attention_backward.py tests/test_attention_short_way.py tests/test_varlen_attention.py
              tests/test_attention_with_kv_cache.py tests/test_layer_norm.py tests/test_int8_matmul.py tests/test_int8_linear.py
-             tests/test_linear.py -k "not compile and not opcheck and not export and not emulated and not triton")
+             tests/test_int8_interface.py tests/test_linear.py
+             -k "not compile and not opcheck and not export and not emulated and not triton")
 fi
 # pyproject.toml's pythonpath would find the package that is not instrumented first; tests/conftest.py makes sure.
 export FASTATTN_TEST_PACKAGE="$package"
