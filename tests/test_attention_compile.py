@@ -133,6 +133,22 @@ def test_exports_with_dynamic_lengths():
     torch.testing.assert_close(exported(q, k, mask), _Block()(q, k, mask))
 
 
+class _DroppingBlock(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, _ = fastattn.add_rms_norm(x, x, 8, dropout_p=0.3, backend="eager")
+        return fastattn.attention(x, x, x, dropout_p=0.3, backend="eager")
+
+
+def test_eager_dropout_exports_with_dynamic_lengths():
+    sizes = {0: torch.export.Dim("batch", min=1, max=64), 2: torch.export.Dim("seqlen", min=2, max=512)}
+    program = torch.export.export(_DroppingBlock(), (torch.randn(2, 3, 9, 8),), dynamic_shapes={"x": sizes})
+    x = torch.randn(3, 3, 70, 8)
+    torch.manual_seed(0)
+    expected = _DroppingBlock()(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(program.module()(x), expected)
+
+
 def test_compiled_code_follows_use_backend():
     counter = CompileCounter()
     step = torch.compile(lambda q: fastattn.attention(q, q, q), fullgraph=True, backend=counter)

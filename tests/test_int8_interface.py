@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from int8_cases import needs_cpu, random_int8, random_linear, shape_id
@@ -55,6 +57,18 @@ def test_compiles_without_graph_breaks():
     (actual,) = torch.autograd.grad(gradient(x).square().sum(), x)
     (expected,) = torch.autograd.grad(fastattn.int8_linear(x, weight, scale, bias, activation="silu").square().sum(), x)
     torch.testing.assert_close(actual, expected)
+
+
+def test_eager_gradient_compiles_without_graph_breaks():
+    weight, scale, bias = random_linear(20, 16)
+    x, bias = torch.randn(5, 16, requires_grad=True), bias.requires_grad_()
+    function = functools.partial(fastattn.int8_linear, activation="silu", backend="eager")
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(
+        *(torch.autograd.grad(each(x, weight, scale, bias).square().sum(), (x, bias)) for each in (compiled, function)),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, expected)
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------

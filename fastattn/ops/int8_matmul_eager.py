@@ -62,10 +62,12 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _straight_through(input: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    if not (torch.compiler.is_compiling() and within_transform()):
+    if not torch.compiler.is_compiling():
         return _StraightThrough.apply(input, weight, weight_scale)  # type: ignore[no-any-return]
-    # Within torch.func's transforms torch.compile traces the forward of a Function alone, and its gradient would be 0.
+    # torch.compile refuses a Function with a jvp, and within torch.func's transforms it traces the forward alone.
     out = _StraightThrough.forward(input, weight, weight_scale)
+    if not (within_transform() or (input.requires_grad and torch.is_grad_enabled())):
+        return out
     linear = input.float() @ _in_floats(weight, weight_scale).T
     return out + (linear - linear.detach())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,8 +51,9 @@ def add_norm(call: LayerNormCall, rng_state: Tensor | None = None) -> tuple[Tens
         if rng_state is None:
             rng_state = draw_rng_state(input.device)
         # The rule counts elements of a matrix: one batch, one head, a row for each row that is normalised.
-        cols = input.shape[input.dim() - call.normalized_dims :].numel()
-        rows = input.shape[: input.dim() - call.normalized_dims].numel()
+        # (math.prod, for torch.Size.numel() makes numbers of the symbolic sizes of torch.export.)
+        split = input.dim() - call.normalized_dims
+        rows, cols = math.prod(input.shape[:split]), math.prod(input.shape[split:])
         kept = dropout_mask(rng_state, 1, 1, rows, cols, call.dropout_p).view(input.shape)
         scale = 1.0 / (1.0 - call.dropout_p) if call.dropout_p < 1.0 else 0.0
         added = torch.where(kept, added * scale, 0.0)

@@ -50,8 +50,11 @@ def dropout_mask(rng_state: Tensor, batch: int, heads: int, seqlen_q: int, seqle
     batch_head = torch.arange(batch * heads, device=device)[:, None, None]
     words = philox_4x32_10((group, row, batch_head, offset), (seed & _WORD, (seed >> 32) & _WORD))
 
-    # (batch_head, row, block, t, word, half) -> columns in order: 8 * word + 2 * t + half of each block.
+    # 32 halves of a word for each block, as (t, word, half); columns are in the order 8 * word + 2 * t + half. Columns
+    # are looked up, for a dim of blocks or a slice would have torch.export fix the number of blocks.
     draws = torch.stack(words, -1).expand(batch * heads, seqlen_q, 4 * blocks, 4)
-    halves = torch.stack((draws & 0xFFFF, draws >> 16), -1).view(batch, heads, seqlen_q, blocks, 4, 4, 2)
-    bits = halves.transpose(-3, -2).reshape(batch, heads, seqlen_q, 32 * blocks)[..., :seqlen_k]
+    halves = torch.stack((draws & 0xFFFF, draws >> 16), -1).view(batch, heads, seqlen_q, 32 * blocks)
+    column = torch.arange(seqlen_k, device=device)
+    block, t, word, half = column // 32, column % 8 // 2, column % 32 // 8, column % 2
+    bits = halves.index_select(-1, 32 * block + 8 * t + 2 * word + half)
     return bits >= int(dropout_p * 65536.0 + 0.5)
