@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastattn.dispatch import select
+from fastattn.ops import attention_checks as checks
 from fastattn.ops.attention import attention
 from fastattn.ops.attention import prepare as prepare_attention
 
@@ -27,10 +28,11 @@ _NEGATIVE_INFINITY = float("-inf")
 def shard_sequence(x: Tensor, dim: int = 2, *, group: Any = None, zigzag: bool = True) -> Tensor:
     """This process' part of ``x`` along ``dim``; of position numbers too, which zigzag reorders. Differentiable.
 
-    Raises: ValueError if the length is no multiple of the number of processes (with ``zigzag``, of twice that).
+    Raises: ValueError if the length is no multiple of the number of processes (with ``zigzag``, of twice that), or this
+        process is not in ``group``.
     """
     _check_dim("shard_sequence", x, dim)
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    rank, size = _place("shard_sequence", group)
     pieces = 2 * size if zigzag else size
     if x.shape[dim] % pieces:
         raise ValueError(
@@ -49,6 +51,7 @@ def unshard_sequence(x: Tensor, dim: int = 2, *, group: Any = None, zigzag: bool
     Raises: ValueError if the part is of odd length with ``zigzag``, which makes it of two pieces of one length.
     """
     _check_dim("unshard_sequence", x, dim)
+    _place("unshard_sequence", group)
     if zigzag and x.shape[dim] % 2:
         raise ValueError(
             f"unshard_sequence: with zigzag a part is two pieces of one length, but dim {dim} has {x.shape[dim]}; pass "
@@ -90,6 +93,9 @@ def ring_attention(
     """
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "softcap": softcap, "enable_gqa": enable_gqa}
     _check_attention("ring_attention", query, key, value, backend, **options)
+    _place("ring_attention", group)
+    # Under autocast in 16 bits from here on: what is sent, and what the backward pass computes again outside of it.
+    query, key, value = checks.operands("ring_attention", query, key, value)
     if (
         not query.dim() == key.dim() == value.dim() == 4
         or query.shape[2] != key.shape[2]
@@ -140,7 +146,8 @@ def ulysses_attention(
         "ulysses_attention", query, key, value, backend, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
         window=window, softcap=softcap,
     )  # fmt: skip
-    size, advice = dist.get_world_size(group), "" if window is not None else "; use ring_attention"
+    _, size = _place("ulysses_attention", group)
+    advice = "" if window is not None else "; use ring_attention"
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4 or x.shape[1] % size:
             raise ValueError(
@@ -156,9 +163,25 @@ def ulysses_attention(
     return cast(Tensor, _Exchange.apply(out, 2, 1, group))
 
 
-def _check_dim(op: str, x: Any, dim: int) -> None:
+def _place(op: str, group: Any) -> tuple[int, int]:
+    """This process' rank in ``group``, and the number of its processes."""
+    if not dist.is_initialized():
+        raise ValueError(
+            f"{op}: torch.distributed has no processes yet; call torch.distributed.init_process_group first."
+        )
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError(
+            f"{op}: process {dist.get_rank()} is not in group, whose processes alone may call this; leave it out."
+        )
+    return rank, dist.get_world_size(group)
+
+
+def _check_dim(op: str, x: Any, dim: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x must be a Tensor, got {type(x).__name__}.")
+    if not isinstance(dim, int):
+        raise TypeError(f"{op}: dim must be an int, got {dim!r}.")
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"{op}: dim must be one of x, which is {tuple(x.shape)}, got {dim}.")
 

@@ -102,6 +102,18 @@ def check_errors(rank: int) -> None:
             operation([1, 2])
         with pytest.raises(ValueError, match="dim must be one of x"):
             operation(torch.zeros(6, 6))
+        with pytest.raises(TypeError, match=f"^{operation.__name__}: dim must be an int, got 0.5"):
+            operation(torch.zeros(6, 6), 0.5)
+    others = dist.new_group([1, 2])
+    if rank == 0:
+        for operation, operands in (
+            (ring_attention, (part, part, part)),
+            (ulysses_attention, (part, part, part)),
+            (shard_sequence, (part,)),
+            (unshard_sequence, (part,)),
+        ):
+            with pytest.raises(ValueError, match=f"^{operation.__name__}: process 0 is not in group"):
+                operation(*operands, group=others)
 
 
 def check_second_derivatives(rank: int) -> None:
@@ -142,13 +154,34 @@ def check_low_precision_and_subgroup(rank: int) -> None:
     torch.testing.assert_close(out.float(), shard_sequence(expected, group=group), rtol=0.02, atol=0.02)
 
 
+def check_autocast(rank: int) -> None:
+    torch.manual_seed(2)
+    whole = [torch.randn(1, 3, 12, 8) for _ in range(3)]
+    parts = [shard_sequence(x).requires_grad_() for x in whole]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ring_attention(*parts, is_causal=True)
+        expected = fastattn.attention(*(x.requires_grad_() for x in whole), is_causal=True)
+    assert out.dtype == expected.dtype == torch.bfloat16
+    actual = (out, *torch.autograd.grad(out.sum(), parts))
+    for part, of_whole in zip(actual, (expected, *torch.autograd.grad(expected.sum(), whole)), strict=True):
+        torch.testing.assert_close(part, shard_sequence(of_whole), rtol=0.02, atol=0.02)
+
+
 def check_all(rank: int) -> None:
     check(rank)
     check_low_precision_and_subgroup(rank)
     check_ring_of_one(rank)
     check_second_derivatives(rank)
+    check_autocast(rank)
 
 
 def test_parts_are_those_of_the_whole():
     """Three processes: with two, the next of the ring is the previous."""
     run_processes(check_all, processes=3)
+
+
+def test_processes_have_to_be_joined_first():
+    with pytest.raises(ValueError, match=r"^ring_attention: .* call torch.distributed.init_process_group first"):
+        ring_attention(*(torch.zeros(1, 1, 2, 8) for _ in range(3)))
+    with pytest.raises(ValueError, match=r"^shard_sequence: .* call torch.distributed.init_process_group first"):
+        shard_sequence(torch.zeros(2), 0)
