@@ -185,10 +185,19 @@ class MultiHeadAttention(nn.MultiheadAttention):
         Returns: the shape of ``input``.
         Raises: NotImplementedError for a module with ``add_bias_kv`` or ``add_zero_attn``; and as ``varlen_attention``.
         """
-        if self.bias_k is not None or self.add_zero_attn:
-            raise NotImplementedError(
-                "MultiHeadAttention.forward_packed: add_bias_kv and add_zero_attn are not supported; use forward."
+        op = "MultiHeadAttention.forward_packed"
+        if not isinstance(input, Tensor):
+            raise TypeError(f"{op}: input must be a Tensor, got {type(input).__name__}.")
+        check_dense(op, "input", input)
+        if not self.embed_dim == self.kdim == self.vdim:
+            raise ValueError(
+                f"{op}: query, key and value are one input, but the module takes {self.embed_dim}, {self.kdim} and "
+                f"{self.vdim} features (embed_dim, kdim, vdim); use forward."
             )
+        if input.dim() != 2 or input.shape[1] != self.embed_dim:
+            raise ValueError(f"{op}: input must be (tokens, embed_dim = {self.embed_dim}), got {_shape(input)}.")
+        if self.bias_k is not None or self.add_zero_attn:
+            raise NotImplementedError(f"{op}: add_bias_kv and add_zero_attn are not supported; use forward.")
         q, k, v = (
             x.view(-1, x.shape[-1] // self.head_dim, self.head_dim) for x in self._in_projection(input, input, input)
         )

@@ -52,6 +52,11 @@ CASES = {
     "attention_with_kv_cache: cache_seqlens": lambda: step(cache_seqlens=True),
     "attention_with_kv_cache: rotary_cos": lambda: step(rotary_cos=torch.ones(8, 4).int(), rotary_sin=torch.ones(8, 4)),
     "attention_with_kv_cache: query is float32 but value_cache float16": lambda: step(value_cache=CACHE.half()),
+    "attention_with_kv_cache: rotary_sin must be dense": lambda: step(rotary_cos=TURNS, rotary_sin=TURNS.to_sparse()),
+    "attention_with_kv_cache: key must be dense, not nested": lambda: fastattn.attention_with_kv_cache(
+        STEP, CACHE, CACHE, NESTED, STEP, cache_seqlens=2
+    ),
+    "int8_matmul: out_dtype": lambda: fastattn.int8_matmul(INT8, INT8, SCALE, SCALE, out_dtype=[torch.float32]),
     "quantize_int8: input": lambda: fastattn.quantize_int8([1.0]),
     "int8_matmul: a must": lambda: fastattn.int8_matmul([[1]], INT8, SCALE, SCALE),
     "int8_matmul: a_scale": lambda: fastattn.int8_matmul(INT8, INT8, None, SCALE),

@@ -113,6 +113,37 @@ def test_rows_without_keys_are_0():
     assert (out[:, :3] == 0).all() and (lse[..., :3] == -torch.inf).all() and lse[..., 3:].isfinite().all()
 
 
+_LENGTHS = {"cu_seqlens": torch.tensor([0, 3]), "max_seqlen": 3}
+_BOTH_LENGTHS = {f"{name}_{of}": length for name, length in _LENGTHS.items() for of in "qk"}
+
+
+@pytest.mark.parametrize("wrong", [None, [1.0], torch.zeros(3, 4), torch.nested.nested_tensor([torch.zeros(3, 1, 4)])])
+@pytest.mark.parametrize(
+    ("name", "operands", "options"),
+    [
+        ("flash_attn_func", "q k v", {}),
+        ("flash_attn_kvpacked_func", "kv q", {}),
+        ("flash_attn_qkvpacked_func", "qkv", {}),
+        ("flash_attn_varlen_kvpacked_func", "kv q", _BOTH_LENGTHS),
+        ("flash_attn_varlen_qkvpacked_func", "qkv", _LENGTHS),
+        ("flash_attn_with_kvcache", "k_cache q v_cache", {}),
+    ],
+)
+def test_operands_of_other_types_and_shapes_are_named(name, operands, options, wrong):
+    first, *others = operands.split()
+    operands = {first: wrong} | {other: torch.zeros(1, 3, 2, 4) for other in others}
+    error = ValueError if isinstance(wrong, torch.Tensor) and not wrong.is_nested else TypeError
+    with pytest.raises(error, match=f"^{name}: {first} must be "):
+        getattr(flash_attn, name)(**operands, **options)
+
+
+def test_packed_operands_have_as_many_parts_as_they_should():
+    with pytest.raises(
+        ValueError, match=r"^flash_attn_qkvpacked_func: qkv must be \(batch, seqlen, 3, heads, head_dim"
+    ):
+        flash_attn.flash_attn_qkvpacked_func(torch.zeros(1, 3, 2, 2, 4))
+
+
 def test_packed_forms_are_the_same_function():
     options = {"causal": True, "softmax_scale": 0.4, "window_size": (3, 0), "softcap": 1.0}
     qkv = torch.randn(2, 6, 3, 4, 16)

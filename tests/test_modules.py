@@ -457,6 +457,22 @@ def test_packed_sequences_are_attended_one_by_one(is_causal, options):
             torch.testing.assert_close(piece, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("options", "x", "error", "message"),
+    [
+        ({}, [[1.0] * 16], TypeError, "input must be a Tensor, got list"),
+        ({}, torch.nested.nested_tensor([torch.zeros(3, 16)]), TypeError, "input must be dense, not nested"),
+        ({}, torch.zeros(1, 3, 16), ValueError, r"input must be \(tokens, embed_dim = 16\), got \(1, 3, 16\)"),
+        ({}, torch.zeros(3, 8), ValueError, r"input must be \(tokens, embed_dim = 16\), got \(3, 8\)"),
+        ({"kdim": 8}, torch.zeros(3, 16), ValueError, "takes 16, 8 and 16 features .*; use forward"),
+    ],
+)
+def test_packed_sequences_say_what_input_they_take(options, x, error, message):
+    module = fastattn.MultiHeadAttention(16, 2, **options)
+    with pytest.raises(error, match=f"^MultiHeadAttention.forward_packed: .*{message}"):
+        module.forward_packed(x, torch.tensor([0, 3]), 3)
+
+
 def test_packed_sequences_refuse_appended_keys():
     with pytest.raises(NotImplementedError, match="add_bias_kv and add_zero_attn"):
         fastattn.MultiHeadAttention(16, 2, add_zero_attn=True).forward_packed(

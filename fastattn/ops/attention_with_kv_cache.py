@@ -17,6 +17,7 @@ from fastattn.ops.attention import run_eager
 from fastattn.ops.attention_compiled import one_token_if_plain
 from fastattn.ops.attention_with_kv_cache_triton import refuses_kv_cache_triton, run_kv_cache_triton
 from fastattn.ops.calls import AttentionCall, KvCacheCall
+from fastattn.ops.tensor_checks import check_dense
 from fastattn.ops.varlen_attention import with_diagonals
 
 _MOST_ON_CPU = 2**31 - 1  # tokens of a sequence, and blocks
@@ -182,6 +183,7 @@ def _check_new(op: str, query: Tensor, key_cache: Tensor, value_cache: Tensor, k
     for name, new, cache in (("key", key, key_cache), ("value", value, value_cache)):
         if not isinstance(new, Tensor):
             raise TypeError(f"{op}: key and value must be given together, or neither; {name} is {type(new).__name__}.")
+        check_dense(op, name, new)
         if new.dtype != cache.dtype or new.device != cache.device:
             raise TypeError(
                 f"{op}: {name} must be {checks.name_of(cache.dtype)} on {cache.device}, like its cache, "
@@ -206,6 +208,8 @@ def _checked_rotary(op: str, query: Tensor, cos: Any, sin: Any) -> tuple[Tensor,
         return None
     if not (isinstance(cos, Tensor) and isinstance(sin, Tensor)):
         raise TypeError(f"{op}: rotary_cos and rotary_sin must be Tensors and be given together.")
+    check_dense(op, "rotary_cos", cos)
+    check_dense(op, "rotary_sin", sin)
     if not (cos.is_floating_point() and sin.is_floating_point()):
         raise TypeError(
             f"{op}: rotary_cos and rotary_sin must be floating, got {checks.name_of(cos.dtype)} and "

@@ -107,7 +107,7 @@ def _check_tensor(op: str, name: str, tensor: object) -> None:
 
 
 def _check_floating(op: str, name: str, dtype: torch.dtype) -> None:
-    if dtype not in FLOATING:
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOATING:
         raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {dtype}.")
 
 

@@ -34,6 +34,7 @@ from fastattn.ops import attention_checks as checks
 from fastattn.ops.attention import attention
 from fastattn.ops.attention_with_kv_cache import _append, _prepare, _rotate, attention_with_kv_cache, kv_cache_positions
 from fastattn.ops.philox import draw_rng_state, dropout_mask
+from fastattn.ops.tensor_checks import check_dense
 from fastattn.ops.varlen_attention import varlen_attention
 
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
@@ -56,6 +57,7 @@ def flash_attn_func(
 
     Returns: (batch, seqlen_q, heads, head_dim), or three tensors; this module's docstring says which.
     """
+    _check_operands("flash_attn_func", "(batch, seqlen, heads, head_dim)", q=q, k=k, v=v)
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
     options |= {"alignment": "bottom_right", "enable_gqa": True}
     query, key, value = (x.transpose(1, 2) for x in (q, k, v))
@@ -81,7 +83,7 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """``flash_attn_func`` with kv (batch, seqlen_k, 2, heads_kv, head_dim)."""
-    k, v = kv.unbind(2)
+    k, v = _unpack("flash_attn_kvpacked_func", "(batch, seqlen_k, 2, heads_kv, head_dim)", kv=kv)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
@@ -99,7 +101,7 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """``flash_attn_func`` with qkv (batch, seqlen, 3, heads, head_dim)."""
-    q, k, v = qkv.unbind(2)
+    q, k, v = _unpack("flash_attn_qkvpacked_func", "(batch, seqlen, 3, heads, head_dim)", qkv=qkv)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
@@ -164,7 +166,7 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """``flash_attn_varlen_func`` with kv (total_k, 2, heads_kv, head_dim)."""
-    k, v = kv.unbind(1)
+    k, v = _unpack("flash_attn_varlen_kvpacked_func", "(total_k, 2, heads_kv, head_dim)", kv=kv)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
         softcap, alibi_slopes, deterministic, return_attn_probs,
@@ -185,7 +187,7 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """``flash_attn_varlen_func`` with qkv (total, 3, heads, head_dim)."""
-    q, k, v = qkv.unbind(1)
+    q, k, v = _unpack("flash_attn_varlen_qkvpacked_func", "(total, 3, heads, head_dim)", qkv=qkv)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size,
         softcap, alibi_slopes, deterministic, return_attn_probs,
@@ -232,6 +234,7 @@ def flash_attn_with_kvcache(
     Returns: (batch, seqlen_q, heads, head_dim), and if asked the log-sum-exp (batch, heads, seqlen_q).
     """
     op = "flash_attn_with_kvcache"
+    _check_operands(op, "(batch, seqlen, heads, head_dim)", q=q, k_cache=k_cache, v_cache=v_cache)
     if block_table is not None and (cache_batch_idx is not None or cache_leftpad is not None):
         raise NotImplementedError(f"{op}: block_table cannot be combined with cache_batch_idx or cache_leftpad.")
     if cache_seqlens is None:
@@ -286,6 +289,24 @@ def flash_attn_with_kvcache(
 
 
 # --- From flash-attn's arguments to ours ------------------------------------------------------------------------------
+
+
+def _check_operands(op: str, layout: str, **operands: Any) -> None:
+    for name, x in operands.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}.")
+        check_dense(op, name, x)
+        if x.dim() != layout.count(",") + 1:
+            raise ValueError(f"{op}: {name} must be {layout}, got shape {tuple(x.shape)}.")
+
+
+def _unpack(op: str, layout: str, **packed: Any) -> tuple[Tensor, ...]:
+    """The 2 or 3 operands that lie one beside the other in the third dim from the end, as ``layout`` says."""
+    _check_operands(op, layout, **packed)
+    ((name, x),) = packed.items()
+    if x.shape[-3] != int(layout.split(", ")[-3]):
+        raise ValueError(f"{op}: {name} must be {layout}, got shape {tuple(x.shape)}.")
+    return x.unbind(-3)  # type: ignore[no-any-return]
 
 
 def _options(
