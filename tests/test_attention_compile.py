@@ -149,6 +149,18 @@ def test_eager_dropout_exports_with_dynamic_lengths():
     torch.testing.assert_close(program.module()(x), expected)
 
 
+def test_one_graph_finds_the_longest_sequence(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", True)
+
+    def step(q, starts):
+        longest = starts.diff().max().item()
+        return fastattn.varlen_attention(q, q, q, starts, starts, longest, longest, is_causal=True)
+
+    q, compiled = torch.randn(10, 2, 8), torch.compile(step, fullgraph=True, backend="aot_eager")
+    for starts in (torch.tensor([0, 3, 3, 10]), torch.tensor([0, 4, 8, 10])):
+        torch.testing.assert_close(compiled(q, starts), step(q, starts))
+
+
 def test_compiled_code_follows_use_backend():
     counter = CompileCounter()
     step = torch.compile(lambda q: fastattn.attention(q, q, q), fullgraph=True, backend=counter)

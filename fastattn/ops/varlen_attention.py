@@ -129,7 +129,10 @@ def _checked_longest(op: str, name: str, longest: Any) -> int:
     number = checks.whole_number(longest)
     if number is None:
         raise TypeError(f"{op}: {name} must be an int >= 0, got {longest!r}; call .item() on a tensor.")
-    if not 0 <= number < 2**63:
+    if torch.compiler.is_compiling():
+        # What only the run knows, such as .item() of the lengths, cannot be asked: the graph checks it.
+        torch._check(number >= 0, lambda: f"{op}: {name} must be an int >= 0.")
+    elif not 0 <= number < 2**63:
         raise ValueError(f"{op}: {name} must be an int >= 0{' and below 2^63' if number > 0 else ''}, got {number}.")
     return number  # type: ignore[no-any-return]
 
