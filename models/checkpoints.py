@@ -5,13 +5,29 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+Config = TypeVar("Config")
+
+
+def read_config(config_class: type[Config], values: dict[str, Any]) -> Config:
+    """The configuration whose fields ``values`` holds; others are left out. Raises: ValueError for a value that is
+    negative, or not of the type of the field's default."""
+    known = {field.name: field.default for field in fields(config_class)}  # type: ignore[arg-type]
+    for name, default in known.items():
+        value = values.get(name, default)
+        numbers = (int, float) if default is None or isinstance(default, float) else type(default)
+        fits = isinstance(value, numbers) and isinstance(value, bool) == isinstance(default, bool)
+        if not (fits and (isinstance(value, str) or value >= 0)) and not (value is None and default is None):
+            raise ValueError(f"{name} cannot be {value!r}")
+    return config_class(**{name: value for name, value in values.items() if name in known})
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, scaler: Any) -> None:

@@ -102,6 +102,7 @@ def _read(path: Path, errors: str = "strict") -> str:
 def _read_table(text: str, path: Path) -> list[dict[str, str]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     rows = []
+    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a text may be of any length
     try:
         for row in reader:
             if None in row.values() or None in row:
@@ -109,6 +110,8 @@ def _read_table(text: str, path: Path) -> list[dict[str, str]]:
             rows.append(row)
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num} is no CSV: {error}.") from error
+    finally:
+        csv.field_size_limit(limit)
     return rows
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models import data, measures
 from models.bert import BertConfig, BertEncoder
 from models.bert_heads import BertClassifier, BertForPreTraining, pretraining_loss
-from models.checkpoints import load_weights
+from models.checkpoints import load_weights, read_config
 from models.distillation import distillation_loss
 from models.gpt import Gpt, GptConfig, causal_lm_loss
 from models.layers import at_least_float32
@@ -250,14 +250,13 @@ def load(folder: Path, kind: str) -> tuple[Any, Tokenizer]:
     classes = {"gpt": (Gpt, GptConfig), "bert": (BertForPreTraining, BertConfig),
                "translation": (Transformer, TransformerConfig), "classifier": (BertClassifier, BertConfig)}  # fmt: skip
     model_class, config_class = classes[kind]
-    names = {field.name for field in dataclasses.fields(config_class)}
     try:
-        config = config_class(**{name: value for name, value in description["config"].items() if name in names})
+        config = read_config(config_class, description["config"])
         if kind == "classifier":
             model = BertClassifier(BertEncoder(config), len(description["classes"]), description["prompt_tokens"])
         else:
             model = model_class(config)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of many classes, for sizes that are none
         raise data.DataError(f"{folder / 'config.json'} does not describe a {kind} model: {error}.") from error
     try:
         load_weights(model, folder / "model.safetensors")
@@ -283,7 +282,12 @@ def describe(folder: Path) -> dict[str, Any]:
     """The config.json of a folder that ``train`` wrote."""
     try:
         description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        description["kind"], description["config"], description["context"]
+        kind, context = description["kind"], description["context"]
+        if kind not in ("gpt", "bert", "translation", "classifier"):
+            raise ValueError(f"it holds a {kind!r}")
+        known = isinstance(description["config"], dict) and isinstance(description.get("objectives", []), list)
+        if not known or type(context) is not int or context < 1:
+            raise ValueError("its config.json is not as training left it")
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise data.DataError(f"{folder} is not a folder that `python -m models.train` wrote: {reason}.") from error

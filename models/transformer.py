@@ -36,6 +36,13 @@ class TransformerConfig:
     start_id: int = 1
     stop_id: int = 2
 
+    def __post_init__(self) -> None:
+        if self.max_positions < 1 or max(self.pad_id, self.start_id, self.stop_id) >= self.vocab_size:
+            raise ValueError(
+                "TransformerConfig: max_positions must be at least 1, and pad_id, start_id, stop_id below vocab_size "
+                f"{self.vocab_size}, got {self.max_positions}, {self.pad_id}, {self.start_id} and {self.stop_id}."
+            )
+
 
 def sinusoidal_positions(max_positions: int, dim: int) -> Tensor:
     """(max_positions, dim): sine in the even columns, cosine in the odd ones (section 3.5)."""

@@ -397,6 +397,25 @@ def test_spoilt_folders_get_one_line(file, spoil, message, trained, tmp_path, ca
     assert message in complaint("generate", [str(folder), "x"], capsys)
 
 
+@pytest.mark.parametrize("kind, edit, message", [
+    ("gpt", {"kind": "rnn"}, "it holds a 'rnn'"),
+    ("gpt", {"config": []}, "is not as training left it"),
+    ("gpt", {"context": -1}, "is not as training left it"),
+    ("bert", {"objectives": None}, "is not as training left it"),
+    ("gpt", {"num_heads": 0}, "does not describe a gpt model"),
+    ("gpt", {"eps": -1}, "does not describe a gpt model: eps cannot be -1"),
+    ("gpt", {"window": "wide"}, "window cannot be 'wide'"),
+    ("translation", {"start_id": 10**30}, "stop_id below vocab_size"),
+    ("translation", {"max_positions": 0}, "max_positions must be at least 1"),
+])  # fmt: skip
+def test_configurations_edited_by_hand_get_one_line(kind, edit, message, trained, tmp_path, capsys):
+    folder = Path(shutil.copytree(trained[kind], tmp_path / "copy"))
+    description = json.loads((folder / "config.json").read_text())
+    (description if set(edit) <= set(description) else description["config"]).update(edit)
+    (folder / "config.json").write_text(json.dumps(description))
+    assert message in complaint("evaluate", [str(folder), "--data", str(folder / "data.txt")], capsys)
+
+
 @pytest.mark.parametrize("options, message", [
     ("", "holds a model: go on with --resume, or choose another --out"),
     ("--resume --dim 64", "was trained otherwise (dim was 32): --resume needs the same options and data"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import math
 from pathlib import Path
@@ -421,6 +422,13 @@ def test_the_users_own_files_are_read(tmp_path):
         (tmp_path / "aclImdb" / "train" / name).mkdir(parents=True)
         (tmp_path / "aclImdb" / "train" / name / "0_1.txt").write_text(text)
     assert data.load_labelled(tmp_path / "aclImdb") == (["dull", "fine"], [0, 1], ["neg", "pos"])
+
+
+def test_a_text_of_a_table_may_be_long(tmp_path):
+    before, text = csv.field_size_limit(), "long " * 40_000
+    (tmp_path / "table.csv").write_text(f"text,label\n{text},good\nshort,bad\n")
+    assert data.load_labelled(tmp_path / "table.csv") == ([text, "short"], [1, 0], ["bad", "good"])
+    assert csv.field_size_limit() == before
 
 
 def test_files_may_begin_with_a_mark_and_have_no_empty_lines(tmp_path):
