@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+# Also outside a git checkout; without a name clang-format waits for its standard input.
+CPP := find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 # The suite spends its time in many small tests: one process a core.
 JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 
@@ -24,8 +26,9 @@ $(VENV)/.installed: requirements.txt requirements-data.txt requirements-peers.tx
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
-	@$(BIN)/python -c 'from fastattn import _extension as e; print("fastattn:", e.missing_reason or "extension built")'
-	@touch $@
+	@# Without an extension there is no mark: whoever installs what was missing says `make build` again.
+	@$(BIN)/python -W ignore -c 'from pathlib import Path; from fastattn import _extension as e; \
+	  print("fastattn:", e.missing_reason or "extension built"); e.extension and Path("$@").touch()'
 
 build: $(VENV)/.built  ## makes .venv and builds the extension in place
 
@@ -46,16 +49,17 @@ triton: $(VENV)/.installed  ## compiles the Triton kernels for sm_80, sm_90 and 
 gpu:  ## on a machine with torch, nvcc and a GPU: builds, tests and benchmarks with PYTHON=python3 as it is, no network (ARGS=--rehearse without one; ARGS="--only tests")
 	$(PYTHON) -m bench.gpu $(ARGS)
 
+# Scripts by their interpreter: the first line of theirs has the place where .venv was made, and a checkout may move.
 lint: $(VENV)/.installed  ## ruff, clang-format and mypy, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
-	$(BIN)/mypy
+	$(BIN)/python $(BIN)/clang-format --dry-run --Werror $$($(CPP))
+	$(BIN)/python $(BIN)/mypy
 
 format: $(VENV)/.installed  ## rewrites the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	$(BIN)/python $(BIN)/clang-format -i $$($(CPP))
 
 sanitize: build  ## runs the kernel tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 	VENV=$(VENV) tests/run_sanitized.sh $(ARGS)

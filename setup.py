@@ -13,6 +13,7 @@ Environment variables, all optional:
   TORCH_CUDA_ARCH_LIST  what nvcc compiles for, as in "8.0;9.0a;8.0+PTX"; default: the GPUs of this machine, or without
                         one 8.0, 9.0a and PTX. 9.0 means 9.0a, whose instructions the kernels for Hopper use.
   FASTATTN_CUDA         "emulated" leaves nvcc alone, "nvcc" builds nothing without it, "auto" is the default
+  MAX_JOBS              how many compilers run at a time, as in PyTorch's own builds; default: by the cores
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from typing import ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 try:
     import fcntl
@@ -314,7 +316,8 @@ def write_ninja_file(build_dir: Path, output: Path, torch, cuda: Cuda | None, sa
                   f"  flags = {ninja_flags(unit.flags)}"]  # fmt: skip
     lines += [f"build {ninja_escape(output)}: link {' '.join(map(ninja_escape, objects))}",
               f"  flags = {ninja_flags(link_flags(cuda, sanitize))}"]  # fmt: skip
-    (build_dir / "build.ninja").write_text("\n".join(lines) + "\n")
+    # Paths as they are, whatever the locale makes of them.
+    (build_dir / "build.ninja").write_bytes(os.fsencode("\n".join(lines) + "\n"))
 
 
 @contextmanager
@@ -326,7 +329,23 @@ def locked(build_dir: Path) -> Iterator[None]:
         yield
 
 
+def ninja_jobs() -> list[str]:
+    jobs = os.environ.get("MAX_JOBS", "")
+    if jobs and not (jobs.isdecimal() and int(jobs) > 0):
+        raise BuildFailure(f"MAX_JOBS must be a number of compilers to run at a time, got {jobs!r}")
+    return ["-j", jobs] if jobs else []
+
+
 # --- setuptools ------------------------------------------------------------------------------------------------------
+
+
+class FreshPackage(build_py):
+    """setuptools' build_py without the modules that an earlier build left behind and the package no longer has."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "fastattn", ignore_errors=True)
+        super().run()
 
 
 class NinjaBuild(build_ext):
@@ -382,10 +401,11 @@ class NinjaBuild(build_ext):
         ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
         if ninja is None:
             raise BuildFailure("ninja was not found; install it, then fastattn again")
+        jobs = ninja_jobs()
         log = build_dir / ("build.log" if cuda is None else "build_cuda.log")
         with locked(build_dir), log.open("w") as file:
             write_ninja_file(build_dir, output, torch, cuda, bool(self.sanitize))
-            run = subprocess.run([ninja, "-C", str(build_dir)], stdout=file, stderr=subprocess.STDOUT)
+            run = subprocess.run([ninja, "-C", str(build_dir), *jobs], stdout=file, stderr=subprocess.STDOUT)
         if run.returncode == 0:
             return None
         print(failed_commands(log), file=sys.stderr)
@@ -415,7 +435,7 @@ def torch_requirement() -> str:
 setup(
     license="BSD-3-Clause",
     ext_modules=[Extension("fastattn._C", sources=[], optional=False)],
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build_ext": NinjaBuild, "build_py": FreshPackage},
     setup_requires=[] if find_torch() else [FALLBACK_TORCH],
     install_requires=[torch_requirement()],
 )

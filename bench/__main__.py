@@ -136,7 +136,7 @@ def write_report(run: report.Run, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     report.write_json(run, folder / "results.json")
     report.write_csv(run, folder / "results.csv")
-    (folder / "index.html").write_text(page.render(run))
+    (folder / "index.html").write_text(page.render(run), encoding="utf-8")
     plotted = plot.write_png(run, folder / "speedup.png")
     return ["results.json", "results.csv", "index.html", *(["speedup.png"] if plotted else [])]
 
@@ -165,7 +165,7 @@ def main(
     Exits with 1 if an answer is wrong, 2 if nothing can run or the backend refuses every row, 3 if a row has lost the
     GPU: --resume goes on after it.
     """
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = Console(width=None if sys.stdout and sys.stdout.isatty() else 100)
     name = backend.value if backend else device.value
     reason = fastattn.available_backends()[name]
     if device is Device.cuda and not torch.cuda.is_available():

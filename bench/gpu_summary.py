@@ -32,7 +32,7 @@ def write(folder: Path, stages: Sequence[Stage], no_gpu: str | None) -> str:
                "benches": benches, "unreadable": [*unreadable, *more]}  # fmt: skip
     path.write_text(json.dumps(summary, indent=1) + "\n")
     text = "\n".join(line[:WIDTH] for line in lines(summary))
-    (folder / "summary.txt").write_text(text + "\n")
+    (folder / "summary.txt").write_text(text + "\n", encoding="utf-8")
     return text
 
 

@@ -108,11 +108,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__.split("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing: fail if README.md is out of date")
     check = parser.parse_args().check
-    before = README.read_text()
+    before = README.read_text(encoding="utf-8")
     after = render(before)
     if check:
         raise SystemExit(None if before == after else "README.md is out of date: run `python -m bench.readme`.")
-    README.write_text(after)
+    README.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

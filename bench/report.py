@@ -82,7 +82,7 @@ def write_csv(run: Run, path: Path) -> None:
         "torch": machine.torch,
     }
     where |= {"commit": machine.commit, "date": machine.date}
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, CSV_COLUMNS)
         writer.writeheader()
         for row in run.rows:

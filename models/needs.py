@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from importlib.util import find_spec
 
@@ -12,6 +13,13 @@ def command_of(package: str) -> str | None:
     if sys.argv[:1] != ["-m"]:
         return None
     return next((word for word in sys.orig_argv if word == package or word.startswith(f"{package}.")), None)
+
+
+def print_what_fits(errors: str) -> None:
+    """Has standard output write characters that its encoding lacks as ``errors`` says ("replace": question marks,
+    "backslashreplace": their numbers) instead of ending the command: a terminal's locale may be an old one."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors=errors)
 
 
 def end_without(*packages: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import io
 import json
 import math
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -316,6 +318,13 @@ def test_report_folder_is_complete(tmp_path):
     assert (tmp_path / "new" / "speedup.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_report_is_utf8_whatever_the_locale(tmp_path, monkeypatch):
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, stacklevel=2: encoding or "ascii")
+    cli.write_report(make_run(*RUN_ROWS), tmp_path)
+    for name in ("index.html", "results.csv"):
+        assert "1×2×128×64 full" in (tmp_path / name).read_bytes().decode()
+
+
 def test_a_report_without_matplotlib_has_the_rest(tmp_path, monkeypatch):
     """Minutes of measuring are not lost for a picture."""
     for name in ("matplotlib", "matplotlib.figure"):
@@ -430,6 +439,13 @@ def test_resumed_rows_are_measured_again_for_another_backend(small_runs, monkeyp
     assert invoke(monkeypatch, [toy_case()], "--out", str(tmp_path)).exit_code == 0
     assert invoke(monkeypatch, [toy_case()], "--resume", "--backend", "cpu", "--out", str(tmp_path)).exit_code == 0
     assert [row.backend for row in report.read_json(tmp_path / "results.json").rows] == ["eager", "cpu"]
+
+
+def test_a_run_needs_no_standard_output(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(typer.Exit) as exit:
+        cli.main(cli.What.attention, backend=cli.Backend.eager, match="no such row")
+    assert exit.value.exit_code == 2
 
 
 def test_no_fitting_case_exits_with_2(small_runs, monkeypatch):

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from emulated import HOST_FLAGS, host_compiler
+from setup_script import setup_script
+from setuptools import Distribution
 
 from fastattn import _extension
 
@@ -231,13 +233,108 @@ def test_a_system_other_than_linux_gets_a_package_that_says_so(tmp_path):
 
 def test_sdist_has_all_that_it_is_built_from(tmp_path):
     copy_sources(tmp_path)
+    # Of a build in place, which says something of its machine alone.
+    (tmp_path / "fastattn" / "_build_report.json").write_text("{}")
     run_setup(tmp_path, "sdist")
     (archive,) = (tmp_path / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as file:
         packed = {name.partition("/")[2] for name in file.getnames()}
     wanted = [path for folder in ("csrc", "fastattn") for path in (tmp_path / folder).rglob("*") if path.is_file()]
     assert len(wanted) > 200
-    assert {path.relative_to(tmp_path).as_posix() for path in wanted} <= packed
+    missing = {path.relative_to(tmp_path).as_posix() for path in wanted} - packed
+    assert missing == {"fastattn/_build_report.json"}
+
+
+def test_a_package_has_no_modules_that_an_earlier_build_left(tmp_path, monkeypatch):
+    """As after a pull that takes one away: the next `pip install .` would install it again."""
+    (tmp_path / "fastattn").mkdir()
+    (tmp_path / "fastattn" / "__init__.py").touch()
+    (tmp_path / "old" / "fastattn").mkdir(parents=True)
+    (tmp_path / "old" / "fastattn" / "gone.py").touch()
+    monkeypatch.chdir(tmp_path)
+    command = setup_script().FreshPackage(Distribution({"packages": ["fastattn"], "script_name": "setup.py"}))
+    command.build_lib = "old"
+    command.ensure_finalized()
+    command.run()
+    assert [path.name for path in (tmp_path / "old" / "fastattn").iterdir()] == ["__init__.py"]
+
+
+@pytest.mark.parametrize("jobs, asked", [(None, []), ("", []), ("3", ["-j", "3"])])
+def test_max_jobs_limits_the_compilers(tmp_path, monkeypatch, jobs, asked):
+    build = setup_script()
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "write_ninja_file", lambda *arguments: None)
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    if jobs is not None:
+        monkeypatch.setenv("MAX_JOBS", jobs)
+    commands = []
+    run = lambda command, **options: commands.append(command) or subprocess.CompletedProcess(command, 0)  # noqa: E731
+    monkeypatch.setattr(build.subprocess, "run", run)
+    command = build.NinjaBuild(Distribution())
+    assert command.run_ninja(tmp_path / "_C.so", torch, None) is None
+    assert commands[0][3:] == asked
+
+
+@pytest.mark.parametrize("jobs", ["0", "-2", "many"])
+def test_max_jobs_must_be_a_number(monkeypatch, jobs):
+    build = setup_script()
+    monkeypatch.setenv("MAX_JOBS", jobs)
+    with pytest.raises(build.BuildFailure, match=f"MAX_JOBS must be a number .*, got '{jobs}'"):
+        build.ninja_jobs()
+
+
+@pytest.fixture
+def make(tmp_path):
+    """`make` in a tree without git, whose .venv was made elsewhere: the scripts of tools begin with a Python that is
+    gone, and write their arguments to `said`."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    tools = tmp_path / ".venv" / "bin"
+    for folder in (tools, tmp_path / "csrc", tmp_path / "tests", tmp_path / "fastattn"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in ("setup.py", "pyproject.toml", "csrc/a.cpp", "tests/b.cuh", "fastattn/__init__.py", "said",
+                 "requirements.txt", "requirements-data.txt", "requirements-peers.txt",
+                 ".venv/.installed"):  # fmt: skip
+        (tmp_path / name).touch()
+    note = "import sys; print(*sys.argv, file=open('said', 'a', encoding='utf-8'))\n"
+    for name in ("clang-format", "mypy"):
+        (tools / name).write_text(f"#!/gone/bin/python\n{note}")
+    (tools / "ruff").write_text('#!/bin/sh\necho "$0" "$@" >> said\n')
+    # pip has nothing to do.
+    (tools / "python").write_text(
+        '#!/bin/sh\ncase "$2" in pip) echo "$@" >> said; exit;; esac\n'
+        f'PYTHONPATH=. exec {shlex.quote(sys.executable)} "$@"\n'
+    )
+    for name in ("clang-format", "mypy", "ruff", "python"):
+        (tools / name).chmod(0o755)
+
+    def run(*arguments: str) -> list[str]:
+        (tmp_path / "said").write_text("")
+        # Whoever reads its standard input waits for ever.
+        with subprocess.Popen(["sleep", "60"], stdout=subprocess.PIPE) as silence:
+            command = ["make", "-f", ROOT / "Makefile", *arguments]
+            outcome = subprocess.run(command, cwd=tmp_path, stdin=silence.stdout, capture_output=True, text=True)
+            silence.kill()
+        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+        return (tmp_path / "said").read_text().splitlines()
+
+    return run
+
+
+def test_lint_names_the_sources_without_git_and_runs_in_a_checkout_that_moved(make):
+    assert make("lint") == [
+        ".venv/bin/ruff check .", ".venv/bin/ruff format --check .",
+        ".venv/bin/clang-format --dry-run --Werror csrc/a.cpp tests/b.cuh", ".venv/bin/mypy",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_make_builds_again_where_nothing_was_built(make, tmp_path, built):
+    """Whoever lacked a compiler, and has installed one, finds `make build` doing what the message asks for."""
+    text = f"extension = {built}\nmissing_reason = {None if built else 'no compiler'!r}\n"
+    (tmp_path / "fastattn" / "_extension.py").write_text(text)
+    assert len(make("build")) == 1
+    assert len(make("build")) == (0 if built else 1)
 
 
 def tiny_build(folder: Path, compiler: str | None = None) -> tuple[dict, str]:

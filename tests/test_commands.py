@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import os
 import shutil
@@ -551,6 +553,21 @@ def test_a_missing_package_is_one_line(command, packages, tmp_path):
     outcome = run_without(packages, command, tmp_path)
     expected = f"error: this command needs what is not installed here: pip install {' '.join(packages)}\n"
     assert (outcome.returncode, outcome.stdout, outcome.stderr) == (2, "", expected)
+
+
+@pytest.mark.parametrize("package, printed", [("models", b"2.00\\xd7 \\u2026"), ("bench", b"2.00? ?")])
+def test_a_terminal_of_another_encoding_ends_no_command(package, printed, monkeypatch):
+    """A table whose first × ended the run, after minutes of measuring."""
+    at_interrupt = signal.getsignal(signal.SIGINT)
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "argv", ["-m"])
+        patch.setattr(sys, "orig_argv", [sys.executable, "-m", f"{package}.x"])
+        importlib.reload(importlib.import_module(package))
+        print("2.00× …", end="", flush=True)
+    signal.signal(signal.SIGINT, at_interrupt)
+    assert stream.buffer.getvalue() == printed
 
 
 @pytest.mark.parametrize("group", ["attention", "layer_norm", "int8_matmul", "models"])

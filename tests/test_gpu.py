@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -205,6 +206,12 @@ JUNIT = """<testsuites><testsuite>
 <testcase classname="tests.test_a" name="test_none"><skipped message="head_dim 80 is refused"/></testcase>
 <testcase classname="tests.test_b" name="test_none"><skipped message="head_dim 80 is refused"/></testcase>
 </testsuite></testsuites>"""
+
+
+def test_the_summary_is_utf8_whatever_the_locale(tmp_path, monkeypatch):
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, stacklevel=2: encoding or "ascii")
+    text = gpu_summary.write(tmp_path, [Stage("bench cuda", [], 1, last_line="2.00×")], None)
+    assert "2.00×" in text and (tmp_path / "summary.txt").read_bytes().decode() == text + "\n"
 
 
 def test_the_summary_names_failures_and_counts_reasons(tmp_path):
