@@ -1,4 +1,4 @@
-"""The terminal's table: one block an op, one line a peer, at most 100 columns."""
+"""The terminal's table: one block an op, a line a peer; where names are longer than there is room, they go on below."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ LEGEND = (
     "GEMM and copy speeds allow. err: largest error over the allowed one (twice eager's against float64, and an ulp; "
     "for int8 models, of 1 − cosine)."
 )
+
+
+# The numbers, their padding, and 11 and 10 characters for the names. Terminals have 80; narrower ones fold the lines.
+LEAST_WIDTH = 80
+NUMBER_WIDTHS = (5, 9, 4, 6, 9, 5, 4)  # spread, speed, peak, ratio, range, 1 thr, err
 
 
 def blocks(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -57,21 +62,27 @@ def _ratio_style(ratio: float) -> str:
 
 
 def _columns(rows: list[Row], width: int) -> Table:
-    """An empty block with the widths that all blocks share."""
+    """An empty block with the widths that all blocks share. No number is ever cut."""
     shape = max((len(row.shape) for row in rows), default=5) + 2  # room for a note's number
     peer = max([len("PyTorch"), *(len(peer.name) for row in rows for peer in row.peers)])
-    table = Table(box=None, padding=(0, 1 if width < 110 else 2, 0, 0), show_edge=False, header_style="dim")
-    table.add_column("shape", width=shape, no_wrap=True)
-    times = [len(microseconds(row.times.median_us)) for row in rows if row.times]
-    table.add_column("time µs", width=max([len("time µs"), *times]), justify="right", no_wrap=True)
-    table.add_column("", width=4, style="dim", no_wrap=True)
-    table.add_column("speed", width=9, justify="right", no_wrap=True)
-    table.add_column("peak", width=4, justify="right", no_wrap=True)
-    table.add_column("PyTorch", width=peer, no_wrap=True)
-    table.add_column("ratio", width=6, justify="right", no_wrap=True)
-    table.add_column("range", width=9, style="dim", no_wrap=True)
-    table.add_column("1 thr", width=5, justify="right", no_wrap=True)
-    table.add_column("err", width=4, justify="right", no_wrap=True)
+    time = max([len("time µs"), *(len(microseconds(row.times.median_us)) for row in rows if row.times)])
+    padding = 1 if width < 110 else 2
+    room = width - (time + sum(NUMBER_WIDTHS) + 10 * padding)
+    if shape + peer > room:
+        shape = min(shape, max(room - peer, room * 11 // 21))
+        peer = room - shape
+    table = Table(box=None, padding=(0, padding, 0, 0), show_edge=False, header_style="dim")
+    table.add_column("shape", width=shape, overflow="fold")
+    table.add_column("time µs", width=time, justify="right", no_wrap=True)
+    spread, speed, peak, ratio, span, one_thread, error = NUMBER_WIDTHS
+    table.add_column("", width=spread, style="dim", no_wrap=True)
+    table.add_column("speed", width=speed, justify="right", no_wrap=True)
+    table.add_column("peak", width=peak, justify="right", no_wrap=True)
+    table.add_column("PyTorch", width=peer, overflow="fold")
+    table.add_column("ratio", width=ratio, justify="right", no_wrap=True)
+    table.add_column("range", width=span, style="dim", no_wrap=True)
+    table.add_column("1 thr", width=one_thread, justify="right", no_wrap=True)
+    table.add_column("err", width=error, justify="right", no_wrap=True)
     return table
 
 
@@ -160,4 +171,5 @@ def summary(rows: list[Row]) -> Text:
 
 
 def print_report(run: Run, console: Console) -> None:
+    console.width = max(console.width, LEAST_WIDTH)
     console.print(render(run, console.width))

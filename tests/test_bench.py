@@ -276,12 +276,18 @@ def test_csv_has_a_line_for_each_row_and_peer(tmp_path):
     assert lines[2]["time_us"] == "" and "NaN" in lines[2]["note"]
 
 
-@pytest.mark.parametrize("width", [100, 160])
+@pytest.mark.parametrize("width", [40, 80, 100, 160])
 def test_table_shows_every_row_uncut(width):
+    """As long as the longest of the real ones, and as slow; a terminal of 40 columns folds what it is given."""
+    long = make_row(
+        "attention forward", shape="32 packed sequences 16 to 512", times=Times(355840, 2e5, 1.6e6, 1e5, 9, 1)
+    )
+    long = replace(long, peers=[replace(long.peers[0], name="torch.compile flex_attention"), *long.peers])
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    print_report(make_run(*RUN_ROWS), console)
+    print_report(make_run(*RUN_ROWS, long), console)
     text = console.export_text()
-    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= max(width, 80)
+    assert "355,840 " in text and "±197%" in text
     assert "…" not in text
     for part in (
         "2.00×",
