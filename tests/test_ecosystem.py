@@ -299,6 +299,25 @@ def train_in_parallel(rank: int) -> None:
         torch.testing.assert_close(parameter.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-5)
 
 
+def normalise_in_parallel(rank: int) -> None:
+    """What tensor parallelism makes of norms: each process has a part of the sequence, as a DTensor."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+
+    norms = torch.nn.Sequential(fastattn.LayerNorm(8), fastattn.RMSNorm(8))
+    x = torch.randn(2, 6, 8)
+    expected = norms(x)
+    parallelize_module(norms, init_device_mesh("cpu", (2,)), {"0": SequenceParallel(), "1": SequenceParallel()})
+    out = norms(x[:, 3 * rank : 3 * rank + 3])
+    torch.testing.assert_close(out.full_tensor(), expected)
+    assert "input is a DTensor" in fastattn.explain("rms_norm", out, 8)
+
+
+def run_in_parallel(rank: int) -> None:
+    train_in_parallel(rank)
+    normalise_in_parallel(rank)
+
+
 FORKED = """
 import multiprocessing, torch, fastattn
 from torch.utils.data import DataLoader, Dataset
@@ -340,8 +359,8 @@ def test_forked_processes_compute_the_same():
 
 
 @needs_gloo
-def test_ddp_and_fsdp2_give_the_gradients_of_the_whole_batch():
-    run_processes(train_in_parallel)
+def test_ddp_fsdp2_and_sequence_parallel_norms_match_the_whole_batch():
+    run_processes(run_in_parallel)
 
 
 def test_blocks_agree_with_torch():

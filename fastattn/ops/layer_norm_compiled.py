@@ -11,6 +11,7 @@ from fastattn._extension import extension, short_way
 from fastattn.dispatch import refuses_device
 from fastattn.ops.calls import LayerNormCall
 from fastattn.ops.philox import draw_rng_state
+from fastattn.ops.tensor_checks import refuses_sharding
 
 _CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _CUDA_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -25,7 +26,7 @@ def refuses_cpu(call: LayerNormCall) -> str | None:
         return f"input is {input.layout}, not dense"
     if input.dtype not in _CPU_DTYPES:
         return f"input has dtype {input.dtype}, not float32, bfloat16, float16 or float64"
-    return _refuses_residual(call)
+    return refuses_sharding("input", call.input) or _refuses_residual(call)
 
 
 def refuses_cuda(call: LayerNormCall, device_type: str) -> str | None:
@@ -37,7 +38,7 @@ def refuses_cuda(call: LayerNormCall, device_type: str) -> str | None:
     cols = call.input.shape[call.input.dim() - call.normalized_dims :].numel()
     if cols > _CUDA_MAX_COLS:
         return f"rows have {cols} elements, more than {_CUDA_MAX_COLS}"
-    return _refuses_residual(call)
+    return refuses_sharding("input", call.input) or _refuses_residual(call)
 
 
 def _refuses_residual(call: LayerNormCall) -> str | None:

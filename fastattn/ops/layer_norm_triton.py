@@ -16,6 +16,7 @@ from fastattn.ops import layer_norm_compiled as compiled
 from fastattn.ops import layer_norm_triton_launch as kernels
 from fastattn.ops.calls import LayerNormCall
 from fastattn.ops.philox import draw_rng_state
+from fastattn.ops.tensor_checks import refuses_sharding
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -32,7 +33,7 @@ def refuses(call: LayerNormCall) -> str | None:
             return f"{name} is {tensor.layout}, not dense"
         if tensor.dtype not in _DTYPES:
             return f"{name} has dtype {tensor.dtype}, not float32, bfloat16 or float16"
-    return None
+    return refuses_sharding("input", input)
 
 
 def norm(call: LayerNormCall) -> Tensor:

@@ -34,3 +34,9 @@ def check_probability(op: str, name: str, p: Any) -> None:
     check_number(op, name, p, "0 switches it off")
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{op}: {name} must be between 0 and 1, got {p}.")
+
+
+def refuses_sharding(name: str, tensor: Tensor) -> str | None:
+    """Why kernels do not run on a DTensor, which PyTorch's own operators divide; None for any other tensor."""
+    # By the name of its class: the import of its module takes seconds.
+    return f"{name} is a DTensor, and its kernels know no sharding" if type(tensor).__name__ == "DTensor" else None
