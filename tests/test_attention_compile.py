@@ -149,9 +149,8 @@ def test_eager_dropout_exports_with_dynamic_lengths():
     torch.testing.assert_close(program.module()(x), expected)
 
 
-def test_one_graph_finds_the_longest_sequence(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", True)
-
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_one_graph_finds_the_longest_sequence():
     def step(q, starts):
         longest = starts.diff().max().item()
         return fastattn.varlen_attention(q, q, q, starts, starts, longest, longest, is_causal=True)
