@@ -39,6 +39,7 @@ from bench.gpu_timing import Gpu
 from bench.run import FAILED, OK, Effort, Row, run_case
 from bench.table import microseconds, print_report
 from bench.timing import ForeignLoad
+from models.needs import let_interrupts_raise
 
 HERE = Path(__file__).parent
 GROUPS = {module.GROUP: module for module in (bench_attention, bench_layer_norm, bench_int8_matmul, bench_models)}
@@ -136,7 +137,8 @@ def write_report(run: report.Run, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     report.write_json(run, folder / "results.json")
     report.write_csv(run, folder / "results.csv")
-    (folder / "index.html").write_text(page.render(run), encoding="utf-8")
+    with report.in_one_step(folder / "index.html") as unfinished:
+        unfinished.write_text(page.render(run), encoding="utf-8")
     plotted = plot.write_png(run, folder / "speedup.png")
     return ["results.json", "results.csv", "index.html", *(["speedup.png"] if plotted else [])]
 
@@ -165,6 +167,7 @@ def main(
     Exits with 1 if an answer is wrong, 2 if nothing can run or the backend refuses every row, 3 if a row has lost the
     GPU: --resume goes on after it.
     """
+    let_interrupts_raise()
     console = Console(width=None if sys.stdout and sys.stdout.isatty() else 100)
     name = backend.value if backend else device.value
     reason = fastattn.available_backends()[name]
@@ -192,30 +195,31 @@ def main(
     known = {(row.op, row.shape, row.dtype, row.backend) for row in earlier}
     cases = [case for case in cases if (case.op, case.shape, case.dtype, name) not in known]
 
-    kept: list[report.Run] = []
+    gpu = Gpu() if device is Device.cuda else None
+    kept: list[report.Run] = []  # what an interruption leaves
 
     def keep(run: report.Run) -> None:
-        kept[:] = [replace(run, rows=[*earlier, *run.rows])]
         if not save:
-            report.write_json(kept[0], results)
+            report.write_json(replace(run, rows=[*earlier, *run.rows]), results)
+        # Not the fault of the row at hand; on a GPU it may be: bench.gpu interrupts a row that hangs.
+        kept[:] = [replace(run, rows=[*earlier, *(run.rows if gpu is not None else run.rows[:-1])])]
 
     torch.set_num_threads(threads or torch.get_num_threads())
     memory.settle_heap()
     effort, aim_s = (QUICK, QUICK_RUN_S) if quick else (Effort(), FULL_RUN_S)
-    gpu = Gpu() if device is Device.cuda else None
     try:
         run = run_cases(cases, name, effort, aim_s, console, gpu, keep)
+        run = replace(run, rows=[*earlier, *run.rows])
+        kept[:] = [run]
+        print_report(run, console)
+        folder = HERE / "results" / run.machine.slug if save else out
+        *names, last = write_report(run, folder)
     except KeyboardInterrupt:
-        # Not the fault of the row at hand; on a GPU it may be: bench.gpu interrupts a row that hangs.
-        if kept and not save and gpu is None:
-            report.write_json(replace(kept[0], rows=kept[0].rows[:-1]), results)
+        if kept and not save:
+            report.write_json(kept[0], results)
         goes_on = f"; the same command with --resume goes on from {results}" if kept and not save else ""
         console.print(f"\ninterrupted{goes_on}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
-    run = replace(run, rows=[*earlier, *run.rows])
-    print_report(run, console)
-    folder = HERE / "results" / run.machine.slug if save else out
-    *names, last = write_report(run, folder)
     console.print(f"[dim]{', '.join(names)} and {last} are in[/] {folder}", highlight=False)
     if gpu is not None and gpu.is_lost():
         raise typer.Exit(3)

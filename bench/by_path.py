@@ -13,8 +13,9 @@ started = Path(sys.modules["__main__"].__file__ or "").resolve()
 group = started.stem.removeprefix("bench_")
 
 sys.path[0] = str(started.parents[1])  # Python puts the file's own folder there, which hides the package `bench`.
-from models.needs import print_what_fits  # noqa: E402
+from models.needs import let_interrupts_kill, print_what_fits  # noqa: E402
 
 print_what_fits("replace")
+let_interrupts_kill()
 sys.argv = [str(started), group, *sys.argv[1:]]
 runpy.run_module("bench", run_name="__main__")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,11 +43,21 @@ class Run:
         }
 
 
-def write_json(run: Run, path: Path) -> None:
-    # In one step: whoever is killed as it writes leaves the rows of before, from which a run goes on.
+@contextmanager
+def in_one_step(path: Path) -> Iterator[Path]:
+    """Where to write what ``path`` is to hold: whoever is interrupted, or killed, as it writes leaves what was there
+    before, from which a run goes on."""
     unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(run.as_dict(), indent=1) + "\n")
-    unfinished.replace(path)
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json(run: Run, path: Path) -> None:
+    with in_one_step(path) as unfinished:
+        unfinished.write_text(json.dumps(run.as_dict(), indent=1) + "\n")
 
 
 def read_json(path: Path) -> Run:
@@ -82,7 +94,7 @@ def write_csv(run: Run, path: Path) -> None:
         "torch": machine.torch,
     }
     where |= {"commit": machine.commit, "date": machine.date}
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with in_one_step(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, CSV_COLUMNS)
         writer.writeheader()
         for row in run.rows:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from torch import nn
 
 from models.data import DataError, encode
 from models.layers import BACKENDS, set_backend
+from models.needs import let_interrupts_raise
 
 # Of what torch says where a tensor has no room, or more elements than there are numbers.
 _TOO_LARGE = ("can't allocate memory", "out of memory", "overflow")
@@ -122,8 +122,7 @@ def run(command: Callable[[argparse.Namespace], None], options: argparse.Namespa
     """Runs a command; what its user can mend ends it with one line and exit status 2."""
     # nn.TransformerEncoder's own, about what it does by itself with padded batches.
     warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors")
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by models/__init__.py
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    let_interrupts_raise()
     try:
         command(options)
     except BrokenPipeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
 from importlib.util import find_spec
 
@@ -20,6 +21,19 @@ def print_what_fits(errors: str) -> None:
     "backslashreplace": their numbers) instead of ending the command: a terminal's locale may be an old one."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors=errors)
+
+
+def let_interrupts_kill() -> None:
+    """Has Ctrl-C end the process without a traceback while torch is imported, for some seconds; the command that is
+    then run calls ``let_interrupts_raise``."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def let_interrupts_raise() -> None:
+    """Has Ctrl-C raise KeyboardInterrupt again, unless whoever started the process has it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def end_without(*packages: str) -> None:

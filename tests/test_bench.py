@@ -263,6 +263,7 @@ def test_a_run_killed_as_it_writes_leaves_the_rows_of_before(tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         report.write_json(replace(run, rows=[]), tmp_path / "run.json")
     assert report.read_json(tmp_path / "run.json") == run
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_csv_has_a_line_for_each_row_and_peer(tmp_path):
@@ -408,6 +409,24 @@ def test_an_interrupted_run_keeps_its_rows_and_says_how_to_go_on(small_runs, mon
     assert invoke(monkeypatch, cases, "--resume", "--out", str(tmp_path)).exit_code == 0
     rows = report.read_json(tmp_path / "results.json").rows
     assert [(row.op, row.status) for row in rows] == [("toy", OK), ("next", OK)]
+
+
+@pytest.mark.parametrize("moment", ["print_report", "page.render", "plot.write_png"])
+def test_an_interrupt_as_it_reports_keeps_every_row(moment, small_runs, monkeypatch, tmp_path):
+    """It said nothing but "Aborted", and left the last row as one that had ended the process."""
+
+    def press(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"bench.__main__.{moment}", press)
+        interrupted = invoke(patch, [toy_case()], "--out", str(tmp_path))
+    assert interrupted.exit_code == 130
+    assert f"interrupted; the same command with --resume goes on from {tmp_path / 'results.json'}" in interrupted.output
+    assert [row.status for row in report.read_json(tmp_path / "results.json").rows] == [OK]
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".unfinished"]
+    assert invoke(monkeypatch, [toy_case()], "--resume", "--out", str(tmp_path)).exit_code == 0
+    assert (tmp_path / "index.html").exists()
 
 
 def test_command_line_reports_and_exits_with_0(small_runs, monkeypatch, tmp_path):

@@ -195,13 +195,16 @@ def test_a_run_in_mixed_precision_is_evaluated_in_float32(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
-def test_an_interrupt_while_torch_is_imported_leaves_no_traceback(tmp_path):
+@pytest.mark.parametrize("command", [
+    ["-m", "models.classify", "runs/mood", "x"], ["-m", "bench"], [str(ROOT / "bench" / "bench_attention.py")]
+], ids=["models", "bench", "bench by path"])  # fmt: skip
+def test_an_interrupt_while_torch_is_imported_leaves_no_traceback(command, tmp_path):
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # not ignored, as it is of a job in the background
     try:
         outcome = subprocess.run(
-            [sys.executable, "-m", "models.classify", "runs/mood", "x"], cwd=ROOT, capture_output=True, text=True,
-            timeout=100, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=100,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
         )  # fmt: skip
     finally:
         signal.signal(signal.SIGINT, before)
