@@ -226,6 +226,16 @@ def test_misaligned_rows(head_dim, offset):
     check(case, torch.float16, "emulated", inputs)
 
 
+@pytest.mark.parametrize("head_dim", [40, 60])
+def test_heads_innermost(head_dim):
+    """Heads are neighbours in memory, as in a channels-last image: a copy whose rows are padded must not keep that."""
+    case = Case(heads=4, head_dim=head_dim)
+    inputs = case.inputs(torch.float16)
+    for name in ("query", "key", "value"):
+        inputs[name] = inputs[name].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    check(case, torch.float16, "emulated", inputs)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reserves memory with Linux's MAP_NORESERVE")
 def test_offsets_beyond_32_bits():
     """Rows 2**31 elements apart, in memory that is reserved and, but for those rows, never touched."""

@@ -2,6 +2,7 @@
 #include "attention/attention_operands.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "attention/kv_cache.h"
 #include "common/check.h"
@@ -154,9 +155,16 @@ Tensor with_contiguous_rows(const Tensor& tensor) {
   const bool contiguous = tensor.stride(-1) == 1 || tensor.size(-1) <= 1;
   if (!runs_cuda_kernels(tensor)) return contiguous ? tensor : tensor.contiguous();
   if (contiguous && has_aligned_rows(tensor)) return tensor;
-  const int64_t padding = (8 - tensor.size(-1) % 8) % 8;
+  const int64_t head_dim = tensor.size(-1), padding = (8 - head_dim % 8) % 8;
   // A clone, since contiguous() would return a misaligned tensor that is contiguous already.
-  return padding > 0 ? at::constant_pad_nd(tensor, {0, padding}) : tensor.clone(at::MemoryFormat::Contiguous);
+  if (padding == 0) return tensor.clone(at::MemoryFormat::Contiguous);
+  // Not constant_pad_nd: of heads that lie innermost in memory, it keeps them there.
+  std::vector<int64_t> shape = tensor.sizes().vec();
+  shape.back() += padding;
+  const Tensor rows = at::empty(shape, tensor.options());
+  rows.narrow(-1, 0, head_dim).copy_(tensor);
+  rows.narrow(-1, head_dim, padding).zero_();
+  return rows;
 }
 
 Tensor empty_output(at::IntArrayRef shape, const at::TensorOptions& options) {
