@@ -70,13 +70,11 @@ struct BwdPlan {
 template <typename Tile, int kCount, typename SmemBytes>
 int choose_tile(const Tile (&tiles)[kCount], SmemBytes smem_bytes, const AttentionParams& p, const DeviceLaunch& launch,
                 int first = 0) {
-  const bool plain =
-      p.softcap == 0.0 && p.alibi_slopes == nullptr && p.dropout_p == 0.0 && p.scale > 0.0 && p.mask.data == nullptr;
   const int64_t head_dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
   for (int i = first; i < kCount; ++i) {
     const bool fits = tiles[i].is_for(launch.compute_capability, is_packed(p)) &&
                       static_cast<size_t>(smem_bytes(i)) <= launch.shared_bytes_per_block;
-    if (fits && tiles[i].head_dim >= head_dim && (plain || tiles[i].kind == ScoreKind::kEverything)) return i;
+    if (fits && tiles[i].head_dim >= head_dim && tiles[i].kind >= score_kind(p)) return i;
   }
   return -1;
 }

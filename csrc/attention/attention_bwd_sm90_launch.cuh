@@ -43,16 +43,12 @@ inline BwdSm90Tile choose_bwd_sm90_tile(const AttentionBwdParams& p, const Devic
                       tma_can_address(p.v, extent.batch, p.heads_kv, extent.seqlen_k, p.head_dim_v) &&
                       tma_can_address(p.dout, extent.batch, p.heads, extent.seqlen_q, p.head_dim_v);
   if (!served) return {};
-  const bool everything = p.softcap != 0.0 || p.alibi_slopes != nullptr || p.dropout_p != 0.0 || p.scale <= 0.0;
   return {head_dim <= 64    ? 64
           : head_dim <= 96  ? 96
           : head_dim <= 128 ? 128
           : head_dim <= 192 ? 192
                             : 256,
-          everything               ? ScoreKind::kEverything
-          : p.mask.data != nullptr ? ScoreKind::kMask
-                                   : ScoreKind::kPlain,
-          sums_rows};
+          score_kind(p), sums_rows};
 }
 
 template <typename Traits, bool kWide = (Traits::kHeadDim > 128)>

@@ -66,11 +66,6 @@ struct FwdPlan {
   int64_t workspace_bytes() const { return partial_out_bytes + partial_lse_bytes + mask_tiles.bytes + counter_bytes; }
 };
 
-ScoreKind score_kind(const AttentionParams& p) {
-  const bool everything = p.softcap > 0.0 || p.alibi_slopes != nullptr || p.dropout_p > 0.0 || !(p.scale > 0.0);
-  return everything ? ScoreKind::kEverything : p.mask.data != nullptr ? ScoreKind::kMask : ScoreKind::kPlain;
-}
-
 // Heads that share k and v are packed into the rows that a short sequence would leave empty.
 int heads_packed(const AttentionParams& p) {
   constexpr int64_t kShort = 32;

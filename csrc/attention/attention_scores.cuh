@@ -50,6 +50,12 @@ inline bool rows_are_aligned(const AttentionTensor& tensor, int64_t head_dim) {
          tensor.stride_head % 8 == 0 && tensor.stride_row % 8 == 0 && head_dim % 8 == 0;
 }
 
+// The least that a kernel has to be compiled for to serve a call.
+inline ScoreKind score_kind(const AttentionParams& p) {
+  const bool everything = p.softcap > 0.0 || p.alibi_slopes != nullptr || p.dropout_p > 0.0 || !(p.scale > 0.0);
+  return everything ? ScoreKind::kEverything : p.mask.data != nullptr ? ScoreKind::kMask : ScoreKind::kPlain;
+}
+
 inline int64_t mask_element_bytes(DType dtype) { return dtype == DType::kBool ? 1 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // Null, or why the kernels cannot take these parameters.
