@@ -2,7 +2,7 @@
 // broadcast.
 // One that broadcasts over keys moves all scores of a row alike, so the row's probabilities stay as they are but for
 // the sink's, and the sum over its keys needs no key:
-//   sum_j ds_j = dlse * sum_j p_j + p_sink * delta
+//   sum_j ds_j = dlse * sum_j p_j + p_sink * delta        (delta = dout . out, as in attention_bwd_rows_cpu.h)
 // which is exact where the sum of ds, whose terms cancel, would be nothing but their roundings.
 #pragma once
 
