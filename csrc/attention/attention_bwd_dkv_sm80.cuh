@@ -8,8 +8,7 @@
 //          the order of the registers, 16 bytes a lane; P^T and dX^T are left operands of their products as they are.
 // Numbers: fp16/bf16 inputs, fp32 scores, P and accumulation; P and dX are rounded for the products with dO and q.
 // Order:   what a block works on and copies (BwdDkvBlock, BwdDkvCopies), each warp's share of P and dX, the way out,
-// the
-//          kernel. attention_bwd_dq_sm80.cuh is the simpler one; attention_bwd_split_sm80.cuh adds up what blocks
+//          the kernel. attention_bwd_dq_sm80.cuh is the simpler one; attention_bwd_split_sm80.cuh adds up what blocks
 //          share.
 // Source:  Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 2, without its dq.
 #pragma once

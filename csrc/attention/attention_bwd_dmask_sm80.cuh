@@ -1,9 +1,9 @@
 // Gradient of a floating mask:  dmask = dS, summed over the dimensions in which the mask broadcasts. (Where these
 // include the keys, attention_bwd_row_mask_kernel needs no dS.)
 // Work:    a block owns 64 x 64 places of the mask and visits every tile of scores that shares them: over batch and
-//          heads, and over queries too where the mask has one row. It recomputes S and dP of each
-//          and adds dS in registers, in fp32, in one order. Where places are too few to fill the card, `splits` blocks
-//          share the tiles of a place, and reduce_splits_kernel adds their sums, in order.
+//          heads, and over queries too where the mask has one row. It recomputes S and dP of each and adds dS in
+//          registers, in fp32, in one order. Where places are too few to fill the card, `splits` blocks share the tiles
+//          of a place, and reduce_splits_kernel adds their sums, in order.
 // Memory:  dot products go through 64 columns of head_dim at a time, in three stages, as in a matrix product: so one
 //          kernel serves every head_dim.
 // Order:   what a block walks over (DmaskWalk); how sums leave (store_dmask); a step; the kernel.

@@ -3,8 +3,9 @@
 //          gradients of 64 keys would be 256 registers a thread of one warpgroup, so each of two has one:
 //            values   S^T = k q^T,   P = exp2(S - lse),     dv += P^T dO
 //            keys     dP^T = v dO^T, dX = P (dP - delta),   dk += dX^T q,   dq = dX k, 64 columns at a time
-//          Left operands but dX of dq are in registers. P goes from values to keys in fp32, in the order of the
-//          registers; nothing comes back, so values runs ahead, and its exponentials fall under the products of keys.
+//          P^T and dX^T are left operands in registers, k, v and dX in shared memory. P goes from values to keys in
+//          fp32, in the order of the registers; nothing comes back, so values runs ahead, and its exponentials fall
+//          under the products of keys.
 // Memory:  k and v stay; q with lse arrives in two stages, dO with delta in one or two; P and dX have one place each;
 //          dq leaves in fp32, 16 KiB at a time from two places, by a bulk copy that adds (attention_bwd_sm90.cuh).
 // Numbers: fp16/bf16 inputs, fp32 scores, P, dX and sums; P and dX are rounded for the products with dO, q and k.

@@ -1,8 +1,7 @@
-// Forward attention for a few queries against many keys, as in token by token generation: bound by reading keys and
-// values. Work:    one task per (batch, kv head, slice of the keys); the query heads that share a kv head share one
-// read of it.
+// Forward attention for a few queries against many keys, as in token by token generation.
+// Work:    one task per (batch, kv head, slice of the keys); the query heads that share a kv head share one read of it.
 //          A second pass joins the slices, which depend on the shapes only: results are equal at any number of threads.
-// Memory:  keys and values are read in place, once.
+// Memory:  keys and values are read in place, once: that is what takes the time.
 // Numbers: as in attention_fwd_cpu.cpp.
 // Source:  Dao et al., "Flash-Decoding for long-context inference", 2023 (the slices).
 #include "attention/attention_decode_cpu.h"

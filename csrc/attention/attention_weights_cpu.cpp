@@ -1,6 +1,7 @@
 // Attention weights on the CPU: exp(score - lse) after dropout, for those who want to see them. lse comes from the
-// forward, so there is no second softmax. Work:   a task is one tile of one (batch, head), or with average_heads of one
-// batch, whose heads it adds up in rising order. Numbers: fp32 (fp64 for fp64 inputs) until the result is stored.
+// forward, so there is no second softmax.
+// Work:    a task is one tile of one (batch, head), or of one batch with average_heads: it adds up the heads in order.
+// Numbers: fp32 (fp64 for fp64 inputs) until the result is stored.
 #include "attention/attention.h"
 #include "attention/attention_pack_cpu.h"
 #include "attention/attention_probs_cpu.h"

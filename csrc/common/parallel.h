@@ -1,5 +1,5 @@
-// Threads for the CPU kernels, without torch headers: parallel.cpp implements these with at::parallel_for, so that the
-// kernels share torch's thread pool and obey torch.set_num_threads.
+// Threads for the CPU kernels, without torch headers. They are those of at::parallel_for, whose pool and rules
+// parallel.cpp shares: torch.set_num_threads holds, and a region inside another has one thread.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 // Vectors for the CPU kernels: Vec<float> and Vec<double>, as wide as the instruction set that this file is compiled
-// for. Everything lives in namespace FASTATTN_ISA (isa_portable, isa_avx2, isa_avx512) and is forced inline: three
-// builds of these names are linked into one library, and code of one build must never end up serving another. For the
-// same reason the *_cpu.cpp files use no out-of-line templates of the standard library.
+// for. Everything lives in namespace FASTATTN_ISA (isa_portable, isa_avx2, isa_avx512, isa_avx512_bf16) and is forced
+// inline: all builds of these names are linked into one library, and code of one must never end up serving another. For
+// the same reason the *_cpu.cpp files use no out-of-line templates of the standard library.
 #pragma once
 
 #include <cstdint>

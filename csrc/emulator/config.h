@@ -32,7 +32,7 @@ struct Config {
   size_t max_shared_bytes = kMaxSharedBytes;
   // Whether a turn that was passed over is an error: not where lengths that nobody has looked at decide who counts.
   bool exact_turns = true;
-  // Whether ex2, lg2, rcp and tanh err by up to what the manual allows, as the seed says; else they are exact.
+  // Whether the instructions of approximate.cpp err by up to what the manual allows, as the seed says; else exact.
   bool rough_approximations = false;
 };
 

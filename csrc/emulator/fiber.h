@@ -1,4 +1,4 @@
-// A stack and a place to continue. Switching costs about 10 ns on x86-64 (twelve instructions), and is as short on
+// A stack and a place to continue. Switching costs about 10 ns on x86-64 (six registers), and is as short on
 // AArch64; the fallback for others, swapcontext, makes two system calls a switch and is twenty times slower. Fibers
 // never move between OS threads.
 #pragma once

@@ -3,7 +3,7 @@
 // ThreadSanitizer sees each emulated thread as one of its own fibers. Only operations that order memory on the device
 // call release and acquire: barriers, mbarriers and __syncwarp, not shuffles or mma. So a report means that the kernel
 // lacks a barrier, whatever schedule this run happened to take. Only kernel files are instrumented: what the runtime
-// itself reads and writes for an instruction is told by read_range and write_range, the rest is hidden by IgnoreScope.
+// itself reads and writes for an instruction is told by tsan_read and tsan_write, the rest is hidden by IgnoreScope.
 #pragma once
 
 #include <cstddef>
