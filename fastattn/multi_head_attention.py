@@ -275,7 +275,9 @@ class MultiHeadAttention(nn.MultiheadAttention):
 
     def _in_projection(self, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
         """The projected query, key and value, in as few matmuls as their being the same tensor allows."""
-        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
+        # Read once: a parametrization (weight_norm, spectral_norm) computes it anew, and may step, at every reading.
+        packed = self.in_proj_weight
+        weight = self.q_proj_weight if packed is None else packed
         if query.device != weight.device:
             raise ValueError(
                 f"MultiHeadAttention: query is on {query.device} but the module on {weight.device}; move one of them."
@@ -287,10 +289,10 @@ class MultiHeadAttention(nn.MultiheadAttention):
                 "must be equal. Convert one of them with .to(dtype), or use torch.autocast."
             )
         product = partial(linear, backend=backend_of(self))
-        if self.in_proj_weight is None:
+        if packed is None:
             kv_dim = self.num_kv_heads * self.head_dim
             biases = _split(self.in_proj_bias, [self.embed_dim, kv_dim, kv_dim])
-            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+            weights = weight, self.k_proj_weight, self.v_proj_weight
             inputs = query, key, value
             return [product(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
         if query is key and key is value:

@@ -1,11 +1,12 @@
-"""What a call of MultiHeadAttention costs: its products, the copies it spares, the shapes of its masks."""
+"""What a call of MultiHeadAttention costs: its products, the copies it spares, the shapes of its masks, its weights."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_modules import BATCH, HEADS, SEQLEN_K, SEQLEN_Q, hidden_by, make_inputs, make_masks, make_pair
+from test_modules import BATCH, EMBED, HEADS, SEQLEN_K, SEQLEN_Q, hidden_by, make_inputs, make_masks, make_pair
+from torch import nn
 
 import fastattn
 from fastattn import multi_head_attention
@@ -77,3 +78,18 @@ def test_causal_promise_does_not_drop_a_learned_or_rectangular_mask(attention_ca
     rectangular = hidden_by(-1, 2, SEQLEN_Q, SEQLEN_K)
     ours(query, key, key, need_weights=False, attn_mask=rectangular, is_causal=True)
     assert [call["attn_mask"] is not None and not call["is_causal"] for call in attention_calls] == [True, True]
+
+
+@pytest.mark.parametrize("name, kdim", [("in_proj_weight", EMBED), ("q_proj_weight", 12)])
+def test_a_parametrized_weight_is_computed_once_a_call(name, kdim):
+    """spectral_norm takes a step whenever it computes its weight, so that a second reading is another weight."""
+    modules = make_pair(kdim=kdim, vdim=kdim)
+    inputs = make_inputs(kdim=kdim)
+    outs = []
+    for module in modules:
+        torch.manual_seed(1)
+        nn.utils.parametrizations.spectral_norm(module, name)
+        outs.append(module(*inputs)[0])
+    torch.testing.assert_close(outs[1], outs[0])
+    for ours, reference in zip(modules[1].buffers(), modules[0].buffers(), strict=True):
+        torch.testing.assert_close(ours, reference)
