@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import fastattn
 
+needs_cpu = pytest.mark.skipif(
+    fastattn.available_backends()["cpu"] is not None, reason=str(fastattn.available_backends()["cpu"])
+)
 Q = torch.zeros(2, 4, 6, 8)
 K = torch.zeros(2, 4, 7, 8)
 META = torch.device("meta")
@@ -93,9 +100,37 @@ def _op_arguments(**changes):
     {"dropout_p": 0.5, "rng_state": torch.zeros(1).long()}, {"dropout_p": 0.5, "rng_state": torch.zeros(2)},
     {"query": torch.zeros(2, 4, 6, 300), "key": torch.zeros(2, 4, 7, 300)}, {"value": K.to_sparse()},
 ], ids=str)  # fmt: skip
+@needs_cpu
 def test_the_op_itself_never_reads_out_of_bounds(changes):
     """Called past the Python checks, the op still refuses whatever its kernels cannot address."""
-    if fastattn.available_backends()["cpu"] is not None:
-        pytest.skip(fastattn.available_backends()["cpu"])
     with pytest.raises((ValueError, TypeError, NotImplementedError, RuntimeError)):
         torch.ops.fastattn.attention(*_op_arguments(**changes))
+
+
+CALLS_WITH_LITTLE_ROOM = """
+import resource
+import torch, fastattn
+
+torch.set_num_threads(2)
+x = torch.ones(1, 8, 1024, 64)  # out: 2 MiB, working memory: 1.2
+fastattn.attention(x[:, :, :64], x[:, :, :64], x[:, :, :64], backend="cpu")
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+for room in range(0, 16 << 20, 1 << 18):
+    resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
+    try:
+        fastattn.attention(x, x, x, backend="cpu")
+        print("ran")
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+@needs_cpu
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, as Linux has it")
+def test_no_room_for_working_memory_raises():
+    """It ended the process."""
+    outcome = subprocess.run([sys.executable, "-c", CALLS_WITH_LITTLE_ROOM], cwd=Path(__file__).parent.parent,
+                             capture_output=True, text=True, timeout=200)  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr
+    first, *_, last = outcome.stdout.splitlines()
+    assert "can't allocate memory" in first and last == "ran"

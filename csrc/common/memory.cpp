@@ -1,5 +1,7 @@
 #include "common/memory.h"
 
+#include <c10/core/impl/alloc_cpu.h>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 
@@ -25,6 +27,10 @@ bool huge_pages_are_allowed() {
 #endif
 
 }  // namespace
+
+void* allocate_aligned(int64_t bytes) { return c10::alloc_cpu(static_cast<size_t>(bytes)); }
+
+void free_aligned(void* memory) { c10::free_cpu(memory); }
 
 void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

@@ -1,9 +1,13 @@
-// Hints to the operating system.
+// Memory for the CPU kernels, without torch headers, and hints about it to the operating system.
 #pragma once
 
 #include <cstdint>
 
 namespace fastattn {
+
+// From torch's allocator, on a cache line. Raises torch's error where there is no room.
+void* allocate_aligned(int64_t bytes);
+void free_aligned(void* memory);
 
 // Asks for 2 MiB pages behind a buffer that is about to be written for the first time: a fault a 4 KiB page costs
 // several times what writing the page does. Does nothing below 2 MiB, or where the system has no such hint.

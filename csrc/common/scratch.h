@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 
+#include "common/memory.h"
 #include "common/simd.h"
 
 namespace fastattn {
@@ -13,11 +13,8 @@ class Scratch {
  public:
   FASTATTN_INLINE Scratch(int pieces, int64_t bytes_each)
       // The odd line keeps equal offsets of two pieces, and of rows in them, out of the same cache set.
-      : stride_((bytes_each + 63) / 64 * 64 + 64),
-        memory_(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(pieces * stride_)))) {
-    if (memory_ == nullptr) std::abort();
-  }
-  FASTATTN_INLINE ~Scratch() { std::free(memory_); }
+      : stride_((bytes_each + 63) / 64 * 64 + 64), memory_(static_cast<char*>(allocate_aligned(pieces * stride_))) {}
+  FASTATTN_INLINE ~Scratch() { free_aligned(memory_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
