@@ -131,7 +131,8 @@ def _checked_longest(op: str, name: str, longest: Any) -> int:
         raise TypeError(f"{op}: {name} must be an int >= 0, got {longest!r}; call .item() on a tensor.")
     if torch.compiler.is_compiling():
         # What only the run knows, such as .item() of the lengths, cannot be asked: the graph checks it.
-        torch._check(number >= 0, lambda: f"{op}: {name} must be an int >= 0.")
+        # PyTorch 2.11 compiles no message with variables.
+        torch._check(number >= 0, lambda: "varlen_attention: max_seqlen_q and max_seqlen_k must be ints >= 0.")
     elif not 0 <= number < 2**63:
         raise ValueError(f"{op}: {name} must be an int >= 0{' and below 2^63' if number > 0 else ''}, got {number}.")
     return number  # type: ignore[no-any-return]
