@@ -60,8 +60,9 @@ def host() -> ctypes.CDLL:
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / "libcuda_host.so"
     source = ROOT / "tests" / "cuda_host.cpp"  # nothing of it is for the device: nvcc only knows where its headers are
-    command = [NVCC, "-std=c++20", "-shared", "-cudart", "none", "-Xcompiler", "-fPIC,-w", f"-I{ROOT / 'csrc'}",
-               str(source), "-o", str(library)]  # fmt: skip
+    # Its own stand-ins, though torch for CUDA has loaded the runtime whose names they have.
+    command = [NVCC, "-std=c++20", "-shared", "-cudart", "none", "-Xcompiler", "-fPIC,-w", "-Xlinker", "-Bsymbolic",
+               f"-I{ROOT / 'csrc'}", str(source), "-o", str(library)]  # fmt: skip
     subprocess.run(command, check=True)
     loaded = ctypes.CDLL(str(library))
     library.unlink()
