@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import FEATURES, KERNEL_BACKENDS, Case, run
+from attention_opcheck import arguments_of, opcheck
 from torch._dynamo.testing import CompileCounter
 
 import fastattn
-from fastattn.ops.attention import prepare
 
 pytestmark = pytest.mark.skipif("cpu" not in KERNEL_BACKENDS, reason=str(fastattn.available_backends()["cpu"]))
 
@@ -22,14 +22,6 @@ FEATURES_TO_TRACE = ["plain", "causal_bottom_right_empty_rows", "bool_mask", "fl
                      "sinks", "gqa", "everything"]  # fmt: skip
 
 
-def _call(case: Case, requires_grad: bool) -> tuple:
-    inputs = case.inputs(torch.float32)
-    for name, tensor in inputs.items():
-        tensor.requires_grad_(requires_grad and tensor.is_floating_point() and name != "alibi_slopes")
-    call = prepare(**inputs, enable_gqa=True, **case.options)
-    return tuple(call._replace(rng_state=torch.tensor([3, 4]) if call.dropout_p else None))
-
-
 def _small(feature: str) -> Case:
     return Case(**{**vars(FEATURES[feature]), "seqlen_q": 7 + FEATURES[feature].seqlen_q % 4, "seqlen_k": 6})
 
@@ -37,22 +29,11 @@ def _small(feature: str) -> Case:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("feature", FEATURES_TO_TRACE)
 def test_opcheck(feature, transposed):
-    arguments = _call(_small(feature), requires_grad=True)
+    arguments = arguments_of(_small(feature))
     if transposed:
         arguments = (*(x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in arguments[:3]),
                      *arguments[3:])  # fmt: skip
-    torch.library.opcheck(torch.ops.fastattn.attention, arguments)
-
-    detached = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
-    out, lse = torch.ops.fastattn.attention(*detached)
-    mask, sinks = detached[3], detached[5]
-    wants = (mask is not None and mask.is_floating_point(), sinks is not None)
-    for dlse in (None, torch.randn_like(lse)):
-        backward = (torch.randn_like(out), dlse, *detached[:3], out, lse, *detached[3:], *wants)
-        torch.library.opcheck(torch.ops.fastattn.attention_backward, backward)
-    for average_heads in (False, True):
-        weights = (*detached[:2], lse, *detached[3:5], *detached[6:], average_heads)
-        torch.library.opcheck(torch.ops.fastattn.attention_weights, weights)
+    opcheck("attention", arguments)
 
 
 @pytest.mark.parametrize("backend", ["auto", "cpu", "eager"])

@@ -7,14 +7,14 @@ import types
 
 import pytest
 import torch
-from attention_cases import Case, run, small_case
+from attention_cases import run, small_case
+from attention_opcheck import arguments_of, opcheck
 from attention_triton_cases import HEAD_DIMS, launches
 from torch._dynamo.testing import CompileCounter
 
 import fastattn
 from fastattn import _triton
 from fastattn.ops import attention_triton as face
-from fastattn.ops.attention import prepare
 
 pytestmark = pytest.mark.skipif(
     fastattn.available_backends()["triton"] is not None, reason=f"no triton: {fastattn.available_backends()['triton']}"
@@ -107,27 +107,10 @@ def forget_compiled_code():
     torch._dynamo.reset()
 
 
-def _call(case: Case) -> tuple:
-    inputs = case.inputs(torch.float32)
-    for name, tensor in inputs.items():
-        tensor.requires_grad_(tensor.is_floating_point() and name != "alibi_slopes")
-    call = prepare(**inputs, enable_gqa=True, **case.options)
-    return tuple(call._replace(rng_state=torch.tensor([3, 4]) if call.dropout_p else None))
-
-
 @pytest.mark.parametrize("feature", ["plain", "bool_mask", "everything"])
 def test_opcheck(feature):
-    arguments = _call(small_case(feature, seqlen_q=7, seqlen_k=6, head_dim=4))
-    torch.library.opcheck(torch.ops.fastattn.attention_triton, arguments)
-    detached = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
-    out, lse = torch.ops.fastattn.attention_triton(*detached)
-    mask, sinks = detached[3], detached[5]
-    wants = (mask is not None and mask.is_floating_point(), sinks is not None)
-    for dlse in (None, torch.randn_like(lse)):
-        backward = (torch.randn_like(out), dlse, *detached[:3], out, lse, *detached[3:], *wants)
-        torch.library.opcheck(torch.ops.fastattn.attention_triton_backward, backward)
-    weights = (*arguments[:2], lse, *arguments[3:5], *arguments[6:], feature == "plain")
-    torch.library.opcheck(torch.ops.fastattn.attention_triton_weights, weights)
+    arguments = arguments_of(small_case(feature, seqlen_q=7, seqlen_k=6, head_dim=4))
+    opcheck("attention_triton", arguments, averages=[feature == "plain"])
 
 
 @pytest.mark.parametrize("feature", ["causal_bottom_right_empty_rows", "float_mask_per_head", "gqa", "everything"])
