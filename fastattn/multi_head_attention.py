@@ -20,7 +20,7 @@ from fastattn.dispatch import check_name
 from fastattn.ops.attention import attention, attention_and_weights
 from fastattn.ops.attention_checks import autocast_is_on, window_sides
 from fastattn.ops.linear import backend_of, linear
-from fastattn.ops.tensor_checks import check_dense, check_probability
+from fastattn.ops.tensor_checks import check_dense, check_probability, check_tensor
 from fastattn.ops.varlen_attention import varlen_attention
 
 
@@ -186,9 +186,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         Raises: NotImplementedError for a module with ``add_bias_kv`` or ``add_zero_attn``; and as ``varlen_attention``.
         """
         op = "MultiHeadAttention.forward_packed"
-        if not isinstance(input, Tensor):
-            raise TypeError(f"{op}: input must be a Tensor, got {type(input).__name__}.")
-        check_dense(op, "input", input)
+        check_tensor(op, "input", input)
         if not self.embed_dim == self.kdim == self.vdim:
             raise ValueError(
                 f"{op}: query, key and value are one input, but the module takes {self.embed_dim}, {self.kdim} and "

@@ -11,7 +11,7 @@ from fastattn.ops import int8_matmul_compiled as compiled
 from fastattn.ops import int8_matmul_eager as eager
 from fastattn.ops import int8_matmul_triton as triton
 from fastattn.ops.calls import Int8LinearCall, Int8MatmulCall, QuantizeInt8Call
-from fastattn.ops.tensor_checks import FLOATING, check_dense
+from fastattn.ops.tensor_checks import FLOATING, check_tensor
 
 # Public name -> name in the op schemas.
 ACTIVATIONS = {None: "none", "relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_tanh", "silu": "silu"}
@@ -100,19 +100,13 @@ def int8_linear(
 # --- Meaning ---------------------------------------------------------------------------------------------------------
 
 
-def _check_tensor(op: str, name: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}.")
-    check_dense(op, name, tensor)
-
-
 def _check_floating(op: str, name: str, dtype: torch.dtype) -> None:
     if not isinstance(dtype, torch.dtype) or dtype not in FLOATING:
         raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {dtype}.")
 
 
 def _check_int8_matrix(op: str, name: str, tensor: Tensor) -> None:
-    _check_tensor(op, name, tensor)
+    check_tensor(op, name, tensor)
     if tensor.dtype != torch.int8:
         raise TypeError(f"{op}: {name} must be int8, got {tensor.dtype}; quantize_int8 makes it from a float tensor.")
     if tensor.dim() != 2:
@@ -120,7 +114,7 @@ def _check_int8_matrix(op: str, name: str, tensor: Tensor) -> None:
 
 
 def _check_scale(op: str, name: str, scale: Tensor, count: int) -> None:
-    _check_tensor(op, name, scale)
+    check_tensor(op, name, scale)
     if scale.dtype != torch.float32:
         raise TypeError(f"{op}: {name} must be float32, got {scale.dtype}; half precision would lose accuracy.")
     if scale.dim() != 1 or scale.shape[0] != count:
@@ -130,7 +124,7 @@ def _check_scale(op: str, name: str, scale: Tensor, count: int) -> None:
 def _check_bias(op: str, bias: Tensor | None, count: int) -> None:
     if bias is None:
         return
-    _check_tensor(op, "bias", bias)
+    check_tensor(op, "bias", bias)
     _check_floating(op, "bias", bias.dtype)
     if bias.dim() != 1 or bias.shape[0] != count:
         raise ValueError(f"{op}: bias must have shape ({count},), got {tuple(bias.shape)}.")
@@ -151,7 +145,7 @@ def _activation_name(op: str, activation: str | None) -> str:
 
 
 def _prepare_quantize(input: Tensor) -> QuantizeInt8Call:
-    _check_tensor("quantize_int8", "input", input)
+    check_tensor("quantize_int8", "input", input)
     _check_floating("quantize_int8", "input", input.dtype)
     if input.dim() == 0:
         raise ValueError("quantize_int8: input must have at least one dimension, got a scalar.")
@@ -194,7 +188,7 @@ def _prepare_linear(
     packed: Tensor | None = None,
 ) -> Int8LinearCall:
     op = "int8_linear"
-    _check_tensor(op, "input", input)
+    check_tensor(op, "input", input)
     _check_floating(op, "input", input.dtype)
     _check_int8_matrix(op, "weight", weight)
     columns, depth = weight.shape

@@ -23,6 +23,12 @@ def check_dense(op: str, name: str, tensor: Tensor, for_nested: str = "") -> Non
         raise TypeError(f"{op}: {name} must be dense, not sparse; call .to_dense() first.")
 
 
+def check_tensor(op: str, name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}.")
+    check_dense(op, name, x)
+
+
 def check_number(op: str, name: str, x: Any, advice: str = "", kind: str = "a number") -> None:
     """Numbers are what PyTorch takes as such: NumPy's too, which are Real, and bool, so that ``training and p`` is one.
     int and float stand for themselves and for compiled code's symbolic numbers."""

@@ -34,7 +34,7 @@ from fastattn.ops import attention_checks as checks
 from fastattn.ops.attention import attention
 from fastattn.ops.attention_with_kv_cache import _append, _prepare, _rotate, attention_with_kv_cache, kv_cache_positions
 from fastattn.ops.philox import draw_rng_state, dropout_mask
-from fastattn.ops.tensor_checks import check_dense
+from fastattn.ops.tensor_checks import check_tensor
 from fastattn.ops.varlen_attention import varlen_attention
 
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
@@ -293,9 +293,7 @@ def flash_attn_with_kvcache(
 
 def _check_operands(op: str, layout: str, **operands: Any) -> None:
     for name, x in operands.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}.")
-        check_dense(op, name, x)
+        check_tensor(op, name, x)
         if x.dim() != layout.count(",") + 1:
             raise ValueError(f"{op}: {name} must be {layout}, got shape {tuple(x.shape)}.")
 
