@@ -26,6 +26,13 @@ from models.training import Batch
 from models.transformer import Transformer, TransformerConfig, translation_loss
 
 Batches = Callable[[torch.Generator], Batch]
+# Of each kind of task, the model and its configuration.
+_CLASSES: dict[str, tuple[type[nn.Module], type]] = {
+    "gpt": (Gpt, GptConfig),
+    "bert": (BertForPreTraining, BertConfig),
+    "translation": (Transformer, TransformerConfig),
+    "classifier": (BertClassifier, BertConfig),
+}
 # Fixed, so that `train` and `evaluate` hide the same words of held-out text.
 HELD_OUT_BATCH = 16
 
@@ -247,9 +254,7 @@ def load(folder: Path, kind: str) -> tuple[Any, Tokenizer]:
     description = describe(folder)
     if description["kind"] != kind:
         raise data.DataError(f"{folder} holds a {description['kind']} model; this command needs a {kind} model.")
-    classes = {"gpt": (Gpt, GptConfig), "bert": (BertForPreTraining, BertConfig),
-               "translation": (Transformer, TransformerConfig), "classifier": (BertClassifier, BertConfig)}  # fmt: skip
-    model_class, config_class = classes[kind]
+    model_class, config_class = _CLASSES[kind]
     try:
         config = read_config(config_class, description["config"])
         if kind == "classifier":
@@ -283,7 +288,7 @@ def describe(folder: Path) -> dict[str, Any]:
     try:
         description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind, context = description["kind"], description["context"]
-        if kind not in ("gpt", "bert", "translation", "classifier"):
+        if kind not in _CLASSES:
             raise ValueError(f"it holds a {kind!r}")
         known = isinstance(description["config"], dict) and isinstance(description.get("objectives", []), list)
         if not known or type(context) is not int or context < 1:
