@@ -39,6 +39,7 @@ from bench.gpu_timing import Gpu
 from bench.run import FAILED, OK, Effort, Row, run_case
 from bench.table import microseconds, print_report
 from bench.timing import ForeignLoad
+from models.files import in_one_step
 from models.needs import let_interrupts_raise
 
 HERE = Path(__file__).parent
@@ -137,8 +138,8 @@ def write_report(run: report.Run, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     report.write_json(run, folder / "results.json")
     report.write_csv(run, folder / "results.csv")
-    with report.in_one_step(folder / "index.html") as unfinished:
-        unfinished.write_text(page.render(run), encoding="utf-8")
+    with in_one_step(folder / "index.html") as partial:
+        partial.write_text(page.render(run), encoding="utf-8")
     plotted = plot.write_png(run, folder / "speedup.png")
     return ["results.json", "results.csv", "index.html", *(["speedup.png"] if plotted else [])]
 

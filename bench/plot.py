@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.report import Run, in_one_step
+from bench.report import Run
 from bench.svg import RATIO_TICKS, ratio_text
+from models.files import in_one_step
 
 INK, SOFT, FAINT, BLUE = "#1c2024", "#60646c", "#e6e8eb", "#0b62d6"
 
@@ -55,6 +56,6 @@ def write_png(run: Run, path: Path) -> bool:
     where = f"{machine.device}, torch {machine.torch}, fastattn {machine.commit}, {machine.date}"
     figure.text(0.012, 1 - 0.14 * inch, title, va="top", color=INK, fontsize=12, weight="bold")
     figure.text(0.012, 0.08 * inch, where, va="bottom", color=SOFT, fontsize=8)
-    with in_one_step(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=160)
+    with in_one_step(path) as partial:
+        figure.savefig(partial, format="png", dpi=160)
     return True

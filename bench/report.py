@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from bench.machine import Machine
 from bench.peaks import Peaks
 from bench.run import FAILED, REFUSED, Peer, Row
 from bench.timing import Ratios, Times
+from models.files import in_one_step
 
 
 @dataclass(frozen=True)
@@ -43,21 +42,9 @@ class Run:
         }
 
 
-@contextmanager
-def in_one_step(path: Path) -> Iterator[Path]:
-    """Where to write what ``path`` is to hold: whoever is interrupted, or killed, as it writes leaves what was there
-    before, from which a run goes on."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def write_json(run: Run, path: Path) -> None:
-    with in_one_step(path) as unfinished:
-        unfinished.write_text(json.dumps(run.as_dict(), indent=1) + "\n")
+    with in_one_step(path) as partial:
+        partial.write_text(json.dumps(run.as_dict(), indent=1) + "\n")
 
 
 def read_json(path: Path) -> Run:
@@ -94,7 +81,7 @@ def write_csv(run: Run, path: Path) -> None:
         "torch": machine.torch,
     }
     where |= {"commit": machine.commit, "date": machine.date}
-    with in_one_step(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+    with in_one_step(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, CSV_COLUMNS)
         writer.writeheader()
         for row in run.rows:

@@ -19,6 +19,7 @@ import torch
 from models import tasks, training
 from models.commands import Parser, add_kernels, number, run, whole
 from models.data import DataError
+from models.files import in_one_step
 from models.layers import another_backend, set_backend
 
 SHAPES = {"dim": 192, "layers": 4, "heads": 6}
@@ -168,7 +169,8 @@ def plot_losses(rows: list[dict[str, float]], path: Path) -> bool:
     axes.set(xlabel="step", ylabel="loss (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    with in_one_step(path) as file:
+        figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
     return True
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.checkpoints import finish_saving, resume_checkpoint, save_checkpoint
+from models.files import in_one_step
 
 Batch = dict[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -233,12 +234,10 @@ def _due(step: int, every: int) -> bool:
 def _write_log(path: Path, rows: list[dict[str, float]]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", newline="") as file:
+    with in_one_step(path) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(partial, path)
 
 
 def _read_log(path: Path, steps: int) -> list[dict[str, float]]:

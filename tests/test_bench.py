@@ -424,7 +424,7 @@ def test_an_interrupt_as_it_reports_keeps_every_row(moment, small_runs, monkeypa
     assert interrupted.exit_code == 130
     assert f"interrupted; the same command with --resume goes on from {tmp_path / 'results.json'}" in interrupted.output
     assert [row.status for row in report.read_json(tmp_path / "results.json").rows] == [OK]
-    assert not [path for path in tmp_path.iterdir() if path.suffix == ".unfinished"]
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".partial"]
     assert invoke(monkeypatch, [toy_case()], "--resume", "--out", str(tmp_path)).exit_code == 0
     assert (tmp_path / "index.html").exists()
 
